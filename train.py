@@ -1,4 +1,4 @@
-"""Train a captioner: `python train.py`, `python train.py encoder=siglip2 llm=qwen3_8b hardware=l4`, `python train.py --help`."""
+"""Train a captioner: `python train.py encoder=siglip2 llm=qwen3_8b hardware=l4`; see also `python train.py --help`."""
 
 from vlmcap.cli.train import main
 from vlmcap.program import run_program

@@ -110,7 +110,7 @@ def test_the_keys_are_those_of_the_checkpoints_kinds(trained: list[str], overrid
     key, _, value = override.partition("=")
     group, name = key.split(".")
     assert str(getattr(getattr(saved(trained, [override]), group), name)) == value
-    with pytest.raises(UserError, match=rf"'{name}' is no key of this {group}, but of {group}="):
+    with pytest.raises(UserError, match=rf"'{name}' is not a key of this {group}, only of {group}="):
         saved([], [override])
 
 

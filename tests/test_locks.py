@@ -236,7 +236,7 @@ def test_the_folder_of_a_dead_machine_is_free_after_a_while(
     with claimed_folder(tmp_path, "paths.output_dir"):
         (tmp_path / "x").touch()
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "node7" in said and "waiting for it to show whether it still runs" in said
+    assert said.count("\n") == 1 and "node7" in said and "waiting to see whether it is still running" in said
 
 
 def test_the_folder_of_another_living_machine_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_several_values_without_m_are_answered_with_the_command() -> None:
         read_overrides(["encoder=clip,siglip2"], command="vlmcap train -m encoder=clip,siglip2")
     with pytest.raises(UserError) as caught:
         compose(["llm.prompt=a,b"])
-    (literal,) = shlex.split(str(caught.value).partition(", and ")[2].partition(" is one value")[0])
+    (literal,) = shlex.split(str(caught.value).rpartition(", write ")[2])
     assert compose([literal]).llm.prompt == text_of(literal)
 
 
@@ -163,7 +163,7 @@ def test_a_known_last_name_beats_a_similar_spelling() -> None:
 def test_nothing_chosen_is_the_default_or_one_sentence() -> None:
     folder = "paths.output_dir=x"
     assert compose(["experiment=null", "debug=null", folder]) == compose([folder])
-    with pytest.raises(UserError, match=r"^encoder=null chooses nothing; name one"):
+    with pytest.raises(UserError, match=r"^encoder=null chooses nothing; choose one"):
         compose(["encoder=null"])
 
 

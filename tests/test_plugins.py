@@ -32,11 +32,11 @@ def test_a_kind_of_a_plugin_needs_no_file(tmp_path: Path) -> None:
     assert "gated" in group_choices("projector")
     again = to_config(from_plain(to_plain(config)))
     assert again.projector == config.projector
-    with pytest.raises(UserError, match=r"there is no projector named 'gatd'; choose projector= one of .*gated"):
+    with pytest.raises(UserError, match=r"projector=gatd does not exist; choose one of .*gated"):
         compose(["projector=gatd"])
-    with pytest.raises(UserError, match=r"'depth' is no key of this projector"):
+    with pytest.raises(UserError, match=r"'depth' is not a key of this projector"):
         compose(["projector=gated", "projector.depth=2"])
-    with pytest.raises(UserError, match=r"'expansion' is no key of this projector, but of projector=gated"):
+    with pytest.raises(UserError, match=r"'expansion' is not a key of this projector, only of projector=gated"):
         compose(["projector=mlp", "projector.expansion=2"])
 
 
@@ -85,7 +85,7 @@ def test_another_file_is_another_run(
 def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
     saved = {"projector": {"kind": "gated", "name": "my_gated", "version": "sha256:0123"}}
     with pytest.raises(
-        UserError, match=r"has projector=gated of the plugin my_gated, which is not loaded; give its file by --plugin"
+        UserError, match=r"has projector=gated of the plugin my_gated, which is not loaded; pass its file to --plugin"
     ):
         check_plugins(saved)
     saved["projector"]["version"] = "1.2"
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
     ("name", "source", "words"),
     [
         ("broken", "x = 1\nraise KeyError('y')", r"cannot be loaded \(KeyError: .*y.* at broken\.py:2\)"),
-        ("idle", "x = 1", "registers no part"),
+        ("idle", "x = 1", "registers no component"),
         ("my-part", GATED, "rename it"),
         ("json", GATED, "has the name of another module"),
         (
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
             GATED.replace('"gated"', '"mlp"'),
             r"projector=mlp of taken is taken by vlmcap\.config\.projector; choose another kind",
         ),
-        ("kindless", GATED.replace('kind: str = "gated"', "x: int = 1"), "GatedConfig names no kind"),
+        ("kindless", GATED.replace('kind: str = "gated"', "x: int = 1"), "GatedConfig has no kind"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_refused_in_words(name: str, source: str, words: str, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_plugin_that_cannot_be_used_is_refused_in_words(name: str, source: str
 
 
 def test_what_is_no_file_and_no_module_is_refused_in_words() -> None:
-    with pytest.raises(UserError, match=r"--plugin /nowhere/a\.py is no file"):
+    with pytest.raises(UserError, match=r"--plugin /nowhere/a\.py does not exist"):
         use_plugins(["/nowhere/a.py"])
     with pytest.raises(UserError, match=r"--plugin no_such_module cannot be loaded \(ModuleNotFoundError"):
         use_plugins(["no_such_module"])
@@ -147,6 +147,6 @@ def test_a_broken_distribution_is_left_out(
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     assert compose([]).projector.kind == "mlp"
     told = capsys.readouterr().err.splitlines()
-    assert [line.partition(" is installed and ")[0] for line in told] == ["Warning: vlm_broken"] * 2
-    assert "left out, as it cannot be loaded (AttributeError" in "".join(told)
-    assert "registers no encoder=other" in "".join(told)
+    assert [line.split()[:5] for line in told] == [["Warning:", "the", "installed", "plugin", "vlm_broken"]] * 2
+    assert "is ignored, because it cannot be loaded (AttributeError" in "".join(told)
+    assert "does not register encoder=other" in "".join(told)

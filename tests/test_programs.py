@@ -44,7 +44,7 @@ def left_in(folder: Path) -> list[str]:
         ("train.py", ["encoder=clip,siglip2"], ["train.py -m encoder=clip,siglip2"]),
         ("train.py", ["-m", "hydra/launcher=joblib"], ["set launcher=joblib"]),
         ("train.py", ["--config-dir", "missing"], ["--config-dir missing is no folder"]),
-        ("train.py", ["data.split=val"], ["data.split=val changes nothing in training", "give it to evaluate.py"]),
+        ("train.py", ["data.split=val"], ["data.split=val changes nothing in training", "pass it to evaluate.py"]),
         ("train.py", ["sweep.budget_h=4"], ["sweep.budget_h=4 changes nothing without -m"]),
     ],
 )

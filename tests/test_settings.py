@@ -188,11 +188,13 @@ def is_first_of_group(key: tuple[str, str]) -> bool:
 @pytest.mark.parametrize(("group", "name"), thinned(foreign_keys(), is_first_of_group))
 def test_a_key_of_another_kind_is_refused_by_name(group: str, name: str) -> None:
     with pytest.raises(
-        UserError, match=rf"'{name}' is no key of this {group}, but of {group}=|no key '{group}.{name}' here"
+        UserError, match=rf"'{name}' is not a key of this {group}, only of {group}=|no key '{group}.{name}' here"
     ):
         compose([f"{group}.{name}=1"])
 
 
 def test_a_sweep_over_a_key_that_a_part_does_not_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'num_queries' is no key of this projector, but of projector=c_abstractor"):
+    with pytest.raises(
+        UserError, match=r"'num_queries' is not a key of this projector, only of projector=c_abstractor"
+    ):
         compose(["projector=mlp", "projector.num_queries=64"])

@@ -19,10 +19,10 @@ from vlmcap.training.callbacks.saving import AtomicCheckpointIO
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (errno.ENOSPC, "/a cannot be used, as the disk is full"),
-        (errno.EROFS, "/a/b cannot be used, as the file system is read-only"),
-        (errno.EACCES, "/a/b cannot be used, as permission is denied"),
-        (errno.ENOTDIR, "a part of the path is a file"),
+        (errno.ENOSPC, "/a cannot be used, because the disk is full"),
+        (errno.EROFS, "/a/b cannot be used, because the file system is read-only"),
+        (errno.EACCES, "/a/b cannot be used, because permission is denied"),
+        (errno.ENOTDIR, "a component of the path is a file"),
     ],
 )
 def test_the_sentence_names_the_folder(number: int, expected: str) -> None:
@@ -35,7 +35,7 @@ def test_the_sentence_names_the_folder(number: int, expected: str) -> None:
 
 
 def test_libraries_say_it_in_words_and_other_errors_are_left() -> None:
-    assert "/run cannot be used, as the disk is full" in str(
+    assert "/run cannot be used, because the disk is full" in str(
         storage_problem(RuntimeError("I/O error: No space left on device (os error 28)"), "/run")
     )
     assert storage_problem(FileNotFoundError(errno.ENOENT, "no", "/a")) is None

@@ -81,7 +81,7 @@ def test_short_work_has_the_line_at_the_end_alone(capsys: pytest.CaptureFixture[
             report(done, 4)
     with progress_reporter("without a count"):
         pass
-    with progress_reporter("not worth a line", quiet_s=5) as report:
+    with progress_reporter("not worth a line", silent_s=5) as report:
         report(4, 4)
     with transient_bar("a step", 2) as advance:
         advance()
@@ -168,7 +168,7 @@ def test_a_notebook_gets_a_bar_that_is_written_over(monkeypatch: pytest.MonkeyPa
         report(1, 4)
         time.sleep(0.05)
         report(4, 4)
-    with progress_reporter("short", quiet_s=5) as report:
+    with progress_reporter("short", silent_s=5) as report:
         report(1, 1)
     with transient_bar("a step", 2) as advance:
         advance()

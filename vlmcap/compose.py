@@ -1,4 +1,4 @@
-"""From YAML and overrides to a checked `Config`, and every mistake on the way in one sentence."""
+"""Composes YAML files and overrides into a checked `Config`, and reports every mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
-from vlmcap.config.run import OF_THE_MODEL, check_native_components
+from vlmcap.config.run import MODEL_KEYS, check_native_components
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
 from vlmcap.config_unread import unread_override
@@ -26,9 +26,9 @@ from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds
 
-CUSTOM = "custom"  # the file of a group that any checkpoint goes with
-_NAMED = ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")  # groups whose files state a name
-_PLAIN_GROUPS = {  # those of one kind
+CUSTOM = "custom"  # file of a group for any other checkpoint
+_NAMED = ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")  # groups with a name
+_PLAIN_GROUPS = {  # groups with a single kind
     "hardware": schema.HardwareConfig,
     "evaluation": schema.EvaluationConfig,
     "optim": schema.OptimConfig,
@@ -39,9 +39,10 @@ _PLAIN_GROUPS = {  # those of one kind
 
 
 def register_schemas() -> None:
-    """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file.
+    """Registers the dataclasses with Hydra as `config_schema` and `<group>/<kind>_schema`.
 
-    A kind of a plugin is known by its own name, too, so that it needs no file; one of that name is found before it.
+    The defaults list of each YAML file starts with one of them. A plugin's kind is also registered under its own name,
+    so that it needs no YAML file; an existing file of that name takes precedence.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -65,7 +66,7 @@ def register_schemas() -> None:
 
 
 def _following(schema_class: type) -> DictConfig:
-    """A dataclass with its defaults, and with references to other keys where fields follow those."""
+    """Returns a dataclass as a node with its defaults, or with references for fields that follow other keys."""
     node = OmegaConf.structured(schema_class)
     for known in fields(schema_class):
         if source := known.metadata.get("follows"):
@@ -76,7 +77,7 @@ def _following(schema_class: type) -> DictConfig:
 
 
 def _typed(plain: Mapping[str, Any]) -> DictConfig:
-    """The schema of a configuration, each group's that of its kind.
+    """Returns the schema of a configuration, with the dataclass of the chosen kind in each group.
 
     Raises:
         UserError: A group has no such kind.
@@ -91,28 +92,32 @@ def _typed(plain: Mapping[str, Any]) -> DictConfig:
 
 @cache
 def _structured(kinds: tuple[tuple[str, type], ...]) -> DictConfig:
-    """The schema with these dataclasses in its groups; making it takes longer than all else of a configuration."""
+    """Returns the schema with these dataclasses in its groups; cached, as building it is slow."""
     node = OmegaConf.structured(Config)
     for group, schema_class in kinds:
-        is_own = getattr(schema_class, "kind", None) == "native"
-        node[group] = _following(schema_class) if is_own else OmegaConf.structured(schema_class)
+        is_native = getattr(schema_class, "kind", None) == "native"
+        node[group] = _following(schema_class) if is_native else OmegaConf.structured(schema_class)
     return cast(DictConfig, node)
 
 
 def compose(overrides: Sequence[str], *, name: str = "train") -> Config:
-    """The configuration that `train.py` would run with these overrides, for tools and tests.
+    """Returns the configuration that `train.py` would run with these overrides.
+
+    Args:
+        overrides: Overrides as typed on the command line.
+        name: Name of the top-level YAML file under `conf/`.
 
     Raises:
-        UserError: An override names what is not there, or has a wrong value.
+        UserError: An override has an unknown key or a wrong value.
     """
     return checked_config(compose_node(overrides, name=name), overrides)
 
 
 def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig:
-    """The same before its interpolations are resolved and its checks run.
+    """Returns the configuration of `compose` before interpolations are resolved and checks are run.
 
     Raises:
-        UserError: An override names what is not there, or has a wrong value.
+        UserError: An override has an unknown key or a wrong value.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -134,8 +139,8 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
     return node
 
 
-# What a group's file says of its own checkpoint, and what is known of another one before it is found.
-_OF_CHECKPOINT: dict[str, Any] = {
+# Keys of a group's file that belong to its checkpoint, with their values for any other checkpoint.
+_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "revision": None,
     "gate": None,
     "license": schema.UNKNOWN,
@@ -147,46 +152,42 @@ _OF_CHECKPOINT: dict[str, Any] = {
 
 
 def name_components(node: DictConfig, hydra_node: Any) -> None:
-    """Names parts by their checkpoints, where those are not the ones of the files that the parts come from.
+    """Names components after their checkpoints if these differ from the checkpoints of their YAML files.
 
-    With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model.
-    What the command line sets stays.
+    Otherwise, `llm=vicuna_7b llm.checkpoint=…` would give name, license and chat template of Vicuna to another model.
+    Values from the command line are kept.
 
     Args:
-        node: Composed configuration before its interpolations are resolved, changed in place.
-        hydra_node: Hydra's own part of it, with the choices and the overrides.
+        node: Composed configuration before interpolations are resolved, changed in place.
+        hydra_node: Hydra's own configuration, with choices and overrides.
     """
     choices = hydra_node.runtime.choices
     typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
     for group in _NAMED:
         if f"{group}.name" not in typed:
             _name_by_file(node, group, choices.get(group))
-    for part in ("model", "encoder", "llm"):
-        file = config_file(f"{part}/{choices.get(part)}")
-        values = cast(dict[str, Any], OmegaConf.to_container(node[part], resolve=False))
+    for group in ("model", "encoder", "llm"):
+        file = config_file(f"{group}/{choices.get(group)}")
+        values = cast(dict[str, Any], OmegaConf.to_container(node[group], resolve=False))
         if (
             not file.is_file()
             or values.get("checkpoint", "???") == "???"
-            or OmegaConf.is_interpolation(node[part], "checkpoint")
+            or OmegaConf.is_interpolation(node[group], "checkpoint")
         ):
             continue
         content = read_yaml(file)
-        own = (
-            content if part != "model" else content["model"]
-        )  # the file of a pretrained VLM sets keys of other groups as well
-        is_another = values["checkpoint"] != own["checkpoint"] if "checkpoint" in own else f"{part}.checkpoint" in typed
+        own = content if group != "model" else content["model"]  # the file of a pretrained VLM also sets other groups
+        is_typed = f"{group}.checkpoint" in typed
+        is_another = values["checkpoint"] != own["checkpoint"] if "checkpoint" in own else is_typed
         if not is_another:
             continue
-        _replace(node, part, {"name": checkpoint_name(values["checkpoint"])} | _OF_CHECKPOINT, own, typed)
-        if part == "model":
-            _replace(node, "llm", _OF_CHECKPOINT, content.get("llm", {}), typed)
+        _replace(node, group, {"name": checkpoint_name(values["checkpoint"])} | _CHECKPOINT_DEFAULTS, own, typed)
+        if group == "model":
+            _replace(node, "llm", _CHECKPOINT_DEFAULTS, content.get("llm", {}), typed)
 
 
 def _name_by_file(node: DictConfig, group: str, choice: str | None) -> None:
-    """Calls a part as the user's own file is called where that states no name.
-
-    It would have that of the file that it begins with.
-    """
+    """Names a group after the user's own YAML file if that states no name, instead of the file that it extends."""
     file = config_file(f"{group}/{choice}")
     content: dict[str, Any] = read_yaml(file) if file.is_file() else {"name": choice}
     if "name" in content or "name" in content.get(group, {}):
@@ -196,65 +197,61 @@ def _name_by_file(node: DictConfig, group: str, choice: str | None) -> None:
         node[group].name = file.stem
 
 
-def _replace(node: DictConfig, part: str, values: Mapping[str, Any], own: Mapping[str, Any], typed: set[str]) -> None:
-    """Puts values in place of those that a group's file has or leaves at their default; what was typed stays."""
+def _replace(node: DictConfig, group: str, values: Mapping[str, Any], own: Mapping[str, Any], typed: set[str]) -> None:
+    """Replaces values that come from a group's file or from defaults; values from the command line are kept."""
     for key, value in values.items():
-        is_there = key in node[part] and not OmegaConf.is_interpolation(node[part], key)
-        if is_there and f"{part}.{key}" not in typed and node[part][key] == own.get(key, node[part][key]):
-            node[part][key] = value
+        is_there = key in node[group] and not OmegaConf.is_interpolation(node[group], key)
+        if is_there and f"{group}.{key}" not in typed and node[group][key] == own.get(key, node[group][key]):
+            node[group][key] = value
 
 
 def checkpoint_name(checkpoint: str) -> str:
-    """The name of a hub id or a folder: its last component in lower case.
-
-    For a folder of the hub's cache, that of its id.
-    """
+    """Returns the last component of a hub id or a folder in lower case; a folder of the hub's cache has its hub id."""
     path = Path(os.path.abspath(os.path.expanduser(checkpoint)))
     is_cached = path.parent.name == "snapshots"
     return (path.parents[1].name.rpartition("--")[2] if is_cached else path.name).lower()
 
 
 class Composed:
-    """A composed configuration whose groups may still be replaced by those of another one.
+    """A composed configuration whose groups can be replaced by those of another one.
 
-    Composing takes a third of a second, so a table of many combinations composes each name once and combines the
-    groups.
+    Composing takes a third of a second, so a table of many combinations composes each name once and combines groups.
 
     Args:
-        overrides: Overrides as `compose` takes them.
+        overrides: Overrides as typed on the command line.
 
     Raises:
-        UserError: An override names what is not there, or has a wrong value.
+        UserError: An override has an unknown key or a wrong value.
     """
 
     def __init__(self, overrides: Sequence[str]) -> None:
         self._node = compose_node(overrides)
 
     def config(self) -> Config:
-        """The checked configuration."""
+        """Returns the checked configuration."""
         return to_config(self._node)
 
-    def parts_with(self, group: str, other: Composed, parts: Sequence[str]) -> dict[str, Any]:
-        """Some parts of the configuration as they are when one group comes from another configuration.
+    def groups_with(self, group: str, other: Composed, names: Sequence[str]) -> dict[str, Any]:
+        """Returns groups of the configuration after one group is taken from another configuration.
 
         Args:
             group: Group that is replaced before interpolations are resolved.
-            other: Configuration that it is taken from.
-            parts: Names of the parts to return, those that depend on the group.
+            other: Configuration with the replacement.
+            names: Names of the groups to return, which depend on `group`.
         """
         node = self._node.copy()
         node[group] = other._node._get_node(group)
-        return {part: OmegaConf.to_object(node[part]) for part in parts}
+        return {name: OmegaConf.to_object(node[name]) for name in names}
 
 
 def to_config(node: DictConfig) -> Config:
-    """The typed configuration, with interpolations resolved and every check run.
+    """Resolves interpolations, runs every check, and returns the typed configuration.
 
     Raises:
-        UserError: A value is missing, of the wrong type, or against another.
+        UserError: A value is missing, has the wrong type, or contradicts another one.
     """
     try:
-        # Hydra lets `+group.key=value` add any key; the schema, merged with plain values, does not.
+        # Hydra allows `+group.key=value` to add any key; merging plain values into the schema refuses unknown ones.
         plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
         for group in SCHEMAS:
             composed = OmegaConf.get_type(node[group])
@@ -271,14 +268,14 @@ def to_config(node: DictConfig) -> Config:
 
 
 def checked_config(node: DictConfig, overrides: Sequence[str]) -> Config:
-    """The typed configuration of a command line, on which every key has to change something.
+    """Returns the typed configuration of a command line, on which every key must have an effect.
 
     Args:
-        node: Composed, its interpolations not yet resolved.
-        overrides: As typed.
+        node: Composed configuration before interpolations are resolved.
+        overrides: Overrides as typed on the command line.
 
     Raises:
-        UserError: As of `to_config`, or a key that was typed is read by nobody.
+        UserError: See `to_config`; or nothing reads a key of the command line.
     """
     config = to_config(node)
     if sentence := unread_override(node, config, overrides):
@@ -287,7 +284,7 @@ def checked_config(node: DictConfig, overrides: Sequence[str]) -> Config:
 
 
 def to_plain(config: object) -> Any:
-    """Dictionaries, lists, text and numbers: what goes into files and checkpoints."""
+    """Converts a configuration to dictionaries, lists, text and numbers for files and checkpoints."""
     if isinstance(config, Enum):
         return config.name
     if isinstance(config, dict):
@@ -298,29 +295,29 @@ def to_plain(config: object) -> Any:
 
 
 def write_yaml(plain: Any, path: Path) -> None:
-    """A YAML file of plain data that appears whole or not at all."""
+    """Writes plain data to a YAML file atomically."""
     with replacing(path) as partial:
         partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain data of a YAML file; a reference to another key stays the text that it is.
+    """Reads the plain data of a YAML file; references to other keys stay text.
 
     Raises:
-        Exception: The file is not there or is no YAML.
+        Exception: The file does not exist or is not valid YAML.
     """
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
 def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> DictConfig:
-    """A node with the schema's types around saved values, and dotted `overrides` over them.
+    """Returns a node with the types of the schema, saved values, and `overrides` by dotted key.
 
     Raises:
         UserError: The values do not fit the schema.
     """
     try:
-        followed = {  # parts of a pretrained VLM have these from it, also where an override exchanges it
-            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL}
+        followed = {  # native components follow the keys of their model, which an override may replace
+            group: {key: value for key, value in values.items() if key not in MODEL_KEYS}
             if values.get("kind") == "native"
             else values
             for group, values in plain.items()

@@ -1,4 +1,4 @@
-"""One sentence for a mistake in a configuration: which key, whose key it is, or which one is near it."""
+"""Explains a mistake in a configuration in one sentence: the key, where it belongs, or similar keys."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from vlmcap.overrides import foreign_key, quoted, shell_quoted
 
 
 def explain(error: Exception) -> str:
-    """One sentence for a configuration error of Hydra or OmegaConf."""
+    """Returns one sentence for a configuration error of Hydra or OmegaConf."""
     text = str(error)
     key = re.search(r"full_key: (\S+)", text)
     name = key.group(1) if key else ""
     first = text.splitlines()[0].strip().rstrip(".")
     if hint := foreign_key(name):
         return hint
-    missing_group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    missing_group = re.search(r"Could not find '([^']+)/([^/']+)'", text)
     if missing_group:
         group, choice = missing_group.groups()
         choices = ", ".join(group_choices(group))
-        return f"there is no {group} named '{choice}'; " + (
-            f"choose {group}= one of {choices}" if choices else f"there are none under {group}/"
+        return f"{group}={choice} does not exist; " + (
+            f"choose one of {choices}" if choices else f"{group} is not a group, so leave {group}={choice} out"
         )
     if override := getattr(error, "override", None):  # it could not be parsed
         key, _, value = override.partition("=")
         if not value:
-            return f"'{override}' cannot be read as key=value; write a key, an equals sign and a value without blanks around it"
+            return f"'{override}' cannot be read as key=value; write it without blanks around the equals sign"
         literal = shell_quoted(f"{key}={quoted(value)}")
-        return f"'{override}' cannot be read as key=value{_reason(text)}; as plain text the value is {literal}"
+        return f"'{override}' cannot be read as key=value{_reason(text)}; for plain text, write {literal}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(unknown.group(1))
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
@@ -48,27 +48,24 @@ def explain(error: Exception) -> str:
 
 
 def _reason(text: str) -> str:
-    """What a function such as `range()` says of its arguments.
-
-    The parser's own words are of tokens, and say nothing to a user.
-    """
+    """Returns the error of a function such as `range()`; errors of the parser itself would not help a user."""
     found = re.search(r"while evaluating '.*': (.*)", text)
     return f" ({found.group(1)})" if found else ""
 
 
 def _unknown_key(key: str) -> str:
-    """A sentence that says whose key this is, or which one is near it."""
+    """Returns a sentence that names the kinds with this key, or similar keys."""
     group, _, name = key.partition(".")
     kinds = {kind for kind, schema_class in SCHEMAS.get(group, {}).items() if key in _paths(schema_class, f"{group}.")}
     choices = [choice for choice in group_choices(group) if _kind_of(group, choice) in kinds]
     if not choices:
         return f"there is no key '{key}'; {_nearest(key)}"
     others = " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
-    return f"'{name}' is no key of this {group}, but of {group}={others}; leave {key} out, or choose one of those"
+    return f"'{name}' is not a key of this {group}, only of {group}={others}; leave {key} out, or choose one of these"
 
 
 def _kind_of(group: str, choice: str) -> str:
-    """The kind whose schema a YAML file begins with, or the file that it begins with; a plugin's kind needs no file."""
+    """Returns the kind of a YAML file, by its defaults list; a plugin's kind needs no file."""
     file = config_file(f"{group}/{choice}")
     if not file.is_file():
         return choice
@@ -77,20 +74,19 @@ def _kind_of(group: str, choice: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    """A hint with the nearest known keys."""
+    """Returns a hint with the most similar known keys."""
     from difflib import get_close_matches
 
     known = list(_paths(Config))
     leaf = key.rpartition(".")[2]
-    near = [path for path in known if path.rpartition(".")[2] == leaf and leaf != "name"][
-        :3
-    ]  # such as trainer.precision
+    # Keys of other groups with the same last name, such as hardware.precision for trainer.precision.
+    near = [path for path in known if path.rpartition(".")[2] == leaf and leaf != "name"][:3]
     near = near or get_close_matches(key, known, n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else "`python train.py --cfg job` lists them"
+    return f"did you mean {' or '.join(near)}?" if near else "`python train.py --cfg job` lists all keys"
 
 
 def _paths(schema_class: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a schema, groups included."""
+    """Yields the dotted keys of a schema, including groups."""
     hints = get_type_hints(schema_class)
     for field in fields(schema_class):
         path, kind = f"{prefix}{field.name}", hints[field.name]
@@ -105,7 +101,7 @@ def _paths(schema_class: Any, prefix: str = "") -> Iterator[str]:
 
 
 def innermost(error: Exception) -> Exception:
-    """The error at the root, when it says more than the wrapper around it."""
+    """Returns the cause of an error if it is more specific than the error itself."""
     cause = error.__cause__
     wrapper = str(error)
     if isinstance(cause, OmegaConfBaseException) and "Could not override" not in wrapper:

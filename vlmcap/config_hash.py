@@ -1,4 +1,4 @@
-"""A hash that is equal for configurations whose runs come to the same: how a sweep knows a job that it has finished."""
+"""A hash that is equal for configurations whose runs give the same result, by which a sweep finds finished jobs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vlmcap.config import (
 from vlmcap.config.unread import unread_keys
 from vlmcap.plugins import plugins_of
 
-# What changes where a run writes, what it is called, how it is shown, or how fast it is, but not what comes out.
+# Keys that change the folder, name, output or speed of a run, but not its result.
 _WITHOUT_EFFECT = (
     *(f"{group}.name" for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")),
     *(f"{group}.{name}" for group in ("model", "encoder", "llm") for name in ("gate", "license")),
-    # Other groups have these values, their own or those of the profile.
+    # Only defaults of other groups, which hold the values that count.
     *(f"hardware.{name}" for name in ("memory_gib", "num_frames", "batch_size", "accumulate_grad_batches")),
     *(f"hardware.{name}" for name in ("image_size", "frame_stack", "quantization")),
     "llm.suggested",
@@ -47,40 +47,39 @@ _WITHOUT_EFFECT = (
     "data.num_workers",
     "cache.max_gib",
 )
-_OUR_TUNINGS = (ProjectorOnlyConfig, FullConfig, LoraTuningConfig, TwoStageConfig)
-_PATHS = ("checkpoint", "siglip_checkpoint", "bert_checkpoint", "root", "facts", "synonyms")  # names of keys
+_NATIVE_TUNINGS = (ProjectorOnlyConfig, FullConfig, LoraTuningConfig, TwoStageConfig)
+_PATHS = ("checkpoint", "siglip_checkpoint", "bert_checkpoint", "root", "facts", "synonyms")  # keys that hold paths
 
 
 def config_hash(config: Config) -> str:
-    """16 hex digits that are equal for configurations whose runs come to the same."""
+    """Returns 16 hex digits that are equal for configurations whose runs give the same result."""
     plain = to_plain(config)
-    without = (*_WITHOUT_EFFECT, *unread_keys(config, that_follow=True))
-    for path in (
-        *without,
-        *(("data.root",) if config.data.is_demo else ()),
-    ):  # the demo's root is a folder of the cache
+    without = [*_WITHOUT_EFFECT, *unread_keys(config, that_follow=True)]
+    if config.data.is_demo:
+        without.append("data.root")  # a folder of the cache
+    for path in without:
         *groups, name = path.split(".")
         node = plain
         for group in groups:
             node = node.get(group, {})
         node.pop(name, None)
     plain |= {"mode": config.monitor_mode, "tuning": _tuning(config, plain["tuning"])}
-    # A vision tower looks for "auto" alone; that of a pretrained VLM has the language model's.
+    # A vision tower only distinguishes "auto"; that of a pretrained VLM uses the attention of the language model.
     plain["hardware"]["attention"] = config.hardware.attention == "auto" and not config.is_pretrained_vlm
-    if config.is_pretrained_vlm:  # of which class it is, its checkpoint says
+    if config.is_pretrained_vlm:  # the checkpoint determines the kind
         plain["model"].pop("kind")
         plain["model"] = {"use_outer_marks": True} | plain["model"]
     if config.trainer.strategy is not Strategy.fsdp2:
-        plain["trainer"].pop("strategy", None)  # of several processes the others share batches
+        plain["trainer"].pop("strategy", None)  # ddp and auto are equivalent
     if plugins := plugins_of(config):
         plain["plugins"] = plugins
-    return hashlib.sha256(json.dumps(_same(plain), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_normalized(plain), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _tuning(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
-    """What is trained and how: one stage of `tuning=two_stage` is the same as `tuning=lora`."""
+    """Returns what is trained and how, by which one stage of `tuning=two_stage` equals `tuning=lora`."""
     tuning = config.tuning
-    if type(tuning) not in _OUR_TUNINGS:
+    if type(tuning) not in _NATIVE_TUNINGS:
         return plain
     stages = {name: asdict(stage) for name, stage in tuning.stages.items() if stage.epochs}
     found: dict[str, Any] = {"stages": stages, "encoder": tuning.encoder_tuning.name}
@@ -92,12 +91,12 @@ def _tuning(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _same(value: Any, name: str = "") -> Any:
-    """A value in the one form of those that mean the same: 1 for 1.0, null for an empty text, paths without detours."""
+def _normalized(value: Any, name: str = "") -> Any:
+    """Normalises a value: 1 for 1.0, null for empty text, and normalised paths."""
     if isinstance(value, dict):
-        return {key: _same(one, key) for key, one in value.items()}
+        return {key: _normalized(one, key) for key, one in value.items()}
     if isinstance(value, list):
-        return [_same(one) for one in value]
+        return [_normalized(one) for one in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if value == "":

@@ -1,4 +1,4 @@
-"""A saved configuration with the values of a command line over it, for programs that train nothing."""
+"""Applies overrides to the saved configuration of a checkpoint, for programs that do not train."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vlmcap.config.unread import UnreadError
 from vlmcap.errors import UserError
 from vlmcap.overrides import key_of
 
-# Keys, and beginnings of keys, that only training reads, and what to set in their place.
-_OF_TRAINING: dict[str, str] = {
-    "experiment": "give single values",
-    "debug": "give single values",
+# Keys and prefixes of keys that only training reads, with what to do instead.
+_TRAINING_ONLY: dict[str, str] = {
+    "experiment": "set single values",
+    "debug": "set single values",
     "optim": "",
     "sweep": "",
     "launcher": "",
@@ -53,7 +53,7 @@ _OF_TRAINING: dict[str, str] = {
     "hardware.activation_budget_gib": "",
     "hardware.offload_checkpoints": "",
 }
-# What others read of those, below them.
+# Exceptions, which other programs read too.
 _READ = ("trainer.progress_bar",)
 _READ_OF_LORA = tuple(
     f"tuning.lora.{name}" for name in ("rank", "alpha", "target_modules", "use_dora", "use_rslora", "use_experts")
@@ -61,32 +61,29 @@ _READ_OF_LORA = tuple(
 
 
 def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """A saved configuration with the values that a command line gave, taken from where Hydra parsed and checked them.
+    """Returns a saved configuration with the values of a command line, which Hydra has parsed and checked.
 
     Args:
-        base: Of the checkpoint.
-        composed: What Hydra composed, with the schema's types.
-        overrides: As given: `data=aihub` takes the whole group, `data.split=test` one value.
+        base: Saved configuration of the checkpoint, as plain data.
+        composed: Configuration that Hydra composed, with the types of the schema.
+        overrides: Overrides as typed; `data=aihub` replaces a full group, `data.split=test` a single value.
 
     Raises:
-        UserError: A value is wrong, or changes nothing in an evaluation.
+        UserError: A value is wrong, or has no effect in an evaluation.
     """
     return saved_config(base, {**_values(composed, overrides), "paths.output_dir": composed.paths.output_dir})
 
 
 def override_values(overrides: Sequence[str], *, program: str = "", read: Collection[str] = ()) -> dict[str, Any]:
-    """Keys to the values that overrides give them, for a saved configuration.
-
-    A name such as `hardware=l4` is a whole group.
+    """Returns the values of overrides by key, for a saved configuration; `hardware=l4` gives a full group.
 
     Args:
-        overrides: As typed.
-        program: That takes them, for the error.
-        read: The keys, and groups of keys, that it reads; all where there are none.
+        overrides: Overrides as typed on the command line.
+        program: Name of the program, for error messages.
+        read: Keys and groups that the program reads; empty if it reads all.
 
     Raises:
-        UserError: An override names what is not there, has a wrong value, or is of a key that the program does not
-            read.
+        UserError: An override has an unknown key or a wrong value, or the program does not read the key.
     """
     if not overrides:
         return {}
@@ -98,10 +95,7 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
 
 
 def loosened(overrides: Sequence[str]) -> list[str]:
-    """The overrides with keys that some kind of their group has made possible for any.
-
-    Which kind it is, the checkpoint will say.
-    """
+    """Allows keys of any kind in overrides, because only the checkpoint determines the kind of a group."""
     found = []
     for override in overrides:
         key = key_of(override)
@@ -113,32 +107,32 @@ def loosened(overrides: Sequence[str]) -> list[str]:
 
 def _values(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     keys = [key for override in overrides if (key := key_of(override)) != "checkpoint"]
-    # An experiment is no key of what it composes.
+    # An experiment is not a key of the composed configuration.
     return {key: composed._get_node(key) if key in composed else OmegaConf.select(composed, key) for key in keys}
 
 
 def saved_config(
     plain: dict[str, Any], values: Mapping[str, Any] | None = None, *, is_training: bool = False
 ) -> Config:
-    """The configuration of a checkpoint with other values for some keys.
+    """Returns the configuration of a checkpoint with other values for some keys.
 
-    What the checkpoint has set and what is read no more beside these values is as if it had not been set.
+    Saved values that have no effect with the new ones are reset to their defaults.
 
     Args:
-        plain: Of the checkpoint.
-        values: By dotted key; a whole group by its name.
-        is_training: Whether the configuration is to be trained; otherwise keys are refused that only training reads.
+        plain: Saved configuration of the checkpoint, as plain data.
+        values: Values by dotted key, or a full group by its name.
+        is_training: Whether the configuration is for training; otherwise, keys that only training reads are refused.
 
     Raises:
-        UserError: A value is wrong, or changes nothing.
+        UserError: A value is wrong, or has no effect.
     """
     values = values or {}
     if not is_training:
-        _refuse_of_training(plain, values)
+        _refuse_training_keys(plain, values)
     node = from_plain(plain, values)
-    for part in ("model", "encoder", "llm"):
-        if f"{part}.checkpoint" in values and f"{part}.revision" not in values and "revision" in node[part]:
-            node[part].revision = None  # that of the hub, where the checkpoint was
+    for group in ("model", "encoder", "llm"):
+        if f"{group}.checkpoint" in values and f"{group}.revision" not in values and "revision" in node[group]:
+            node[group].revision = None  # the saved revision belongs to the saved checkpoint
     while True:
         try:
             return to_config(node)
@@ -149,11 +143,11 @@ def saved_config(
             OmegaConf.update(node, unread.key, to_plain(unread.default), merge=False)
 
 
-def _refuse_of_training(plain: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """`UserError` for a key that only training reads, unless it has the checkpoint's value."""
+def _refuse_training_keys(plain: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raises a `UserError` for a key that only training reads, unless it has the value of the checkpoint."""
     is_train_split = getattr(values.get("data.split"), "name", values.get("data.split")) == Split.train.name
     for key, value in values.items():
-        found = next((known for known in _OF_TRAINING if _is_within(key, known)), None)
+        found = next((known for known in _TRAINING_ONLY if _is_within(key, known)), None)
         is_read = key.startswith((*_READ, *_READ_OF_LORA)) or (key == "data.max_clips" and is_train_split)
         if found is None or is_read:
             continue
@@ -162,16 +156,16 @@ def _refuse_of_training(plain: Mapping[str, Any], values: Mapping[str, Any]) -> 
         if (is_kept and to_plain(value) == saved) or (isinstance(value, DictConfig) and _is_choice(value, saved)):
             continue
         typed = key if isinstance(value, DictConfig) or value is None else f"{key}={as_text(value)}"
-        instead = f"{_OF_TRAINING[found]}, or " if _OF_TRAINING[found] else ""
-        raise UserError(f"{typed} changes nothing of a checkpoint, as only training reads it; {instead}leave {key} out")
+        instead = f"{_TRAINING_ONLY[found]}, or " if _TRAINING_ONLY[found] else ""
+        raise UserError(
+            f"{typed} changes nothing of a checkpoint, because only training reads it; {instead}leave {key} out"
+        )
 
 
 def _is_choice(chosen: DictConfig, saved: Any) -> bool:
-    """Whether a whole group is the one that the checkpoint has."""
-    told_apart = next((name for name in ("name", "kind", "strategy") if name in chosen), None)
-    return (
-        told_apart is not None and isinstance(saved, Mapping) and to_plain(chosen[told_apart]) == saved.get(told_apart)
-    )
+    """Whether a full group is the group of the checkpoint."""
+    key = next((name for name in ("name", "kind", "strategy") if name in chosen), None)
+    return key is not None and isinstance(saved, Mapping) and to_plain(chosen[key]) == saved.get(key)
 
 
 def _at(plain: Mapping[str, Any], key: str) -> Any:

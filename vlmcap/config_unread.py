@@ -1,4 +1,4 @@
-"""Overrides that change nothing of the run or sweep that they are typed for."""
+"""Refuses overrides that have no effect on the run or sweep of their command line."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from vlmcap.config.unread import default_at, unread_keys, value_at
 from vlmcap.errors import UserError
 from vlmcap.overrides import key_of
 
-NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
-# Values that nothing reads but the keys that follow them, and when something else does.
+NO_DATA = "data.root=unset"  # override for programs that need a configuration but no clips
+# Keys that are only defaults of other keys, with a function that returns whether something else reads them.
 _SOURCES: dict[str, Callable[[Config], bool]] = {
     f"hardware.{name}": lambda config: False
     for name in ("num_frames", "batch_size", "accumulate_grad_batches", "image_size", "frame_stack", "quantization")
 } | {
     "hardware.num_workers": lambda config: False,
-    "hardware.attention": lambda config: not config.is_pretrained_vlm,  # "auto" is for the encoder too
+    "hardware.attention": lambda config: not config.is_pretrained_vlm,  # "auto" also applies to the encoder
     "encoder.is_cached": lambda config: config.cache.enabled is not False,  # small features need no workers
 }
 
 
 def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) -> str:
-    """A sentence on the first key that was typed and that nothing reads beside the others; empty where each is read.
+    """Returns a sentence about the first key of the command line that nothing reads; "" if all are read.
 
     Args:
-        node: Composed, its interpolations not yet resolved.
-        config: What it comes to.
-        overrides: As typed.
+        node: Composed configuration before interpolations are resolved.
+        config: Typed configuration.
+        overrides: Overrides as typed on the command line.
     """
     unread = unread_keys(config)
     plain = OmegaConf.to_container(node, resolve=False)
@@ -51,15 +51,14 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
     typed_root = any(key_of(override) == "data.root" and override != NO_DATA for override in overrides)
     if typed_root and config.data.is_demo and config.data.root != default_at(config, "data.root"):
         return (
-            f"data.root={config.data.root} changes nothing in data={config.data.name}, whose clips are made under "
-            "paths.cache_dir; "
-            "choose another data=NAME, or leave data.root out"
+            f"data.root={config.data.root} changes nothing in data={config.data.name}, whose clips are rendered under "
+            "paths.cache_dir; choose another data=NAME, or leave data.root out"
         )
     return ""
 
 
 def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[str, str]) -> str:
-    """A sentence where nothing follows a key that is there to be followed."""
+    """Returns a sentence if nothing follows a key that is only a default of other keys; "" otherwise."""
     followers = _followers()[key]
     places = set(_places(plain, f"${{{key}}}"))
     if places - unread.keys():
@@ -70,20 +69,22 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
         if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}
     ]
     if there and there[0] in places:
-        return f"{key}={as_text(value)} changes nothing, as {there[0]} changes nothing {unread[there[0]].replace(there[0], key)}"
+        why = unread[there[0]].replace(there[0], key)
+        return f"{key}={as_text(value)} changes nothing, because {there[0]} changes nothing {why}"
     if any(value_at(config, one) == value for one in there):
         return ""
     if not there and value == default_at(config, key):
         return ""
     if not there:
         group = followers[0].partition(".")[0]
-        return f"{key}={as_text(value)} changes nothing with {group}={getattr(config, group).name}, which has no such key; leave {key} out"
+        chosen = f"{group}={getattr(config, group).name}"
+        return f"{key}={as_text(value)} changes nothing with {chosen}, which has no such key; leave {key} out"
     own = f"{there[0]}={as_text(value_at(config, there[0]))}"
     return f"{key}={as_text(value)} changes nothing beside {own}; set {there[0]}, or leave {key} out"
 
 
 def _places(values: Any, text: str, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of the values that hold a text."""
+    """Yields the dotted keys of the values that contain a text."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _places(value, text, f"{prefix}{name}.")
@@ -93,7 +94,7 @@ def _places(values: Any, text: str, prefix: str = "") -> Iterator[str]:
 
 @cache
 def _followers() -> dict[str, list[str]]:
-    """Key to the keys that follow it in some kind of their group."""
+    """Returns, for each key of `_SOURCES`, the keys that follow it in any kind of their group."""
     found: dict[str, list[str]] = {key: [] for key in _SOURCES}
     for group, kind in get_type_hints(Config).items():
         for schema in SCHEMAS.get(group, {"": kind}).values():
@@ -105,19 +106,17 @@ def _followers() -> dict[str, list[str]]:
 
 
 def check_single_run(overrides: Sequence[str], config: Config) -> None:
-    """Refuses settings of a whole sweep beside a single run or plan, which does not read them.
-
-    Values that are the defaults may stand.
+    """Refuses settings of a sweep for a single run or plan, unless they are the defaults.
 
     Args:
-        overrides: As typed.
-        config: What they make.
+        overrides: Overrides as typed on the command line.
+        config: Typed configuration.
 
     Raises:
-        UserError: One of them changes nothing.
+        UserError: A setting has no effect.
     """
     defaults: dict[str, Any] = {"sweep": GridSweepConfig(), "launcher": BasicLauncherConfig()}
-    for override in reversed(overrides):  # the last one of a key counts
+    for override in reversed(overrides):  # the last override of a key counts
         group, _, name = key_of(override).partition(".")
         if group not in defaults:
             continue
@@ -128,20 +127,20 @@ def check_single_run(overrides: Sequence[str], config: Config) -> None:
 
 
 def check_training(overrides: Sequence[str], config: Config) -> None:
-    """Refuses what only `evaluate.py` reads.
+    """Refuses settings that only `evaluate.py` reads.
 
     Args:
-        overrides: As typed.
-        config: What they make.
+        overrides: Overrides as typed on the command line.
+        config: Typed configuration.
 
     Raises:
-        UserError: One of them changes nothing in training.
+        UserError: A setting has no effect in training.
     """
     for override in overrides:
         key = key_of(override)
         if key == "data.split" and config.data.split is not default_at(config, key):
             raise UserError(
-                f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave "
+                f"{override} changes nothing in training, which scores val and test; pass it to evaluate.py, or leave "
                 "it out"
             )
         if (

@@ -1,4 +1,4 @@
-"""Deterministic mode of PyTorch: on while a run trains that asks for it, and off while captions are written."""
+"""Deterministic mode of PyTorch: on while training if it is configured, and off while captions are generated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import CUBLAS_WORKSPACE
 
-_NO_KERNEL = "does not have a deterministic implementation"  # PyTorch's words
+_NO_KERNEL = "does not have a deterministic implementation"  # part of PyTorch's error message
 _VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE,
     "FLASH_ATTENTION_DETERMINISTIC": "1",  # transformers reads it for the package flash-attn
@@ -19,14 +19,14 @@ _VARIABLES = {
 
 @contextmanager
 def deterministic_kernels(is_active: bool) -> Iterator[None]:
-    """Within it, equal inputs give equal bits on the same machine; the earlier state comes back at the end.
+    """Enables deterministic mode inside the context: equal inputs give equal bits on the same machine.
 
-    The mode is strict, as the backward passes of flash and memory-efficient attention ignore `warn_only`. Fresh memory
-    is not filled, which would cost a pass over every unpacked 4-bit weight, and nothing here reads memory before it is
-    written.
+    The mode is strict, because the backward passes of flash and memory-efficient attention ignore `warn_only`. New
+    memory is not filled: filling would cost a pass over every unpacked 4-bit weight, and nothing in this package reads
+    memory before writing it. The earlier state is restored at the end.
 
     Args:
-        is_active: Whether the mode is wanted; the context changes nothing without it.
+        is_active: Whether to enable the mode; otherwise the context does nothing.
 
     Raises:
         UserError: An operation has no deterministic kernel on this device.
@@ -50,8 +50,8 @@ def deterministic_kernels(is_active: bool) -> Iterator[None]:
                 raise
             operation = first_line(error).partition(f" {_NO_KERNEL}")[0]
             raise UserError(
-                f"trainer.deterministic is on, but the operation {operation} has no deterministic kernel here; "
-                "set trainer.deterministic=false"
+                f"trainer.deterministic is on, but the operation {operation} has no deterministic kernel on this "
+                "device; set trainer.deterministic=false"
             ) from error
         finally:
             filling.fill_uninitialized_memory = was_filling
@@ -61,9 +61,9 @@ def deterministic_kernels(is_active: bool) -> Iterator[None]:
 
 @contextmanager
 def fastest_kernels() -> Iterator[None]:
-    """Within it, deterministic mode is off; the earlier state comes back at the end.
+    """Disables deterministic mode inside the context, and restores the earlier state at the end.
 
-    Writing captions has no backward pass, and the mode sends each write into the cache of keys down a path that sorts.
+    Generation has no backward pass, and the mode would sort at each write to the key-value cache.
     """
     with _mode(False):
         yield

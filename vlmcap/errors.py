@@ -1,4 +1,4 @@
-"""The exception for a user's mistake, and what other exceptions say."""
+"""Exceptions with messages for the user, and the interpretation of other exceptions."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake in configuration or input, told in one sentence: what is wrong, where, and how to mend it.
+    """A mistake in configuration or input, with one sentence: what is wrong, which key or file, and how to fix it.
 
-    The command-line programs print the sentence and exit with code 2; any other exception is a bug of ours and keeps
-    its traceback.
+    The command-line programs print the sentence and exit with code 2; any other exception is a bug and keeps its
+    traceback.
     """
 
 
 class DoesNotFitError(UserError):
-    """A run that its GPU cannot hold.
+    """A run that does not fit on its GPU.
 
     Args:
-        sentence: For the user.
-        peak_gib: That the run needs.
-        usable_gib: That the GPU has.
+        sentence: Message for the user.
+        peak_gib: Memory in GiB that the run needs.
+        usable_gib: Memory in GiB that the GPU has.
     """
 
     def __init__(self, sentence: str, peak_gib: float = 0.0, usable_gib: float = 0.0) -> None:
@@ -31,10 +31,10 @@ class DoesNotFitError(UserError):
 
 
 class InUseError(UserError):
-    """A folder that another process writes to.
+    """A folder to which another process writes.
 
     Args:
-        sentence: For the user.
+        sentence: Message for the user.
         owner: Description of that process.
     """
 
@@ -44,15 +44,15 @@ class InUseError(UserError):
 
 
 class NotPlannedError(UserError):
-    """A run whose memory cannot be foretold; it may fit all the same."""
+    """A run whose memory cannot be planned; it may fit nevertheless."""
 
 
-class TrialPruned(Exception):  # noqa: N818 - no error: the search has seen enough
-    """A run that its search stopped, as others were better at the same point.
+class TrialPruned(Exception):  # noqa: N818 - a signal of the search, named as in Optuna
+    """A run that its search stopped, because other trials were better at the same point.
 
     Args:
-        sentence: For the user.
-        value: The last objective.
+        sentence: Message for the user.
+        value: Last value of the objective.
     """
 
     def __init__(self, sentence: str, value: float = float("nan")) -> None:
@@ -61,24 +61,24 @@ class TrialPruned(Exception):  # noqa: N818 - no error: the search has seen enou
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first, or its kind where it says nothing."""
+    """Returns the first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class DivergedError(UserError):
-    """A run whose loss or gradients went wrong; its last good checkpoint is left as it was."""
+    """A run whose loss or gradients diverged; its last good checkpoint is kept."""
 
 
 class OutOfMemoryError(UserError):
-    """A run whose memory did not do, with what would make it smaller."""
+    """A run that exceeded its memory, with settings that would make it smaller."""
 
 
 class StoppedBySignal(BaseException):
-    """A run that a signal stopped, its state saved.
+    """A run that a signal stopped after its state was saved.
 
     Args:
-        sentence: For the user.
-        number: Of the signal.
+        sentence: Message for the user.
+        number: Number of the signal.
     """
 
     def __init__(self, sentence: str, number: int) -> None:
@@ -87,7 +87,7 @@ class StoppedBySignal(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it for a process that died of the signal: 143 for SIGTERM, 130 for Ctrl-C, 138 for SIGUSR1."""
+        """Exit code that shells report for the signal: 143 for SIGTERM, 130 for Ctrl-C, 138 for SIGUSR1."""
         return 128 + self.number
 
 
@@ -99,48 +99,43 @@ _STORAGE = {
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written to"),
     errno.EACCES: ("permission is denied", _OTHER_FOLDER),
     errno.EPERM: ("permission is denied", _OTHER_FOLDER),
-    errno.ENOTDIR: ("a part of the path is a file", "choose another folder"),
-    errno.EEXIST: ("a file of that name is there", "choose another folder"),
+    errno.ENOTDIR: ("a component of the path is a file", "choose another folder"),
+    errno.EEXIST: ("a file of that name exists", "choose another folder"),
 }
-_SAID = re.compile(
-    r"No space left on device|disk is full|Disk quota exceeded|Read-only file system"
-)  # by libraries with errors of their own
+# Messages of libraries that raise their own errors.
+_MESSAGE = re.compile(r"No space left on device|disk is full|Disk quota exceeded|Read-only file system")
 _NUMBERS = {"Disk quota exceeded": errno.EDQUOT, "Read-only file system": errno.EROFS}
 
 
 def storage_problem(error: BaseException, folder: str | Path | None = None) -> str | None:
-    """A sentence for a folder that cannot be written to; None where no error in the chain is of that kind.
+    """Returns a sentence for a folder that cannot be written, or None if no error in the chain is about storage.
 
     Args:
-        error: What was raised.
-        folder: Where the program writes, for errors that name no file.
+        error: The exception.
+        folder: Folder that the program writes, for errors that name no file.
     """
     number = error.errno if isinstance(error, OSError) else None
-    if number not in _STORAGE and (said := _SAID.search(str(error))):
-        number = _NUMBERS.get(said.group(), errno.ENOSPC)
+    if number not in _STORAGE and (message := _MESSAGE.search(str(error))):
+        number = _NUMBERS.get(message.group(), errno.ENOSPC)
     if number not in _STORAGE:
         cause = error.__cause__ or error.__context__
         return None if cause is None else storage_problem(cause, folder)
     name = getattr(error, "filename", None)
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
-    what, fix = _STORAGE[number]
+    what, hint = _STORAGE[number]
     where = (
         (path.parent if path is not None and number in (errno.ENOSPC, errno.EDQUOT) else path)
         or folder
         or "a folder of this run"
     )
-    keys = "paths.output_dir is that of a run, paths.cache_dir that of features and the demo"
-    return f"{where} cannot be used, as {what}: {fix} ({keys})"
+    keys = "paths.output_dir is the folder of a run, paths.cache_dir that of features and the demo"
+    return f"{where} cannot be used, because {what}; {hint} ({keys})"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of the computer, here or in what the error came from."""
+    """Whether GPU or host memory ran out, in the error or in its causes."""
     text = str(error)
     found = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    said = (
-        "out of memory",
-        "can't allocate memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-    )  # bitsandbytes' kernels say the first
-    found = found or (isinstance(error, RuntimeError) and any(words in text for words in said))
+    messages = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # the first by bitsandbytes
+    found = found or (isinstance(error, RuntimeError) and any(message in text for message in messages))
     return found or (error.__cause__ is not None and is_out_of_memory(error.__cause__))

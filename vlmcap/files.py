@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all.
+"""Writes files and folders atomically.
 
-Both are written in a work folder beside their place, `.NAME.MACHINE-TOKEN.partial`, whose lock ends with its process,
-however that ends. So whoever writes next into the same parent can tell what dead processes have left from what living
-ones write, and removes the former.
+Both are written to a work folder beside their target, `.NAME.MACHINE-TOKEN.partial`, which is locked by its process.
+The lock ends with the process, so the next process that writes to the same parent removes the folders of dead processes
+and keeps those of running ones.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-with contextlib.suppress(ImportError):  # Windows, where the age of a work folder has to do
+with contextlib.suppress(ImportError):  # Windows has no fcntl; there, only the age of a work folder decides
     import fcntl
 
 _LOCK = "lock"
-_STALE_S = (
-    24 * 3600.0
-)  # of a work folder whose lock says nothing here: another machine's, or one on a file system without locks
+# Age of a work folder without a meaningful lock: one of another machine, or on a file system without locks.
+_STALE_S = 24 * 3600.0
 _PARTIAL = re.compile(r"\..+\.(?P<machine>[0-9A-Za-z]+)-[0-9a-f]{8}\.partial")
 
 
 @lru_cache(maxsize=1)
 def machine_name() -> str:
-    """Hexadecimal digits or letters for this boot of this machine, equal in all of its containers, which share its locks."""
+    """Returns letters and digits that identify this boot of this machine; its containers share name and locks."""
     try:
         name = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:  # without Linux the host name has to do
+    except OSError:  # not on Linux
         name = socket.gethostname()
     return "".join(letter for letter in name if letter.isalnum())[:12]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to; it takes the place of `path` when the block ends well, and is removed when it does not."""
+    """Yields a path to write to, which replaces `path` at the end of the block, or is removed if the block raises."""
     with work_folder(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
@@ -49,7 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into; it takes the name `path`, which may be an empty folder, when the block ends well, else it is removed."""
+    """Yields a folder to write to, which becomes `path` at the end of the block, or is removed if the block raises.
+
+    `path` may be an empty folder.
+    """
     with work_folder(path) as folder:
         (folder / path.name).mkdir()
         yield folder / path.name
@@ -58,7 +60,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def work_folder(path: Path) -> Iterator[Path]:
-    """A folder of this process alone beside `path`, for what will be moved there; it is removed when the block ends."""
+    """Yields a locked folder of this process beside `path`, and removes it at the end of the block."""
     remove_leftovers(path.parent)
     folder, lock = _make(path)
     try:
@@ -69,10 +71,10 @@ def work_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the work folders in `parent` whose processes are dead.
+    """Removes the work folders in `parent` whose processes are dead.
 
-    One of this machine goes at once; another machine's, and any where the file system has no locks, when it has not
-    changed for a day.
+    A folder of this machine is removed immediately. A folder of another machine, or on a file system without locks, is
+    removed if it has not changed for a day.
     """
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
@@ -82,13 +84,12 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _make(path: Path) -> tuple[Path, int]:
-    """A locked work folder, and the descriptor of its lock."""
+    """Makes a locked work folder, and returns it with the descriptor of its lock."""
     while True:
         folder = path.with_name(f".{path.name}.{machine_name()}-{secrets.token_hex(4)}.partial")
         folder.mkdir()
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # it was free for a moment, in which another process has removed it: try again
+        # Another process may remove the folder before it is locked: try again.
+        with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
             if _try_lock(lock) is not False and (folder / _LOCK).exists():
                 return folder, lock
@@ -96,7 +97,7 @@ def _make(path: Path) -> tuple[Path, int]:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where there are no locks."""
+    """Whether this process has acquired the lock; None if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -109,7 +110,7 @@ def _try_lock(descriptor: int) -> bool | None:
 def _remove_if_dead(folder: Path, *, is_here: bool) -> None:
     changed = max(place.stat().st_mtime for place in (folder, *folder.iterdir()))
     is_stale = time.time() - changed > _STALE_S
-    if not (folder / _LOCK).exists():  # just being made, or just being removed
+    if not (folder / _LOCK).exists():  # another process is creating or removing it
         if is_stale:
             shutil.rmtree(folder, ignore_errors=True)
         return

@@ -1,4 +1,4 @@
-"""Libraries loaded at once, and silence for what they say to developers."""
+"""Imports heavy libraries quickly, and silences their messages to developers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import sys
 import warnings
 
 CUBLAS_WORKSPACE = ":4096:8"  # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
-_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is PyTorch's newer name
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is the newer name
 
 
 def set_cuda_variables() -> None:
-    """Sets what PyTorch reads once per process, before it is imported; what the user has set stays.
+    """Sets environment variables that PyTorch reads once per process, unless the user has set them.
 
-    The CUDA allocator may grow its segments: batches differ in length, and segments of fixed sizes fragment. torchtune
-    measured 16.4 GiB reserved without and 10.8 with expandable segments
-    (https://github.com/pytorch/torchtune/issues/1185). The workspace of cuBLAS is one with which its products can be
-    deterministic, as a later run of the process may ask for that.
+    Expandable segments of the CUDA allocator avoid fragmentation by batches of different lengths. torchtune measured
+    16.4 GiB of reserved memory without and 10.8 GiB with them (https://github.com/pytorch/torchtune/issues/1185). The
+    cuBLAS workspace allows deterministic products, which a later run of the process may need.
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
@@ -26,24 +25,24 @@ def set_cuda_variables() -> None:
 
 
 def has_expandable_segments() -> bool:
-    """Whether a run started from here has a CUDA allocator whose segments grow."""
+    """Whether a run of this process uses expandable segments of the CUDA allocator."""
     chosen = [os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ]
     return not chosen or any("expandable_segments:true" in value.lower() for value in chosen)
 
 
 def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None:
-    """Imports the heavy libraries without the collector of circles, which would search all that they define again and again.
+    """Imports the heavy libraries with garbage collection turned off, which saves repeated scans of their objects.
 
-    What they define stays for good, so later collections leave it out too. Only before anything else ran: what an
-    earlier run left behind must not stay.
+    These objects live until the end of the process, so later collections skip them too. Does nothing if the libraries
+    are imported already, as the garbage of an earlier run must not be kept.
 
     Args:
-        with_adapters: The run needs peft, which is a quarter of the time.
-        with_training: It needs lightning, which a plan does not.
+        with_adapters: Whether to import peft, which takes a quarter of the time.
+        with_training: Whether to import lightning, which a plan does not need.
     """
     if ("lightning" if with_training else "torch") in sys.modules:
         return
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks when peft imports it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # logs when peft imports it
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -62,7 +61,7 @@ def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None
 
 
 def silence_libraries() -> None:
-    """Silences what the libraries say to developers; our own lines say what a user needs."""
+    """Silences messages of libraries to developers; this package prints what a user needs."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

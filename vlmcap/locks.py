@@ -1,8 +1,8 @@
-"""Who works on what: files that processes on one or more machines lock and keep fresh.
+"""Claims on folders and work: files that processes on one or more machines lock and update.
 
-A lock is the kernel's (flock): it ends with its process, however that ends, and cannot be left behind as a process
-number can. What a lock does not reach beyond its machine for, the times of the files say: mounts that keep locks to
-themselves, and file servers that count the locks of a machine that died.
+Locks are those of the kernel (flock), which end with their process and cannot be left behind like a process number. For
+mounts that do not share locks between machines, and for file servers that keep the locks of a dead machine, the
+modification times of the files show which processes are alive.
 """
 
 from __future__ import annotations
@@ -30,33 +30,30 @@ from vlmcap.files import machine_name
 from vlmcap.terminal import LineClock
 
 CLAIMS = ".claims"
-"""Name of the folder of claims inside of the folder that they are about."""
+"""Name of the folder of claims, inside the claimed folder."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of a file system without locks."""
+"""Error numbers of a file system without locks."""
 
-_RUN = "run"  # name of the claim to a whole folder
-_STALE_S = 120.0
+_RUN = "run"  # name of the claim to a full folder
+_STALE_S = 120.0  # without an update, after which a claim of another machine is free
 _POLL_S = 0.2
 _MAX_COMMAND = 120  # characters of an owner's command that are shown
 
-_owned: dict[Path, int] = {}  # folders that `claimed_folder` holds -> number of the process, as forks inherit the table
+_owned: dict[Path, int] = {}  # folders that `claimed_folder` holds -> process id, because forks inherit the table
 
 
 def process_name() -> str:
-    """`machine-token` of this process.
-
-    Two names without hyphens, as a process number may be another's in a container or tomorrow.
-    """
+    """Returns `machine-token` of this process; a process id would not be unique over containers and time."""
     return f"{machine_name()}-{_token(os.getpid())}"
 
 
 def is_here(name: str) -> bool:
-    """Whether a `process_name` is of this machine."""
+    """Whether a `process_name` belongs to this machine."""
     return name.partition("-")[0] == machine_name()
 
 
 def describe_process() -> str:
-    """Number, machine, time and command of this process, for those who meet its claim."""
+    """Returns process id, machine, time and command of this process, for messages of other processes."""
     command = " ".join(shlex.join(sys.argv).split())
     shown = command if len(command) <= _MAX_COMMAND else f"{command[:_MAX_COMMAND]}…"
     return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')} ({shown})"
@@ -64,35 +61,33 @@ def describe_process() -> str:
 
 @lru_cache
 def _token(pid: int) -> str:
-    """Eight hexadecimal digits, others in a fork."""
+    """Returns eight hexadecimal digits, which differ in a fork."""
     return secrets.token_hex(4)
 
 
 def file_lock(path: Path, timeout_s: float = 0.0) -> BaseFileLock:
-    """A lock of this process, not of its thread or its forks, on a file that other users may lock too.
+    """Returns a lock of this process (not of a thread or a fork) on a file that other users may lock too.
 
-    The library's own way out on file systems without locks is not taken: it leaves files that nobody ever removes.
+    The library's fallback for file systems without locks is disabled, because it leaves files that nobody removes.
     """
     return FileLock(path, timeout_s, 0o666, thread_local=False, fallback_to_soft=False)
 
 
 class Claims:
-    """Claims of this process, in a context that gives them back at its end.
+    """Claims of this process, in a context that releases them at its end.
 
-    The features of clips do not depend on a claim for their correctness: two processes with the same claim do the same
-    work twice.
-
-    A claim of a process that has ended on this machine is free at once. That of another machine is when the time of its
-    file has stood still for `stale_s` by our own clock, as the clocks of two machines may differ.
+    Claims avoid duplicate work, but stored features stay correct without them. A claim of a dead process on this
+    machine is free immediately. A claim of another machine is free if its file has not been updated for `stale_s`,
+    measured by the clock of this machine, because clocks may differ.
 
     Args:
-        folder: Folder of the claims; it is made here.
-        stale_s: Seconds without a sign of life after which a claim is free.
+        folder: Folder of the claims, which is created.
+        stale_s: Seconds without an update after which a claim is free.
     """
 
     def __init__(self, folder: Path, stale_s: float) -> None:
         self.folder, self.stale_s = folder, stale_s
-        self.is_locked_elsewhere = False  # whether the last claim that was not ours to take is locked
+        self.is_locked_elsewhere = False  # whether the last claim that could not be taken is locked
         self._held: dict[str, BaseFileLock] = {}
         self._seen: dict[str, tuple[int, float]] = {}
         self._ended = threading.Event()
@@ -109,13 +104,13 @@ class Claims:
         self._ended.set()
         self.release(tuple(self._held))
         with contextlib.suppress(OSError):
-            self.folder.rmdir()  # others' claims keep it
+            self.folder.rmdir()  # fails while others have claims
 
     def take(self, name: str) -> bool:
-        """Whether the claim is ours now."""
+        """Takes a claim, and returns whether that succeeded."""
         path, lock = self.folder / name, file_lock(self.folder / name)
         with contextlib.suppress(OSError):
-            if self._stands_still(path):
+            if self._is_stale(path):
                 path.unlink()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # the last process to leave removes it
@@ -127,7 +122,7 @@ class Claims:
             if error.errno not in NO_LOCKS:
                 raise
         owner = path.read_text(errors="replace") if path.exists() else ""
-        if owner and not (is_here(owner) and lock.is_locked):  # alive, as far as can be seen from here
+        if owner and not (is_here(owner) and lock.is_locked):  # the owner may be alive on another machine
             lock.release()
             self.is_locked_elsewhere = False
             return False
@@ -136,26 +131,22 @@ class Claims:
         return True
 
     def owner(self, name: str) -> tuple[str, int]:
-        """What stands in a claim, its owner's `process_name` and description, and the time of the file in ns.
-
-        Nothing where it has gone.
-        """
+        """Returns the text of a claim (name and description of its owner) and its time in ns; ("", 0) if it is gone."""
         path = self.folder / name
         with contextlib.suppress(OSError):
             return path.read_text(errors="replace"), path.stat().st_mtime_ns
         return "", 0
 
     def release(self, names: Iterable[str]) -> None:
-        """Give claims back."""
+        """Releases claims."""
         for name in names:
             lock = self._held.pop(name)
             with contextlib.suppress(OSError):
-                (
-                    self.folder / name
-                ).unlink()  # before the lock ends: whoever has opened the file meanwhile sees that it has gone
+                # Before the lock ends, so that a process with the file open sees that it was removed.
+                (self.folder / name).unlink()
             lock.release()
 
-    def _stands_still(self, path: Path) -> bool:
+    def _is_stale(self, path: Path) -> bool:
         changed, now = path.stat().st_mtime_ns, time.monotonic()
         before, since = self._seen.get(path.name, (None, now))
         if before != changed:
@@ -171,7 +162,7 @@ class Claims:
 
 
 def remove_free_claims(folder: Path) -> None:
-    """Remove the claims of dead processes of this machine, and the folder if that leaves none."""
+    """Removes the claims of dead processes of this machine, and the folder if no claim is left."""
     with contextlib.suppress(OSError):
         claims, names = Claims(folder, math.inf), os.listdir(folder)
         claims.release([name for name in names if claims.take(name)])
@@ -180,19 +171,18 @@ def remove_free_claims(folder: Path) -> None:
 
 @contextmanager
 def claimed_folder(folder: Path, key: str) -> Iterator[None]:
-    """Holds a folder that one program at a time may write to.
+    """Claims a folder inside the context, to which one process at a time may write.
 
-    It is made with its parents, and removed at the end if it is empty.
-
-    A process may hold a folder again that it holds already.
+    The folder is created with its parents, and removed at the end if it is empty. A process can claim a folder again
+    that it holds already.
 
     Args:
         folder: Folder to write to.
-        key: Setting that names the folder, as the user knows it.
+        key: Setting that names the folder, for messages.
 
     Raises:
-        InUseError: A living process holds the folder.
-        UserError: The folder cannot be written to.
+        InUseError: Another running process holds the folder.
+        UserError: The folder cannot be written.
     """
     path = folder.absolute()
     if _owned.get(path) == os.getpid():
@@ -201,7 +191,7 @@ def claimed_folder(folder: Path, key: str) -> Iterator[None]:
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         with claimed(
-            folder / CLAIMS / _RUN, f"{key}={folder} is in use", "wait for it to end, stop it, or choose another folder"
+            folder / CLAIMS / _RUN, f"{key}={folder} is in use", "wait until it ends, stop it, or choose another folder"
         ):
             _owned[path] = os.getpid()
             try:
@@ -215,7 +205,7 @@ def claimed_folder(folder: Path, key: str) -> Iterator[None]:
 
 
 def living_owner(folder: Path) -> str | None:
-    """Description of the process that holds a folder by `claimed_folder`; None where nobody else does."""
+    """Returns the description of the process that holds a folder by `claimed_folder`; None if no other does."""
     if not (folder / CLAIMS / _RUN).exists():
         return None
     try:
@@ -227,20 +217,19 @@ def living_owner(folder: Path) -> str | None:
 
 @contextmanager
 def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds a claim, whose file is `claim`.
+    """Holds a claim inside the context.
 
-    A process that has ended blocks nobody. One on another machine, whose locks may not reach here, gets two minutes to
-    show a sign of life.
+    Claims of dead processes are taken over. A process on another machine, whose locks may not be visible here, has two
+    minutes to update its claim.
 
     Args:
         claim: File of the claim, in a folder of claims.
-        state: What holds while another process has the claim, such as "the folder x is in use"; the owner is named
-            behind it.
-        advice: How to go on then.
-        wait_s: Seconds to wait for a living owner; a line says who it is.
+        state: Message while another process has the claim, such as "the folder x is in use"; the owner is appended.
+        advice: What the user can do then.
+        wait_s: Seconds to wait for a running owner, which is named in a line.
 
     Raises:
-        InUseError: A living process holds the claim, and still does after `wait_s`.
+        InUseError: A running process still holds the claim after `wait_s`.
         UserError: The claim cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -252,12 +241,12 @@ def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0) -> Ite
             ) from error
         if owner:
             waited = f", after {wait_s:.0f} s of waiting" if wait_s else ""
-            raise InUseError(f"{state} by {owner}{waited}: {advice}", owner)
+            raise InUseError(f"{state} by {owner}{waited}; {advice}", owner)
         yield
 
 
 def _wait(claims: Claims, name: str, state: str, wait_s: float) -> str:
-    """Empty once the claim is ours; its owner where that lives after `wait_s`."""
+    """Waits for a claim; returns "" if it was taken, or its owner if that is still running after `wait_s`."""
     started, first, schedule = time.monotonic(), 0, None
     while not claims.take(name):
         text, changed = claims.owner(name)
@@ -269,7 +258,7 @@ def _wait(claims: Claims, name: str, state: str, wait_s: float) -> str:
         if owner and (schedule is None or schedule.is_due()):
             schedule = schedule or LineClock()
             print(
-                f"{state} by {owner}; waiting for it{'' if wait_s else ' to show whether it still runs'}",
+                f"{state} by {owner}; waiting {'for it' if wait_s else 'to see whether it is still running'}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,7 +1,4 @@
-"""Overrides as people type them.
-
-Values that Hydra cannot parse are quoted, and keys of other programs are answered with ours.
-"""
+"""Reads overrides as users type them: quotes values that Hydra cannot parse, and explains keys of other programs."""
 
 from __future__ import annotations
 
@@ -19,13 +16,16 @@ from vlmcap.errors import UserError
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-_RATES = "adapter_lr is for the adapters, tuning.projector_lr for the projector, tuning.align_lr for the first stage of two_stage"
-_EPOCHS = "tuning.align_epochs of them are the first stage of tuning=two_stage"
+_RATES = (
+    "this is the rate of the adapters; tuning.projector_lr is that of the projector, and tuning.align_lr that of the "
+    "first stage of two_stage"
+)
+_EPOCHS = "of these, tuning.align_epochs are the first stage of tuning=two_stage"
 _QUANTIZATION = "llm.quantization"
 
-# Keys of Lightning, Hydra, transformers and lightning-hydra-template; what is set here instead, with the value that was
-# typed where the text ends in "="; and what more there is to say. A key whose last name is one of ours, such as
-# `trainer.precision`, needs no line.
+# Keys of Lightning, Hydra, transformers and lightning-hydra-template, with the override to use instead and a note. If
+# the override ends in "=", the typed value is appended. A key whose last name exists here, such as `trainer.precision`,
+# needs no entry.
 HINTS: dict[str, tuple[str, str]] = {
     name: (instead, more)
     for names, instead, more in (
@@ -109,7 +109,7 @@ HINTS: dict[str, tuple[str, str]] = {
             "",
         ),
         ("fast_dev_run trainer.fast_dev_run", "debug=fast", "two steps of everything"),
-        ("overfit_batches trainer.overfit_batches", "debug=overfit", "data.max_clips says how many clips"),
+        ("overfit_batches trainer.overfit_batches", "debug=overfit", "data.max_clips is the number of clips"),
         ("limit_train_batches trainer.limit_train_batches", "data.max_clips=", "clips, not batches"),
         ("limit_val_batches trainer.limit_val_batches", "evaluation.max_clips=", "clips, not batches"),
         ("limit_test_batches trainer.limit_test_batches", "evaluation.max_final_clips=", "clips, not batches"),
@@ -129,42 +129,32 @@ HINTS: dict[str, tuple[str, str]] = {
         ("hydra/launcher=submitit_slurm hydra/launcher=submitit", "launcher=submitit", ""),
         ("hydra/launcher=submitit_local", "launcher=submitit launcher.is_local=true", ""),
         ("hydra/launcher=ray hydra/launcher=ray_aws", "launcher=ray", ""),
-        ("hydra/launcher", "launcher=", "basic, joblib, submitit and ray are there"),
+        ("hydra/launcher", "launcher=", "one of basic, joblib, submitit and ray"),
         ("hydra/sweeper=optuna", "sweep=optuna", ""),
-        ("hydra/sweeper", "sweep=", "default, optuna, halving and wandb are there"),
+        ("hydra/sweeper", "sweep=", "one of default, optuna, halving and wandb"),
     )
     for name in names.split()
 }
 _PLUGINS = {"hydra.sweeper.": "sweep", "hydra.launcher.": "launcher"}  # keys of Hydra's own plugins
-_DEFAULT_KINDS = {
-    "tuning": "two_stage",
-    "logger": "csv",
-    "sweep": "grid",
-    "launcher": "basic",
-    "llm": "tiny",
-}  # of conf/train.yaml
-_KINDS_OF_FILES = {"default": "grid", "demo": "two_stage"}  # where a file is not called as its kind
-_LIKE = {
-    "adapter_lr": ("llm_lr", "projector_lr"),
-    "align_lr": ("projector_lr",),
-}  # what a kind of tuning has where it lacks a rate
-_NOTHING = ("experiment=null", "debug=null")  # their defaults, which Hydra refuses to hear again
-_LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has these itself
+# Choices of conf/train.yaml.
+_DEFAULT_KINDS = {"tuning": "two_stage", "logger": "csv", "sweep": "grid", "launcher": "basic", "llm": "tiny"}
+_KINDS_OF_FILES = {"default": "grid", "demo": "two_stage"}  # files whose name is not their kind
+# Learning rates to suggest if a kind of tuning lacks the typed one.
+_LIKE = {"adapter_lr": ("llm_lr", "projector_lr"), "align_lr": ("projector_lr",)}
+_NOTHING = ("experiment=null", "debug=null")  # the defaults, which Hydra does not accept as overrides
+_LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # accepted by Hydra itself
 
 
 def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command: str = "") -> list[str]:
-    """Overrides as Hydra's grammar has them.
-
-    A value that Hydra can parse keeps its meaning; any other is text, and is quoted.
+    """Returns overrides in Hydra's grammar; values that Hydra cannot parse are quoted as text.
 
     Args:
         arguments: Overrides as typed, such as `data.root=~/도심 (1)`.
-        is_sweep: Whether several values may be given: then the elements of `a,b` and of `choice(a,b)` are quoted one by
-            one.
-        command: Command line that would take several values, with `-m`; empty where there is none.
+        is_sweep: Whether several values are allowed; elements of `a,b` and `choice(a,b)` are then quoted one by one.
+        command: Command line with `-m`, which allows several values; empty if there is none.
 
     Raises:
-        UserError: A key is one of another program, or several values are given to what takes one.
+        UserError: A key belongs to another program, or a key has several values outside of a sweep.
     """
     arguments = [argument for argument in arguments if argument not in _NOTHING]
     for argument in arguments:
@@ -173,7 +163,7 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
         key, _, value = argument.partition("=")
         if key in SCHEMAS and value in ("null", ""):
             raise UserError(
-                f"{key}={value} chooses nothing; name one of those that `python train.py --help` lists, or leave "
+                f"{key}={value} chooses nothing; choose one of the names that `python train.py --help` lists, or leave "
                 f"{key} out"
             )
     found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
@@ -185,28 +175,28 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
 
 
 def key_of(override: str) -> str:
-    """The key of an override, without what adds or deletes and without a package."""
+    """Returns the key of an override, without the prefixes `+` and `~` and without a package."""
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def foreign_key(override: str, beside: Sequence[str] = ()) -> str:
-    """A sentence that names our key for one of Lightning, Hydra or transformers; empty for any other.
+    """Returns a sentence that names the key to use for one of Lightning, Hydra or transformers; "" for any other key.
 
     Args:
-        override: As typed.
-        beside: The other overrides, which say what the key has to fit.
+        override: Override as typed.
+        beside: The other overrides, whose choices the key must fit.
     """
     key, _, value = override.lstrip("+~").partition("=")
     key = key.partition("@")[0]
     if f"{key}={value}" in _LEFT_TO_HYDRA:
         return ""
     instead, more = HINTS.get(f"{key}={value}") or HINTS.get(key) or ("", "")
-    for theirs, ours in _PLUGINS.items():
-        name = key.removeprefix(theirs)
+    for prefix, group in _PLUGINS.items():
+        name = key.removeprefix(prefix)
         if name != key and name.partition(".")[0] not in ("_target_", "params", "max_batch_size"):
-            names = sorted({field.name for schema in SCHEMAS[ours].values() for field in fields(schema)} - {"kind"})
+            names = sorted({field.name for schema in SCHEMAS[group].values() for field in fields(schema)} - {"kind"})
             instead = (
-                f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
+                f"{group}.{name}=" if name in names else f"one of {', '.join(f'{group}.{known}' for known in names)}"
             )
     if not instead:
         return ""
@@ -217,7 +207,7 @@ def foreign_key(override: str, beside: Sequence[str] = ()) -> str:
 
 
 def _fitting(instead: str, beside: Sequence[str]) -> tuple[str, str]:
-    """Our key for what is chosen beside it, and a choice that goes in front where that has no such key."""
+    """Returns the key that fits the chosen kinds, and a choice to prepend if the chosen kind has no such key."""
     group, dot, name = instead.removesuffix("=").partition(".")
     if not dot or not instead.endswith("=") or group not in _DEFAULT_KINDS:
         return instead, ""
@@ -225,9 +215,9 @@ def _fitting(instead: str, beside: Sequence[str]) -> tuple[str, str]:
     for override in beside:
         if key_of(override) == group:
             chosen = override.partition("=")[2]
-    if group == "llm":  # the file of another model has what suits that one
+    if group == "llm":  # the tiny model's file has settings that do not suit another checkpoint
         return instead, "llm=custom " if chosen == _DEFAULT_KINDS[group] and name == "checkpoint" else ""
-    if (kind := SCHEMAS[group].get(_KINDS_OF_FILES.get(chosen, chosen))) is None:  # a file of the user's own
+    if (kind := SCHEMAS[group].get(_KINDS_OF_FILES.get(chosen, chosen))) is None:  # a file of the user
         return instead, ""
     for one in (name, *_LIKE.get(name, ())):
         if one.partition(".")[0] in (field.name for field in fields(kind)) and not (
@@ -246,21 +236,21 @@ def _fitting(instead: str, beside: Sequence[str]) -> tuple[str, str]:
 
 
 def quoted(text: object) -> str:
-    """A value in quotes, with quotes and backslashes in it escaped as Hydra's grammar wants them."""
+    """Quotes a value, and escapes quotes and backslashes for Hydra's grammar."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(str(text), Quote.single).with_quotes()
 
 
 def sweep_values(override: Override) -> list[str]:
-    """The values of a sweep, each as an override takes it: Hydra drops the quotes of some."""
+    """Returns the values of a sweep in the form of an override; quotes that Hydra has dropped are restored."""
     escaped = re.compile(r"\\([\\()\[\]{}:=, \t])")
     values = override.sweep_string_iterator()
     return [value if not value or _is_value(value) else quoted(escaped.sub(r"\1", value)) for value in values]
 
 
 def shell_quoted(argument: str) -> str:
-    """An argument as it is typed in a shell, in double quotes where it holds single ones."""
+    """Quotes an argument for a shell, in double quotes if it contains single ones."""
     return f'"{argument}"' if "'" in argument and not re.search(r'["$`\\!]', argument) else shlex.quote(argument)
 
 
@@ -272,7 +262,7 @@ def _parser() -> Any:
 
 
 def _parsed(override: str) -> Override | None:
-    """The override as Hydra reads it; None where it cannot."""
+    """Parses an override with Hydra; returns None if that fails."""
     from hydra.errors import HydraException
 
     try:
@@ -287,21 +277,18 @@ def _is_value(text: str) -> bool:
 
 
 def _in_grammar(override: str, *, is_sweep: bool) -> str:
-    """The override with its value quoted where Hydra cannot parse it."""
+    """Returns the override with its value quoted if Hydra cannot parse it."""
     key, equals, value = override.partition("=")
     if not equals or not value.strip() or _is_value(value):
         return override
     if is_sweep:
         elements = _elements(value, _quoted_sweep)
-        return f"{key}={','.join(elements)}" if all(elements) else override  # nothing between two commas: Hydra says so
+        return f"{key}={','.join(elements)}" if all(elements) else override  # Hydra reports an empty element
     return f"{key}={_quoted_value(value)}"
 
 
 def _elements(text: str, element: Callable[[str], str]) -> list[str]:
-    """What stands between the commas, each made parsable.
-
-    A comma inside of quotes, brackets or a call parts nothing.
-    """
+    """Splits text at commas outside of quotes, brackets and calls, and applies `element` to what cannot be parsed."""
     pieces, found = text.split(","), []
     start = 0
     while start < len(pieces):
@@ -322,7 +309,7 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
 def _is_closed(text: str) -> bool:
-    """Whether this is a whole list, dictionary or call of one of Hydra's functions."""
+    """Whether the text is a complete list, dictionary or call of one of Hydra's functions."""
     opened = _OPENED.match(text)
     if opened is None:
         return False
@@ -332,39 +319,39 @@ def _is_closed(text: str) -> bool:
 
 
 def _quoted_sweep(text: str) -> str:
-    """An element of a sweep: a call such as `choice(…)` has its arguments quoted."""
+    """Quotes an element of a sweep; of a call such as `choice(…)`, the arguments are quoted."""
     opened = _OPENED.match(text)
     if opened is None or not opened.group(1).endswith("(") or not _is_closed(text):
         return _quoted_value(text)
     elements = ",".join(_elements(text[opened.end() : text.rindex(")")], _quoted_sweep))
-    # Hydra drops the quotes of what choice() holds, but not those of the same values without it.
+    # Hydra drops the quotes of values inside choice(), but not of the same values without it.
     call = elements if opened.group(1) == "choice(" else f"{opened.group(0)}{elements})"
-    return call if _parsed(f"key={call}") else text  # Hydra says what is wrong with the call
+    return call if _parsed(f"key={call}") else text  # Hydra reports what is wrong with the call
 
 
 def _quoted_value(text: str) -> str:
-    """A list or dictionary whose elements are quoted, or the whole text in quotes; `~` in front is the home folder."""
+    """Quotes the elements of a list or dictionary, or the full text; a leading `~` becomes the home folder."""
     text = text.strip()
     if text[:1] in ("[", "{") and _is_closed(text):
         inner = _elements(text[1:-1], _quoted_value if text[0] == "[" else _quoted_pair)
-        if _is_value(made := f"{text[0]}{','.join(inner)}{text[-1]}"):
-            return made
+        if _is_value(collection := f"{text[0]}{','.join(inner)}{text[-1]}"):
+            return collection
     return quoted(os.path.expanduser(text) if text.startswith("~") else text)
 
 
 def _quoted_pair(text: str) -> str:
-    """`key: value` of a dictionary."""
+    """Quotes the value of `key: value` in a dictionary."""
     key, colon, value = text.partition(":")
     return f"{key}{colon}{value if _is_value(value) else _quoted_value(value)}"
 
 
 def _several_values(typed: str, override: Override, command: str) -> str:
     key, _, value = typed.partition("=")
-    again = (
-        f"with -m it tries one after another: {command}"
+    hint = (
+        f"add -m to run one after another: {command}"
         if command
-        else "give it one value; `vlmcap train -m` tries several"
+        else "give it one value, or use `vlmcap train -m` to run several"
     )
     is_list = getattr(override.value(), "simple_form", False) and "." in key
-    single = f", and {shell_quoted(f'{key}={quoted(value)}')} is one value with a comma" if is_list else ""
-    return f"{typed} names several values: {again}{single}"
+    single = f"; for one value with a comma, write {shell_quoted(f'{key}={quoted(value)}')}" if is_list else ""
+    return f"{typed} has several values; {hint}{single}"

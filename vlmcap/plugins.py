@@ -1,7 +1,7 @@
-"""A user's own parts: modules that register kinds beside ours, from files, importable names and installed distributions.
+"""Plugins: modules of a user that register kinds, from files, importable modules and installed distributions.
 
-A plugin is code that the user names or installs. Nothing is ever loaded out of a checkpoint, which only says which
-plugin its parts came from.
+A plugin is code that the user names or installs. No code is ever loaded from a checkpoint, which only names the plugins
+of its components.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 from vlmcap.config.kinds import MAKERS, SCHEMAS, maker_of
 from vlmcap.errors import UserError, first_line
 
-PLUGINS_VARIABLE = (
-    "VLMCAP_PLUGINS"  # files and module names; in the environment, so that processes of the same run load them too
-)
+# Files and module names are kept in the environment, so that other processes of the run load them too.
+PLUGINS_VARIABLE = "VLMCAP_PLUGINS"
 ENTRY_POINTS = {
     "vlmcap.encoders": "encoder",
     "vlmcap.projectors": "projector",
@@ -30,16 +29,16 @@ ENTRY_POINTS = {
     "vlmcap.metrics": "metric",
     "vlmcap.data_formats": "data",
 }
-"""Group of entry points -> group of parts; the name of an entry point is the kind."""
+"""Entry point group -> group of the configuration; the name of an entry point is the kind."""
 
 _loaded: set[str] = set()
 
 
 def take_plugins(given: Sequence[str]) -> list[str]:
-    """The arguments of a program without its `--plugin X` and `--plugin=X`, whose modules are loaded.
+    """Loads the modules of `--plugin X` and `--plugin=X`, and returns the other arguments.
 
     Raises:
-        UserError: One of them cannot be loaded.
+        UserError: A plugin cannot be loaded.
     """
     rest, names, arguments = [], [], iter(given)
     for argument in arguments:
@@ -50,7 +49,7 @@ def take_plugins(given: Sequence[str]) -> list[str]:
         name = value if equals else next(arguments, "")
         if not name:
             raise UserError(
-                "--plugin has no value; give a Python file or an importable module: --plugin my_projector.py"
+                "--plugin has no value; pass a Python file or an importable module, such as --plugin my_projector.py"
             )
         names.append(name)
     use_plugins(names)
@@ -58,13 +57,13 @@ def take_plugins(given: Sequence[str]) -> list[str]:
 
 
 def use_plugins(names: Sequence[str]) -> None:
-    """Loads plugins, here and in the processes that this one starts.
+    """Loads plugins in this process and in those that it starts.
 
     Args:
         names: Python files or names of importable modules.
 
     Raises:
-        UserError: One of them cannot be loaded, or registers nothing.
+        UserError: A plugin cannot be loaded, or registers nothing.
     """
     for name in names:
         path = Path(name).expanduser()
@@ -75,7 +74,7 @@ def use_plugins(names: Sequence[str]) -> None:
 
 
 def load_plugins() -> None:
-    """Loads what the environment names and what is installed, once.
+    """Loads the plugins that the environment names and those that are installed, once.
 
     Raises:
         UserError: A plugin that the environment names cannot be loaded.
@@ -88,15 +87,19 @@ def load_plugins() -> None:
         _loaded.add(key)
         try:
             point.load()
-        except Exception as error:  # what is installed for another purpose must not keep a run from starting
+        except Exception as error:  # an installed plugin that the run may not need must not stop it
             print(
-                f"Warning: {_owner(point)[0]} is installed and left out, as it cannot be loaded ({_reason(error)}).",
+                f"Warning: the installed plugin {_owner(point)[0]} is ignored, because it cannot be loaded "
+                f"({_reason(error)}).",
                 file=sys.stderr,
             )
             continue
         group = ENTRY_POINTS[point.group]
         if point.name not in MAKERS.get(group, {}):
-            print(f"Warning: {_owner(point)[0]} is installed and registers no {group}={point.name}.", file=sys.stderr)
+            print(
+                f"Warning: the installed plugin {_owner(point)[0]} does not register {group}={point.name}.",
+                file=sys.stderr,
+            )
 
 
 def _named() -> list[str]:
@@ -111,25 +114,25 @@ def _load(name: str) -> None:
     _loaded.add(name)
     if is_new and before == {(group, kind) for group, kinds in MAKERS.items() for kind in kinds}:
         raise UserError(
-            f"--plugin {name} registers no part; decorate its class or function with "
+            f"--plugin {name} registers no component; decorate its class or function with "
             "vlmcap.config.kinds.register_component"
         )
 
 
 def _import(name: str) -> bool:
-    """Imports a file or a module; returns whether it was not there before.
+    """Imports a file or a module, and returns whether it was not imported before.
 
-    A file is imported under its own name from its own folder, the last that is searched: it hides nothing, and
-    processes of this run, which unpickle its classes, find it in the same way.
+    A file is imported under its own name from its own folder, which is appended to the search path. So it hides no
+    other module, and other processes of the run, which unpickle its classes, find it in the same way.
     """
     file = Path(name) if name.endswith(".py") else None
     module_name = name if file is None else file.stem
     if file is not None:
         if not file.is_file():
-            raise UserError(f"--plugin {name} is no file; give a Python file or an importable module")
+            raise UserError(f"--plugin {name} does not exist; pass a Python file or an importable module")
         if not module_name.isidentifier():
             raise UserError(
-                f"--plugin {name} cannot be imported under the name {module_name}; rename it to letters, digits and _"
+                f"--plugin {name} cannot be imported as {module_name}; use only letters, digits and _ in its name"
             )
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
@@ -140,14 +143,14 @@ def _import(name: str) -> bool:
         raise
     except Exception as error:
         sys.modules.pop(module_name, None)
-        raise UserError(f"--plugin {name} cannot be loaded ({_reason(error)}); correct it, or leave it out") from error
+        raise UserError(f"--plugin {name} cannot be loaded ({_reason(error)}); fix it, or leave it out") from error
     if file is not None and Path(str(module.__file__)).resolve() != file.resolve():
         raise UserError(f"--plugin {name} has the name of another module, {module.__file__}; rename the file")
     return is_new
 
 
 def _reason(error: BaseException) -> str:
-    """Type, message and last line of an exception in one line."""
+    """Formats type, message and position of an exception in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {first_line(error)}{where}"
@@ -162,29 +165,27 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else (point.module, "")
 
 
-# --- what a part came from --------------------------------------------------------------------------------------------
+# --- origin of components ---------------------------------------------------------------------------------------------
 
 
 def plugin_kinds(group: str) -> list[str]:
-    """Kinds of a group that plugins registered, sorted."""
+    """Returns the sorted kinds of a group that plugins registered."""
     return sorted(kind for kind, schema in SCHEMAS.get(group, {}).items() if is_foreign(schema))
 
 
 def plugins_of(config: Any) -> dict[str, dict[str, str]]:
-    """Group to kind, plugin and version of each part of a configuration that a plugin brought, as plain data."""
-    parts: dict[str, Any] = {group: getattr(config, group) for group in SCHEMAS}
-    found = {group: part for group, part in parts.items() if is_foreign(type(part))}
+    """Returns kind, plugin and version of each group of a configuration that comes from a plugin, as plain data."""
+    groups: dict[str, Any] = {group: getattr(config, group) for group in SCHEMAS}
     return {
-        group: {"kind": part.kind, **origin(maker_of(group, part.kind) or type(part))} for group, part in found.items()
+        group: {"kind": settings.kind, **origin(maker_of(group, settings.kind) or type(settings))}
+        for group, settings in groups.items()
+        if is_foreign(type(settings))
     }
 
 
-def origin(part: Any) -> dict[str, str]:
-    """Name and version of what brought a class or function.
-
-    Its distribution, or its module with the SHA-256 of the file.
-    """
-    return _origin(part.__module__)
+def origin(component: Any) -> dict[str, str]:
+    """Returns name and version of the distribution of a class or function, or its module and the file's SHA-256."""
+    return _origin(component.__module__)
 
 
 @cache
@@ -200,34 +201,34 @@ def _origin(module: str) -> dict[str, str]:
 
 
 def check_plugins(saved: Mapping[str, Mapping[str, str]]) -> None:
-    """Checks that the plugins that a checkpoint names are loaded; another version of one is a warning.
+    """Checks that the plugins of a checkpoint are loaded; a different version prints a warning.
 
     Args:
-        saved: As `plugins_of` returned it when the checkpoint was written.
+        saved: Result of `plugins_of` when the checkpoint was written.
 
     Raises:
-        UserError: One is not.
+        UserError: A plugin is not loaded.
     """
     load_plugins()
-    for group, part in saved.items():
-        kind, name, wanted = part["kind"], part["name"], part["version"]
+    for group, saved_plugin in saved.items():
+        kind, name, wanted = saved_plugin["kind"], saved_plugin["name"], saved_plugin["version"]
         is_file = wanted.startswith("sha256:")
         if kind not in MAKERS.get(group, {}):
-            fix = (
-                f"give its file by --plugin, or import it before vlmcap.load (its {wanted[:19]})"
+            hint = (
+                f"pass its file to --plugin, or import it before vlmcap.load (its {wanted[:19]})"
                 if is_file
                 else f"install {name} {wanted}"
             )
-            raise UserError(f"the checkpoint has {group}={kind} of the plugin {name}, which is not loaded; {fix}")
+            raise UserError(f"the checkpoint has {group}={kind} of the plugin {name}, which is not loaded; {hint}")
         found = origin(MAKERS[group][kind])
         if found["version"] != wanted:
             print(
-                f"Warning: {group}={kind} was trained with {name} {wanted[:19]}, and {found['name']} "
+                f"Warning: {group}={kind} was trained with {name} {wanted[:19]}, but {found['name']} "
                 f"{found['version'][:19]} is loaded.",
                 file=sys.stderr,
             )
 
 
-def is_foreign(part: Any) -> bool:
-    """Whether a class or function is no part of this package."""
-    return bool(part.__module__.partition(".")[0] != "vlmcap")
+def is_foreign(component: Any) -> bool:
+    """Whether a class or function is defined outside of this package."""
+    return bool(component.__module__.partition(".")[0] != "vlmcap")

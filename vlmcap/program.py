@@ -1,7 +1,4 @@
-"""How `vlmcap train` and `vlmcap evaluate` run.
-
-Help at once, a mistake as one sentence, and no folder left by a run of nothing.
-"""
+"""Runs `vlmcap train` and `vlmcap evaluate`: fast help, errors in one sentence, and no empty run folders."""
 
 from __future__ import annotations
 
@@ -31,32 +28,32 @@ from vlmcap.overrides import foreign_key, read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, take_plugins
 from vlmcap.terminal import leave_closed_pipe
 
-HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
+HYDRA_FOLDER = ".hydra"  # Hydra's subfolder of the run folder, as conf/train.yaml sets it
 
-_made: list[Path] = []  # folders that `UniqueRunFolder` made, the innermost first
+_made: list[Path] = []  # folders that `UniqueRunFolder` created, innermost first
 
 
 class UniqueRunFolder(Callback):
-    """Gives each run and each sweep a folder of its own before Hydra writes to it, as `hydra.callbacks` in conf/train.yaml names it.
+    """Gives each run and each sweep its own folder before Hydra writes to it; `hydra.callbacks` names this class.
 
-    A folder that is named by the time of day gets a number where another run has made it in the same second. A folder
-    that the user named and a living run writes to is refused.
+    A folder that is named by the time gets a number if another run has created it in the same second. A folder that the
+    user named is refused if a running process writes to it.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Claims the folder of a run."""
         if _is_named_by_clock(config, "run"):
             config.hydra.run.dir = str(_new_folder(Path(config.hydra.run.dir)))
-        elif not _is_first_process(config):  # the first one keeps Hydra's files for all
+        elif not _is_first_process(config):  # only the first process writes Hydra's files
             config.hydra.output_subdir = None
         elif config.hydra.output_subdir is not None and (owner := living_owner(Path(config.hydra.run.dir))):
             # Hydra turns exceptions of its callbacks into warnings.
-            sentence = f"hydra.run.dir={config.hydra.run.dir} is in use by {owner}: wait for it to end, stop it, or choose another folder"
-            print(f"Error: {sentence}", file=sys.stderr)
+            hint = "wait until it ends, stop it, or choose another folder"
+            print(f"Error: hydra.run.dir={config.hydra.run.dir} is in use by {owner}; {hint}", file=sys.stderr)
             raise SystemExit(2)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Claims the folder of a sweep, which jobs learn of by an override."""
+        """Claims the folder of a sweep, and passes it to the jobs by an override."""
         if _is_named_by_clock(config, "sweep") and not config.sweep.folder:
             folder = str(_new_folder(Path(config.hydra.sweep.dir)))
             config.hydra.sweep.dir = folder
@@ -69,14 +66,14 @@ def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
 
 
 def _is_first_process(config: DictConfig) -> bool:
-    """Whether this process is the first one of its run, or the only one."""
+    """Whether this process is the first or only one of its run."""
     names = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
     is_alone = config.hardware.devices * config.trainer.num_nodes == 1
     return is_alone or all(os.environ.get(name, "0") in ("", "0") for name in names)
 
 
 def _new_folder(wanted: Path) -> Path:
-    """A folder that this call has made: `wanted`, or with -2, -3 and so on behind its name."""
+    """Creates and returns a new folder: `wanted`, or the first free name with -2, -3 and so on appended."""
     folder, number = wanted, 1
     while True:
         missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
@@ -85,7 +82,7 @@ def _new_folder(wanted: Path) -> Path:
         except FileExistsError:
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
-        except FileNotFoundError:  # another process removed a parent, which was empty
+        except FileNotFoundError:  # another process removed an empty parent
             continue
         else:
             _made.extend(missing)
@@ -95,48 +92,45 @@ def _new_folder(wanted: Path) -> Path:
 def run_program(
     main: Callable[[], object], name: str, arguments: Sequence[str] | None = None, command: str = ""
 ) -> None:
-    """Runs a program of Hydra's; mistakes that Hydra itself finds are told like ours.
+    """Runs a Hydra program, and reports errors of Hydra like those of this package.
 
     Args:
-        main: Decorated by Hydra.
-        name: Of its file under `conf/`.
-        arguments: As typed; None takes those of this process.
-        command: What was typed in front of them; empty is the script of this process.
+        main: Function that is decorated by Hydra.
+        name: Name of its YAML file under `conf/`.
+        arguments: Arguments as typed; None takes those of this process.
+        command: Command before the arguments; empty takes the script of this process.
     """
     set_cuda_variables()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     command = command or f"python {shlex.quote(sys.argv[0])}"
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them and exiting with 1
     try:
         with report_user_errors():
             given = take_plugins(given)
             if {"-h", "--help"} & set(given):
-                print(
-                    help_text(name).replace(
-                        f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"
-                    )
-                )
+                text = help_text(name)
+                print(text.replace(f"python {name}.py", command) if command.startswith("vlmcap") else text)
                 return
             register_schemas()
             sys.argv[1:] = hydra_arguments(given, command, of_checkpoint=name == "evaluate")
             main()
     finally:
-        for folder in _made:  # those that nothing was written to
+        for folder in _made:  # removes the empty ones
             with suppress(OSError):
                 folder.rmdir()
         _made.clear()
 
 
 def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool = False) -> list[str]:
-    """The arguments with overrides in Hydra's grammar; a user's folder of YAML files is taken.
+    """Returns the arguments with overrides in Hydra's grammar, and applies `--config-dir`.
 
     Args:
-        given: As typed.
-        command: What was typed in front of them.
-        of_checkpoint: Whether the configuration is a checkpoint's, which has the keys of its own kinds.
+        given: Arguments as typed.
+        command: Command before the arguments.
+        of_checkpoint: Whether a checkpoint brings the configuration, and with it the keys of its own kinds.
 
     Raises:
-        UserError: A flag is unknown, an override cannot be right, or the folder is not there.
+        UserError: A flag is unknown, an override is wrong, or the folder of `--config-dir` does not exist.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -147,7 +141,7 @@ def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool =
         value = value or next((word for word in following if "=" not in word and not word.startswith("-")), "…")
         override = f"{flag.lstrip('-').replace('-', '_')}={value}"
         instead = foreign_key(override) or f"overrides have no dashes, as in {shlex.quote(override)}"
-        raise UserError(f"{flag} is no flag of {command}; {instead}")
+        raise UserError(f"{flag} is not a flag of {command}; {instead}")
     use_config_dir(known.config_dir)
     flags = [*given]
     for override in known.overrides:
@@ -159,23 +153,22 @@ def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool =
 
 
 def help_text(name: str) -> str:
-    """The help of `conf/<name>.yaml`.
+    """Returns the help text of `conf/<name>.yaml`.
 
-    Hydra would print the same, but lists every choice of every group before, whether the template names them or not,
-    and copies all of its configuration for each: three quarters of the time that `--help` took.
+    Hydra would print the same text, but collects all choices of all groups first and copies its configuration for each,
+    which takes four times as long.
     """
     text = str(OmegaConf.load(config_file(name)).hydra.help.template)
     load_plugins()
-    parts = [f"{group}={kind}" for group in SCHEMAS for kind in plugin_kinds(group)]
-    return f"{text}\nFrom plugins: {', '.join(parts)}" if parts else text
+    choices = [f"{group}={kind}" for group in SCHEMAS for kind in plugin_kinds(group)]
+    return f"{text}\nFrom plugins: {', '.join(choices)}" if choices else text
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into one line and 130.
+    """Turns a `UserError` into one line on stderr and exit code 2, and Ctrl-C into one line and exit code 130.
 
-    Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command
-    printed before it.
+    It is also used inside functions that Hydra calls, because Hydra would print all overrides before an exception.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -183,7 +176,7 @@ def report_user_errors() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-        _remove_unused_folder()  # paths.output_dir may have led elsewhere
+        _remove_unused_folder()  # the run may have used another paths.output_dir
     except (UserError, HydraException, OmegaConfBaseException) as error:
         cause = error if isinstance(error, UserError) else innermost(error)
         sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
@@ -214,9 +207,9 @@ def report_user_errors() -> Iterator[None]:
 
 
 def _fail_job(error: Exception, sentence: str) -> NoReturn:
-    """Ends a job so that those to come run: an exit would end them too.
+    """Fails a job of a sweep by an exception, because an exit would also end the following jobs.
 
-    Hydra keeps the exception, which must keep no model alive.
+    Hydra stores the exception, so the frames of its traceback are cleared to free the model.
     """
     print(
         f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, TrialPruned) else sentence,
@@ -226,12 +219,12 @@ def _fail_job(error: Exception, sentence: str) -> NoReturn:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    _remove_unused_folder()  # one that holds a status.json is kept
-    raise UserError(f"a job of the sweep came to nothing, and the others ran: {sentence}") from None
+    _remove_unused_folder()  # a folder with a status.json is kept
+    raise UserError(f"a job of the sweep failed, and the others ran: {sentence}") from None
 
 
 def is_sweep() -> bool:
-    """Whether this is a job of a sweep, and not the program around its jobs."""
+    """Whether this is a job of a sweep, not the program that starts the jobs."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -239,17 +232,14 @@ def is_sweep() -> bool:
 
 
 def output_folder() -> Path:
-    """The folder that Hydra made for the run."""
+    """Returns the folder that Hydra created for the run."""
     from hydra.core.hydra_config import HydraConfig
 
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _remove_unused_folder() -> None:
-    """Removes the folder that Hydra made for a run that came to nothing.
-
-    One that holds no more than Hydra's own files.
-    """
+    """Removes the run folder if it holds only files of Hydra, because the run failed or used another folder."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):

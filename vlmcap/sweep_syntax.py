@@ -1,7 +1,4 @@
-"""Hydra's sweep syntax as `python train.py -m` reads it.
-
-`encoder=clip,siglip2`, `seed=range(3)`, `optim=choice(adamw,adamw_8bit)`.
-"""
+"""Hydra's sweep syntax of `python train.py -m`, such as `encoder=clip,siglip2`, `seed=range(3)` and `choice(a,b)`."""
 
 from __future__ import annotations
 
@@ -23,20 +20,20 @@ from vlmcap.overrides import read_overrides, sweep_values
 
 @contextmanager
 def override_parser() -> Iterator[OverridesParser]:
-    """Hydra's parser of overrides, outside of a running program.
+    """Yields Hydra's parser of overrides, outside of a Hydra program.
 
     Raises:
-        UserError: An override that is parsed inside cannot be read.
+        UserError: An override that is parsed inside the context cannot be read.
     """
     register_schemas()
     with _explained(), hydra.initialize_config_dir(config_dir(), version_base="1.3"):
-        # glob() asks the loader for the names
+        # glob() needs the loader to list names.
         yield OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turns an error of Hydra into one sentence."""
+    """Turns errors of Hydra into a `UserError` with one sentence."""
     try:
         yield
     except HydraException as error:
@@ -44,19 +41,18 @@ def _explained() -> Iterator[None]:
 
 
 def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The overrides of each job, in the order of Hydra's BasicSweeper, and the keys that are swept.
+    """Returns the overrides of each job in the order of Hydra's BasicSweeper, and the swept keys.
 
     Args:
-        overrides: As after `python train.py -m`; of a key that is there twice the last counts, as for Hydra.
-        parser: Of the running program; None makes one, and puts what the experiment file has under
-            `hydra.sweeper.params` in front.
+        overrides: Overrides after `python train.py -m`; of a repeated key, the last one counts, as in Hydra.
+        parser: Parser of the running program; None creates one, and prepends `hydra.sweeper.params` of the experiment.
 
     Raises:
-        UserError: An override cannot be read, or has no values to try one by one.
+        UserError: An override cannot be read, or has no discrete values.
     """
     if parser is None:
-        with override_parser() as made:
-            return expand([*_study(overrides, made), *overrides], made)
+        with override_parser() as new_parser:
+            return expand([*_experiment_params(overrides, new_parser), *overrides], new_parser)
     values: dict[str, list[str]] = {}
     with _explained():
         for override in parser.parse_overrides(read_overrides(overrides, is_sweep=True)):
@@ -66,16 +62,16 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
             elif override.is_discrete_sweep():
                 values[key] = [f"{key}={value}" for value in sweep_values(override)]
             else:
-                hint = "give a list such as 1e-4,2e-4, range(start,stop,step), or sweep=optuna"
+                hint = "give a list such as 1e-4,2e-4 or range(start,stop,step), or set sweep=optuna"
                 raise UserError(f"{override.input_line} has no values to try one by one; {hint}")
     empty = next((key for key, found in values.items() if not found), None)
     if empty is not None:
-        raise UserError(f"{empty} has no values to try; glob() finds none, or a range is empty")
+        raise UserError(f"{empty} has no values to try, because glob() finds none or a range is empty; give it values")
     return list(itertools.product(*values.values())), [key for key, found in values.items() if len(found) > 1]
 
 
-def _study(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
-    """What an experiment file sweeps; nothing where none is named, or several are."""
+def _experiment_params(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
+    """Returns the swept overrides of an experiment file; none without an experiment or with several."""
     with _explained():
         given = parser.parse_overrides(read_overrides(overrides, is_sweep=True))
         if not any(override.key_or_group == "experiment" and isinstance(override.value(), str) for override in given):
@@ -86,7 +82,7 @@ def _study(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
 
 
 def short_names(jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[str]:
-    """What tells each job from the others: names of parts as they are, other values with their key."""
+    """Returns a short name of each job by its swept values: choices of groups alone, other values with their key."""
     return [
         " ".join(_shown(*override.split("=", 1)) for override in job if override.split("=", 1)[0] in swept)
         for job in jobs

@@ -1,4 +1,4 @@
-"""What every command prints alike: progress of long work, and numbers with their units."""
+"""Console output of all commands: progress of long work, and numbers with units."""
 
 from __future__ import annotations
 
@@ -15,24 +15,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FIRST_LINE_S, _MAX_INTERVAL_S = 30.0, 300.0  # of work that is logged
+_FIRST_LINE_S, _MAX_INTERVAL_S = 30.0, 300.0  # first and largest interval between lines of a log
 _PIPE_WIDTH = 140  # columns of a wide table that is not printed to a terminal
 
 
 def leave_closed_pipe() -> NoReturn:
-    """Ends a command whose output is no longer read, as `| head` leaves it.
-
-    Without a word, and with the exit code of SIGPIPE.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+    """Ends a command whose output is no longer read, such as by `| head`, silently with the exit code of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards buffered output
     raise SystemExit(141) from None
 
 
 class LineClock:
-    """Says when long work is due for its next line in a log: after 30 s, then at intervals that double up to 5 minutes.
+    """Schedules the lines of long work in a log: after 30 s, then at intervals that double up to 5 minutes.
 
     Args:
-        clock: Seconds of a clock that only goes forward.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,11 +38,11 @@ class LineClock:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds to the next line, 0 where it is due."""
+        """Seconds until the next line is due, at least 0."""
         return max(0.0, self._due - self._clock())
 
     def is_due(self) -> bool:
-        """Whether the line is due, which is true once; the next one is due after a longer interval."""
+        """Whether a line is due; if so, schedules the next one after a longer interval."""
         if self.seconds_left > 0:
             return False
         self._interval_s = min(2 * self._interval_s, _MAX_INTERVAL_S)
@@ -53,31 +50,30 @@ class LineClock:
         return True
 
     def postpone(self) -> None:
-        """Start the interval again, as something else was printed."""
+        """Restarts the interval, because something else was printed."""
         self._due = self._clock() + self._interval_s
 
 
 class WorkLines:
-    """Lines about long work in a log.
+    """Progress lines of long work in a log.
 
-    Whoever does the work prints them, or a thread of their own does, so that work that reports nothing for long is not
-    silent either.
+    The caller prints them with `tick`, or a thread does inside `running`, so that work without reports also has lines.
 
     Args:
-        label: What is done.
-        clock: Seconds of a clock that only goes forward.
+        label: Description of the work.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, label: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.label, self._clock, self._started = label, clock, clock()
         self._schedule = LineClock(clock)
-        self._first: tuple[int, float] | None = None  # work done at the first report, and when
+        self._first: tuple[int, float] | None = None  # work done at the first report, and its time
         self.done = 0
         self.total: int | None = None
         self._ended = threading.Event()
 
     def report(self, done: int, total: int | None) -> None:
-        """Takes note of the work done."""
+        """Records the work done and the total work, if known."""
         self._first = self._first or (done, self._clock())
         self.done, self.total = done, total
 
@@ -87,7 +83,7 @@ class WorkLines:
         return self._clock() - self._started
 
     def text(self) -> str:
-        """The work done, the time that it took, and the time that is left as far as it can be told."""
+        """Returns the work done, the time so far and, if it can be estimated, the time left."""
         share = (
             "" if self._first is None else f"{grouped(self.done)}{f' of {grouped(self.total)}' if self.total else ''}, "
         )
@@ -104,7 +100,7 @@ class WorkLines:
 
     @contextmanager
     def running(self) -> Iterator[Callable[[int, int | None], None]]:
-        """Around the work: lines are printed as they become due; yields `report`."""
+        """Prints lines as they become due inside the context, and yields `report`."""
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
@@ -119,52 +115,48 @@ class WorkLines:
 
 
 def draws_bars() -> bool:
-    """Whether progress is drawn as bars: on a terminal and in a notebook. Elsewhere it is lines in a log."""
+    """Whether progress is shown as bars, on a terminal or in a notebook, and not as lines in a log."""
     return sys.stderr.isatty() or is_notebook()
 
 
 def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, which shows what is written to its streams."""
+    """Whether this process is the kernel of a notebook that shows its output."""
     streams = sys.modules.get("ipykernel.iostream")
     return streams is not None and isinstance(sys.stderr, streams.OutStream)
 
 
 @contextmanager
-def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[[int, int | None], None]]:
-    """Progress of long work whose result stays: a bar that stays; in a log a line now and then, and one at the end.
+def progress_reporter(label: str, *, silent_s: float = 0.0) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows the progress of long work by a bar that stays, or by lines in a log with one at the end.
 
     Args:
-        label: What is done.
-        quiet_s: Work that takes no longer shows nothing.
+        label: Description of the work.
+        silent_s: Seconds for which nothing is shown; shorter work prints nothing.
 
     Yields:
-        A function of the work done and of all work, None where nobody knows how much that is. Work that never calls it
-        has no bar
-            and no line at the end.
+        Callback `(done, total)`; total is None if it is unknown. Work that never calls it has no bar and no last line.
     """
     if draws_bars():
-        with _bar(label, is_transient=False, quiet_s=quiet_s) as report:
+        with _bar(label, is_transient=False, silent_s=silent_s) as report:
             yield report
         return
     lines = WorkLines(label)
     with lines.running() as report:
         yield report
-    if lines.total is not None and lines.done == lines.total and lines.seconds >= quiet_s:
+    if lines.total is not None and lines.done == lines.total and lines.seconds >= silent_s:
         print(f"{label}: {lines.total} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def transient_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
-    """Progress of work that is only a step on the way: a bar that disappears at the end.
-
-    In a log lines of long work alone.
+    """Shows the progress of an intermediate step by a bar that disappears, or by lines in a log if it takes long.
 
     Args:
-        label: What is done.
+        label: Description of the work.
         total: Number of steps.
 
     Yields:
-        A function that moves the bar by one step.
+        Callback that advances the bar by one step.
     """
     done = 0
     with _bar(label, is_transient=True) if draws_bars() else WorkLines(label).running() as report:
@@ -179,14 +171,14 @@ def transient_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
 
 
 def _bar(
-    label: str, *, is_transient: bool, quiet_s: float = 0.0
+    label: str, *, is_transient: bool, silent_s: float = 0.0
 ) -> AbstractContextManager[Callable[[int, int | None], None]]:
-    """A bar that begins with the first report after `quiet_s`; yields the function that reports."""
-    return (_notebook_bar if is_notebook() else _terminal_bar)(label, is_transient=is_transient, quiet_s=quiet_s)
+    """Returns a bar that appears with the first report after `silent_s`, and yields its callback `(done, total)`."""
+    return (_notebook_bar if is_notebook() else _terminal_bar)(label, is_transient=is_transient, silent_s=silent_s)
 
 
 @contextmanager
-def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
+def _terminal_bar(label: str, *, is_transient: bool, silent_s: float) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -209,7 +201,7 @@ def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
     def report(done: int, total: int | None) -> None:
         bar.update(task, completed=done, total=total)
-        if not bar.live.is_started and time.monotonic() - started >= quiet_s:
+        if not bar.live.is_started and time.monotonic() - started >= silent_s:
             bar.start()
 
     try:
@@ -220,10 +212,10 @@ def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
 
 @contextmanager
-def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
-    """A widget where ipywidgets is installed, as Lightning's bar is one, else a line that is written over.
+def _notebook_bar(label: str, *, is_transient: bool, silent_s: float) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows a widget if ipywidgets is installed, like Lightning's bar, else a line that is overwritten.
 
-    Rich knows only the widget.
+    Rich supports only the widget.
     """
     if importlib.util.find_spec("ipywidgets") is None:
         from tqdm import tqdm
@@ -235,7 +227,7 @@ def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
     def report(done: int, total: int | None) -> None:
         nonlocal bar
-        if bar is None and time.monotonic() - started >= quiet_s:
+        if bar is None and time.monotonic() - started >= silent_s:
             bar = tqdm(desc=label, total=total, leave=not is_transient)
         if bar is not None:
             bar.total = total
@@ -249,31 +241,31 @@ def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
 
 def step_printer() -> Callable[[str], None]:
-    """A function that prints to stderr which step has ended, with the seconds since this call."""
+    """Returns a callback that prints a finished step to stderr, with the seconds since this call."""
     started = time.perf_counter()
     return lambda step: print(f"[{time.perf_counter() - started:6.1f} s] {step}", file=sys.stderr, flush=True)
 
 
 def wide_console() -> Console:
-    """The terminal for wide tables, which has room for them in a pipe too."""
+    """Returns a console for wide tables, which is also wide enough in a pipe."""
     from rich.console import Console
 
     return Console(width=max(_PIPE_WIDTH, Console().width))
 
 
 def gigabytes(num_bytes: float) -> str:
-    """`31.2 GB`, or `8.5 MB` or `0.7 kB` where it is less."""
+    """Formats bytes as `31.2 GB`, `8.5 MB` or `0.7 kB`."""
     unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= size), ("kB", 1e3))
     return f"{num_bytes / size:.1f} {unit}"
 
 
 def grouped(count: int) -> str:
-    """`2 300`."""
+    """Formats a count as `2 300`."""
     return f"{count:,}".replace(",", " ")
 
 
 def short_number(value: float) -> str:
-    """About three digits: `1 204`, `93.4`, `0.31` or `0.002`."""
+    """Formats a number with about three digits: `1 204`, `93.4`, `0.31` or `0.002`."""
     size = abs(value)
     if size >= 1000:
         return grouped(round(value))
@@ -281,7 +273,7 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`1.4 h`, `3.0 min`, `12 s` or `0.8 ms`."""
+    """Formats seconds as `1.4 h`, `3.0 min`, `12 s` or `0.8 ms`."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     if seconds >= 90:

@@ -88,7 +88,7 @@ def run_trainer(folder: Path, shape: Any, way: str, num_steps: int, turns: Turns
     }
     optimizer = make_optimizer(by_part, OptimConfig())
     for group in optimizer.param_groups:
-        group["lr"] = ADAPTER_RATE if group["part"] == "adapter" else PROJECTOR_RATE
+        group["lr"] = ADAPTER_RATE if group["component"] == "adapter" else PROJECTOR_RATE
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     losses: list[float] = []
 

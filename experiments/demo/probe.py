@@ -131,7 +131,7 @@ def _accuracy(values: Tensor, answers: Tensor) -> float:
 def tell(overrides: Sequence[str]) -> None:
     """Trains the demo with the true direction added to every patch, which bounds what the language model can read."""
     from vlmcap.cli.train import main as train
-    from vlmcap.data.features.dataset import FeatureDataset
+    from vlmcap.data.features.feature_dataset import FeatureDataset
     from vlmcap.program import run_program
 
     read_stored = FeatureDataset.__getitem__

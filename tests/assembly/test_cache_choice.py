@@ -25,26 +25,25 @@ SLOW = CacheCosts(
 """A large encoder on a slow GPU."""
 
 
-def test_a_large_encoder_on_a_slow_card_is_cached_and_the_line_says_both_costs() -> None:
+def test_a_large_encoder_on_a_slow_gpu_is_cached_and_the_line_says_both_costs() -> None:
     choice = choose_cache(SLOW)
     assert choice.is_on
     assert choice.without_s == pytest.approx(9000 * 0.5)  # the decoding hides behind encoder and language model
     assert choice.with_s == pytest.approx(2500 * (0.5 + 0.02))  # and so does the reading of 20 ms
     assert choice.sentence == (
-        "cache.enabled=auto: on, as 9 000 visits to 2 500 clips cost about 21.7 min with features of 25.0 GB built "
-        "and read, "
-        "and 75.0 min of encoding without"
+        "cache.enabled=auto: on, because 9 000 visits to 2 500 clips take about 21.7 min if 25.0 GB of features are "
+        "built and read, and 75.0 min of encoding otherwise"
     )
 
 
-def test_a_small_encoder_on_a_fast_card_is_not() -> None:
+def test_a_small_encoder_on_a_fast_gpu_is_not() -> None:
     """The other published experience: the workers hide the decoding, and building costs more than it saves."""
     fast = dataclasses.replace(SLOW, encode_s=0.007, decode_s=1.2, rest_s=0.2, num_workers=8)
     choice = choose_cache(fast)
     assert not choice.is_on
     assert choice.without_s < choice.with_s
     assert choice.sentence.startswith(
-        "cache.enabled=auto: off, as 9 000 visits to 2 500 clips cost about 63 s of encoding, and "
+        "cache.enabled=auto: off, because 9 000 visits to 2 500 clips take about 63 s of encoding, and "
     )
 
 
@@ -53,7 +52,7 @@ def test_reading_that_is_slower_than_encoding_is_never_chosen() -> None:
         dataclasses.replace(SLOW, rest_s=0.0, decode_s=0.01, encode_s=0.01, num_missing=0, num_visits=10**6)
     )
     assert not choice.is_on
-    assert choice.sentence == "cache.enabled=auto: off, as reading a clip takes 20 ms, and encoding it 10 ms"
+    assert choice.sentence == "cache.enabled=auto: off, because reading a clip takes 20 ms, and encoding it 10 ms"
 
 
 def test_one_pass_is_not_worth_building_for_and_what_is_there_is_read() -> None:
@@ -61,15 +60,15 @@ def test_one_pass_is_not_worth_building_for_and_what_is_there_is_read() -> None:
     assert not choose_cache(once).is_on
     there = choose_cache(dataclasses.replace(once, num_missing=0, num_workers=0))
     assert there.is_on
-    assert "25.0 GB read, and" in there.sentence
+    assert "25.0 GB of features are read, and" in there.sentence
 
 
 def test_what_does_not_fit_is_not_built() -> None:
     full = choose_cache(dataclasses.replace(SLOW, free_bytes=27 * 10**9))
     assert not full.is_on
-    assert full.sentence == "cache.enabled=auto: off, as the features take 25.0 GB, and the disk has 27.0 GB free", (
-        "a tenth is left"
-    )
+    assert full.sentence == (
+        "cache.enabled=auto: off, because the features take 25.0 GB, and the disk has 27.0 GB free"
+    ), "a tenth is left"
     assert choose_cache(dataclasses.replace(SLOW, free_bytes=28 * 10**9)).is_on
     assert choose_cache(dataclasses.replace(SLOW, free_bytes=27 * 10**9, num_missing=100)).is_on, (
         "the rest is on the disk already"

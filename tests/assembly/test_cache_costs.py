@@ -45,7 +45,7 @@ def test_auto_leaves_out_what_cannot_be_kept(
     assert assembly.captioner.encoder is not None
     lines = [line for line in capsys.readouterr().out.splitlines() if "auto" in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"cache.enabled=auto: off, as {override} ")
+    assert lines[0].startswith(f"cache.enabled=auto: off, because {override} ")
 
 
 def test_auto_is_decided_by_the_costs_of_this_run(real_path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_auto_is_decided_by_the_costs_of_this_run(real_path: list[str], capsys: 
     config = compose([*real_path, "cache.enabled=auto", "tuning.epochs=101"])
     assembly = assembled(config)
     assert assembly.features is not None
-    assert "cache.enabled=auto: on, as " in capsys.readouterr().out
+    assert "cache.enabled=auto: on, because " in capsys.readouterr().out
     limited = assembled(compose([*real_path, "cache.enabled=auto", "tuning.epochs=101", "cache.max_gib=1e-6"]))
     assert limited.features is None
     assert "cache.max_gib allows" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_a_missing_split_is_told(root: Path, make: Make, there: tuple[str, ...],
 
 def test_data_without_splits_says_how_to_draw_them(root: Path, make: Make) -> None:
     write(root / "all.jsonl", *map(line, names(root)))
-    with pytest.raises(UserError, match=r"none of the 60 entries .*names no split: set data\.splits\.random=true"):
+    with pytest.raises(UserError, match=r"none of the 60 entries .*it has no split; set data\.splits\.random=true"):
         load_splits(make(), ALL)
     splits = load_splits(make("data.splits.random=true", "data.splits.val=0.3", "data.splits.test=0.3"), ALL)
     assert sum(map(len, splits.values())) == 60
@@ -121,7 +121,7 @@ def test_entries_without_a_split_among_others_are_named(root: Path, make: Make) 
     given(root, "train", "val")
     write(root / "more.jsonl", line(names(root)[40]))
     (skipped,) = load_splits(make(), ALL[:2]).skipped
-    assert (skipped.clip.id, "names no split" in skipped.reason) == (names(root)[40], True)
+    assert (skipped.clip.id, "it has no split" in skipped.reason) == (names(root)[40], True)
 
 
 def test_drawn_splits_hold_whole_groups_and_keep_them_when_data_grow(root: Path, make: Make) -> None:
@@ -242,7 +242,7 @@ def test_long_reading_is_reported(
     load_splits(make(), ALL[:2])
     assert "reading" not in capsys.readouterr().err
     monkeypatch.setattr(module, "_REPORT_EVERY", 5)
-    monkeypatch.setattr(module, "_QUIET_S", 0.0)
+    monkeypatch.setattr(module, "_SILENT_S", 0.0)
     load_splits(make(), ALL[:2])
     assert "reading the annotations: 20 in" in capsys.readouterr().err
 

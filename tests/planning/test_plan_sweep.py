@@ -172,7 +172,7 @@ def test_impossible_combinations_are_named_and_the_others_counted(
         ),
         (
             ["encoder=clip,siglp2", "hardware=l4"],
-            r"siglp2: there is no encoder named 'siglp2'; choose encoder= one of ",
+            r"siglp2: encoder=siglp2 does not exist; choose one of ",
         ),
         (
             ["hardware=cpu,l4"],

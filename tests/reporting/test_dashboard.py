@@ -118,7 +118,7 @@ def test_without_a_network_the_command_writes_a_file_and_says_how_to_publish(
     monkeypatch.setenv("WANDB_MODE", "offline")
     main(["dashboard", "--project", "captions"])
     assert capsys.readouterr().out == (
-        "W&B cannot be asked, as WANDB_MODE=offline says; dashboard.json holds the dashboard's definition, "
+        "W&B cannot be asked, because WANDB_MODE=offline; dashboard.json holds the dashboard's definition, "
         "and `vlmcap dashboard --project captions` with a key and a network publishes it.\n"
     )
     main(["dashboard", "--entity", "team", "--json", "made/one.json"])

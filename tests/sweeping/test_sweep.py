@@ -75,7 +75,7 @@ def test_a_combination_that_does_not_go_together_is_recorded_without_being_start
     assert [config.encoder.name for config in program.runs] == ["tiny"]
     found = statuses(program.sweep_folder())
     assert found["1"]["status"] == "refused"
-    assert "has no own encoder" in found["1"]["reason"]
+    assert "has no native encoder" in found["1"]["reason"]
     assert (program.sweep_folder() / "1" / ".hydra" / "overrides.yaml").read_text() == "- encoder=native\n"
 
 
@@ -98,14 +98,14 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
     [
         (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
         (["data.num_frame=2,4"], "no key 'data.num_frame'"),
-        (["encoder=native", "seed=0,1"], "has no own encoder"),
+        (["encoder=native", "seed=0,1"], "has no native encoder"),
         (["seed=0,1", "paths.output_dir=here"], "paths.output_dir would put every job of a sweep into one folder"),
         (["sweep.budget_h=1,2"], "sweep.budget_h is of the sweep as a whole"),
         (["seed=interval(0,1)"], "has no values to try one by one"),
-        (["seed=0,1", "sweep.resume=true"], "sweep.resume=true goes on with the sweep in sweep.folder"),
+        (["seed=0,1", "sweep.resume=true"], "sweep.resume=true continues the sweep in sweep.folder"),
         (
             ["seed=0,1", "launcher.n_jobs=2"],
-            "'n_jobs' is no key of this launcher, but of launcher=joblib, ray or submitit",
+            "'n_jobs' is not a key of this launcher, only of launcher=joblib, ray or submitit",
         ),
     ],
 )

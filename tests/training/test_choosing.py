@@ -15,7 +15,7 @@ from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.training.callbacks.choosing import Choice, Score
-from vlmcap.training.checks import check_followed
+from vlmcap.training.checks import check_monitored_clips
 from vlmcap.training.run import train
 from vlmcap.types import Clip
 
@@ -95,7 +95,7 @@ def test_a_metric_that_cannot_have_a_value_is_refused(
     overrides: Sequence[str], sizes: dict[str, int], expected: str
 ) -> None:
     with pytest.raises(UserError, match=expected):
-        check_followed(compose(["monitor=val/cider", *overrides]), clips(**sizes))
+        check_monitored_clips(compose(["monitor=val/cider", *overrides]), clips(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_metric_that_cannot_have_a_value_is_refused(
     ids=["loss", "two clips", "a metric of one clip"],
 )
 def test_a_metric_that_can_have_one_is_not(overrides: Sequence[str], sizes: dict[str, int]) -> None:
-    check_followed(compose(["monitor=val/cider", *overrides]), clips(**sizes))
+    check_monitored_clips(compose(["monitor=val/cider", *overrides]), clips(**sizes))
 
 
 def test_the_program_refuses_cider_of_one_clip(tiny_config: MakeConfig, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
 from vlmcap.planning.sweep_budget.make_sweep_plan import num_clips
 from vlmcap.training.run import train
-from vlmcap.training.summary import tried
+from vlmcap.training.summary import debug_report
 
 SMALL = [
     "data.demo.num_train=24",
@@ -135,7 +135,7 @@ def test_an_overfitting_run_scores_the_clips_that_it_trained_on(
 
 def test_what_was_tried_is_said() -> None:
     overfit, clips = compose(["debug=overfit"]), {"train": 8, "val": 8}
-    assert "is 0.040, so these parts can learn" in tried(overfit, {"val/loss": 0.04}, clips)
-    assert "is 0.300, and should fall below 0.1: train longer" in tried(overfit, {"val/loss": 0.3}, clips)
-    assert "is nan, and should fall" in tried(overfit, {}, clips)
-    assert tried(compose([]), {"val/loss": 0.04}, clips) == ""
+    assert "is 0.040, so these parts can learn" in debug_report(overfit, {"val/loss": 0.04}, clips)
+    assert "is 0.300, and should fall below 0.1: train longer" in debug_report(overfit, {"val/loss": 0.3}, clips)
+    assert "is nan, and should fall" in debug_report(overfit, {}, clips)
+    assert debug_report(compose([]), {"val/loss": 0.04}, clips) == ""

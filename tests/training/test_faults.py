@@ -16,7 +16,8 @@ import pytest
 
 from vlmcap.compose import compose
 from vlmcap.config import Config
-from vlmcap.data.loading import clip_dataset as dataset, isolation
+from vlmcap.data.loading import clip_dataset as dataset
+from vlmcap.data.loading import isolation
 from vlmcap.errors import UserError
 from vlmcap.training.run import train
 

@@ -129,7 +129,7 @@ def fit(folder: Path, script: str, points: Points) -> None:
     last = folder / "checkpoints" / "last.ckpt"
     resumed = last if last.is_file() else None
     logger = JsonlLogger(folder / "metrics.jsonl")
-    logger.cut_after(-1 if resumed is None else int(torch.load(last, weights_only=True)["global_step"]))
+    logger.drop_after(-1 if resumed is None else int(torch.load(last, weights_only=True)["global_step"]))
     stop = StopOnSignal(folder)
     data = tiny_data()
     trainer, module = tiny_training(

@@ -48,7 +48,7 @@ class Notes(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        rates = {group["part"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+        rates = {group["component"]: group["lr"] for group in trainer.optimizers[0].param_groups}
         self.seen.append({"step": trainer.global_step, "metrics": metrics, "next": rates, "label": self.label})
 
 
@@ -69,7 +69,7 @@ def test_a_callback_of_ones_own_reads_metrics_and_rates(
     plan = StagePlan(config.tuning.stages)
     assert [note["step"] for note in Notes.seen] == [step // 2 for step in range(1, 17)]
     for note in Notes.seen[1::2]:
-        assert note["next"] == {part: plan.rate(part, note["step"], 4) for part in plan.trained_parts()}
+        assert note["next"] == {part: plan.rate(part, note["step"], 4) for part in plan.trained_components()}
     straight = {row["step"]: row["train/loss"] for row in rows(straight_run) if "train/loss" in row}
     assert {step: row["train/loss"] for step, row in logged.items()} == straight, "to listen changes nothing"
 

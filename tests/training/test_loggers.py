@@ -37,7 +37,7 @@ def test_later_and_torn_lines_are_cut(tmp_path: Path) -> None:
         logger.log_metrics({"train/loss": step}, step=step)
     with logger.path.open("a", encoding="utf-8") as file:
         file.write('{"step": 2, "epo')
-    logger.cut_after(2)
+    logger.drop_after(2)
     assert [row["step"] for row in lines(logger.path)] == [1, 2]
     logger.log_metrics({"train/loss": 5}, step=3)
     assert [row["step"] for row in lines(logger.path)] == [1, 2, 3]
@@ -45,7 +45,7 @@ def test_later_and_torn_lines_are_cut(tmp_path: Path) -> None:
 
 
 def test_cutting_what_is_not_there_makes_nothing(tmp_path: Path) -> None:
-    JsonlLogger(tmp_path / "metrics.jsonl").cut_after(5)
+    JsonlLogger(tmp_path / "metrics.jsonl").drop_after(5)
     assert not list(tmp_path.iterdir())
 
 

@@ -219,4 +219,4 @@ def test_captions_without_tokens_are_named_and_long_ones_counted(
     assert "no caption to learn from" in row["reason"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["truncated_captions"] == 23, "each training caption counts once, not once an epoch"
-    assert "23 captions were cut to llm.max_caption_tokens" in capsys.readouterr().out
+    assert "23 captions were truncated to llm.max_caption_tokens" in capsys.readouterr().out

@@ -67,7 +67,9 @@ def test_fused_steps_are_those_of_the_plain_kind() -> None:
 def test_the_plain_kind_is_torchs_own() -> None:
     optimizer = make_optimizer(tiny_parts(), OptimConfig(weight_decay=0.1))
     assert type(optimizer) is torch.optim.AdamW
-    described = [(g["part"], g["weight_decay"], len(g["params"]), g["lr"], g["betas"]) for g in optimizer.param_groups]
+    described = [
+        (g["component"], g["weight_decay"], len(g["params"]), g["lr"], g["betas"]) for g in optimizer.param_groups
+    ]
     betas = (0.9, 0.95)
     assert described == [
         ("projector", 0.1, 1, 0.0, betas),

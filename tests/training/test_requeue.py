@@ -129,7 +129,7 @@ def test_slurm_is_asked_for_another_turn(
         monkeypatch.setenv(name, value)
     requeue()
     assert file.read_text(encoding="utf-8") == f"{asked}\n"
-    assert "in the queue again" in capsys.readouterr().out
+    assert "was requeued" in capsys.readouterr().out
     fake_scontrol(tmp_path / "other", monkeypatch, code=1)
     requeue()
     assert "Invalid job id" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_slurm_is_asked_for_another_turn(
 def test_outside_of_slurm_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     requeue()
-    assert "no job of Slurm" in capsys.readouterr().out
+    assert "not a Slurm job" in capsys.readouterr().out
 
 
 def program(folder: Path, cache: Path, *overrides: str) -> list[str]:

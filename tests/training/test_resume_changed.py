@@ -16,7 +16,7 @@ from vlmcap.compose import compose
 from vlmcap.config import Stage
 from vlmcap.errors import UserError
 from vlmcap.training.callbacks.progress import RunProgress
-from vlmcap.training.checks import check_position
+from vlmcap.training.checks import check_resume_position
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.schedule import StagePlan
 
@@ -33,7 +33,7 @@ class Rates(L.Callback):
         self.validated: list[int] = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        rates = {group["component"]: group["lr"] for group in optimizer.param_groups}
         self.steps.append((trainer.current_epoch, rates["projector"], rates["llm"]))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,7 +150,7 @@ def check(held: dict[str, Any], align: int, tune: int, accumulate: int = 2) -> N
         f"tuning.epochs={align + tune}",
         f"trainer.accumulate_grad_batches={accumulate}",
     )
-    check_position(held, compose(["tuning=two_stage", *numbers]))
+    check_resume_position(held, compose(["tuning=two_stage", *numbers]))
 
 
 @pytest.mark.parametrize(

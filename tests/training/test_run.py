@@ -17,7 +17,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.run import train
-from vlmcap.training.summary import expected, plain_scores
+from vlmcap.training.summary import plain_scores, planned_values
 
 MakeConfig = Callable[..., Config]
 
@@ -73,8 +73,12 @@ def test_the_summary_says_what_the_plan_expected_of_what_was_trained(tiny_config
     run = SimpleNamespace(data=SimpleNamespace(clips={"train": range(20), "val": range(9)}))
     plan = SimpleNamespace(peak_gib=9.5, device=SimpleNamespace(usable_gib=22.0), clip_s=0.5, caption_s=2.0)
     # 10 steps of 8 clips are four epochs of 20, with two validations of 3 captions.
-    assert expected(config, cast(Any, run), cast(Any, plan), 10) == {"peak_gib": 9.5, "usable_gib": 22.0, "fit_s": 52.0}
-    assert expected(config, cast(Any, run), None, 10) is None
+    assert planned_values(config, cast(Any, run), cast(Any, plan), 10) == {
+        "peak_gib": 9.5,
+        "usable_gib": 22.0,
+        "fit_s": 52.0,
+    }
+    assert planned_values(config, cast(Any, run), None, 10) is None
 
 
 def test_the_summary_counts_trained_and_frozen_parameters(summary: dict[str, Any]) -> None:

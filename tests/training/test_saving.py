@@ -54,7 +54,7 @@ def tensors(value: object) -> list[Tensor]:
 
 def test_it_holds_optimiser_random_states_position_and_configuration(checkpoint: dict[str, Any]) -> None:
     (optimizer,) = checkpoint["optimizer_states"]
-    assert {group["part"] for group in optimizer["param_groups"]} == {"projector", "adapter"}
+    assert {group["component"] for group in optimizer["param_groups"]} == {"projector", "adapter"}
     held = checkpoint["vlmcap"]
     assert held["random"].keys() == {"python", "numpy", "torch", "cuda"}
     assert held["position"]["epoch"] * 4 == checkpoint["global_step"]

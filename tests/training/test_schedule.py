@@ -37,8 +37,8 @@ def test_stages_without_epochs_are_passed_over() -> None:
     assert two_stages(align=0).at_epoch(0) == two_stages(align=0).at_epoch(2)
     assert two_stages(align=0).at_epoch(0).name == "tune"
     assert two_stages(tune=0).at_epoch(5).name == "align"
-    assert two_stages(tune=0).trained_parts() == ("projector",)
-    assert two_stages().trained_parts() == ("projector", "adapter")
+    assert two_stages(tune=0).trained_components() == ("projector",)
+    assert two_stages().trained_components() == ("projector", "adapter")
 
 
 def test_the_align_stage_moves_the_projector_alone() -> None:

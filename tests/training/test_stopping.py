@@ -88,7 +88,7 @@ def test_an_early_end_counts_in_the_last_stage_alone(
     assert len(metrics(folder, "val/meteor")) == 7 + 1, (
         "a metric that is too slow for the loop is measured there if it is followed"
     )
-    assert "Stopped early after epoch 7: no val/meteor better than" in capsys.readouterr().out
+    assert "Stopped early after epoch 7: val/meteor was not better than" in capsys.readouterr().out
     train(tiny_config(folder, *WAITING, *delta, "checkpoint=last"))
     assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"] == 28, (
         "resumed, it is still at its end"

@@ -89,7 +89,7 @@ def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
     assert len(told) == 2
     assert (
         told[0]
-        == f"W&B: offline, as WANDB_MODE=offline says; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the "
+        == f"W&B: offline, because WANDB_MODE=offline; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the "
         "run later."
     )
 
@@ -242,6 +242,9 @@ def test_tables_of_a_run_stay_within_their_bound(tmp_path: Path, monkeypatch: py
     assert 1 <= len(recorder.sizes) < 8
     assert sum(recorder.sizes) <= callback.sent_bytes <= 2**20
     assert sum(recorder.sizes) > 2**19, "the bound is used"
-    assert capsys.readouterr().out == "W&B: no more tables of captions; logger.max_media_mib=1 is reached.\n"
+    assert (
+        capsys.readouterr().out
+        == "W&B: no more tables of captions are uploaded, because the limit logger.max_media_mib=1 is reached.\n"
+    )
     smaller = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), replace(config, jpeg_quality=10))
     assert smaller._size(rows) < callback._size(rows) / 2

@@ -1,8 +1,9 @@
-"""Whether keeping a frozen encoder's features on disk is cheaper than computing them anew in every epoch.
+"""Estimates whether storing the features of a frozen encoder is faster than computing them again in every epoch.
 
-Published measurements conflict, and both sides are right. A cache saves the encoder's arithmetic and the decoding of
-video, and costs the building and the reading: with a slow GPU or a large encoder it pays from the second epoch on, with
-a fast GPU, a small encoder and a language model behind which the data workers hide their decoding it never does.
+Published measurements disagree because both cases exist. A cache saves the computation of the encoder and the decoding
+of video, and costs the time to build and to read it. With a slow GPU or a large encoder it pays off from the second
+epoch on. With a fast GPU, a small encoder, and a language model slow enough to hide the decoding of the data workers,
+it never does.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ if TYPE_CHECKING:
     from vlmcap.data.loading.clip_dataset import ClipDataset
     from vlmcap.types import Clip
 
-# Dense half-precision peaks of the data sheets, in FLOP a second.
+# Dense half-precision peaks of the data sheets, in FLOP per second.
 _PEAK_FLOPS = {"t4": 65e12, "l4": 121e12, "a100": 312e12, "a100_80": 312e12, "h100": 989e12}
-_UTILISATION = 0.4  # of the peak, that towers and language models of these sizes reach
-_CORE_FLOPS = 60e9  # float32 on one core: measured with CLIP-L's layers on a server CPU
-DISK_BYTES_PER_S = 0.5e9  # of an ordinary SSD or a network disk, read clip by clip
-DECODE_S = 0.5  # of 8 frames of a minute of 1080p on one core, where nothing could be measured
-DISK_SHARE = 0.9  # of the free space, that may be filled
+_UTILISATION = 0.4  # share of the peak that towers and language models of these sizes reach
+_CORE_FLOPS = 60e9  # float32 FLOP per second of one core, measured with the layers of CLIP-L on a server CPU
+DISK_BYTES_PER_S = 0.5e9  # an ordinary SSD or a network disk, read clip by clip
+DECODE_S = 0.5  # 8 frames of a minute of 1080p on one core; used if nothing can be measured
+DISK_SHARE = 0.9  # share of the free disk space that may be filled
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCosts:
-    """What the choice depends on; of one clip where nothing else is said.
+    """Inputs of the choice; seconds and bytes are per clip unless stated otherwise.
 
     Attributes:
-        num_clips: In all splits.
-        num_missing: Of them, not on disk yet.
-        num_visits: Clips taken in the whole run, every epoch and evaluation counted.
-        encode_s: Seconds of the encoder.
-        decode_s: Seconds of decoding on one core.
-        rest_s: Seconds of what a training step does besides, behind which the workers decode and read.
-        num_workers: That decode beside the training; 0 where the training itself waits for it.
-        num_bytes: Of the features as they are stored.
-        free_bytes: On the disk.
-        max_bytes: That may be taken, `cache.max_gib`; None is no limit.
-        disk_bytes_per_s: Speed of reading.
+        num_clips: Clips in all splits.
+        num_missing: Clips whose features are not stored yet.
+        num_visits: Number of times that a clip is read in the run, in all epochs and evaluations.
+        encode_s: Seconds to encode a clip.
+        decode_s: Seconds to decode a clip on one core.
+        rest_s: Seconds of the rest of a training step, during which workers decode and read.
+        num_workers: Workers that decode in parallel to training; 0 if training waits for decoding.
+        num_bytes: Bytes of the stored features.
+        free_bytes: Free bytes of the disk.
+        max_bytes: Largest size of all features, `cache.max_gib`; None is no limit.
+        disk_bytes_per_s: Reading speed of the disk.
     """
 
     num_clips: int
@@ -65,13 +66,13 @@ class CacheCosts:
 
 @dataclass(frozen=True, slots=True)
 class CacheChoice:
-    """The cheaper way.
+    """The faster way.
 
     Attributes:
-        is_on: Whether features are kept.
-        with_s: Seconds that building and reading cost in the whole run.
-        without_s: Seconds that encoding, and decoding that nothing hides, cost in the whole run.
-        sentence: Why, for people.
+        is_on: Whether to store features.
+        with_s: Seconds of the run for building and reading stored features.
+        without_s: Seconds of the run for encoding, and for decoding that is not hidden.
+        sentence: Explanation for the user.
     """
 
     is_on: bool
@@ -81,42 +82,42 @@ class CacheChoice:
 
 
 def choose_cache(costs: CacheCosts) -> CacheChoice:
-    """The cheaper of a cache and none.
-
-    None where it does not fit, or where reading a clip takes longer than encoding it.
-    """
+    """Chooses whether to store features; never if they do not fit, or if reading a clip is slower than encoding it."""
     read_s, compute_s = _read_s(costs), _compute_s(costs)
     without_s = costs.num_visits * compute_s
     with_s = costs.num_missing * _build_s(costs) + costs.num_visits * read_s
     needed, limit = costs.num_missing * costs.num_bytes, DISK_SHARE * costs.free_bytes
-    whole = costs.num_clips * costs.num_bytes
+    total = costs.num_clips * costs.num_bytes
     if needed > limit:
         why = f"the features take {gigabytes(needed)}, and the disk has {gigabytes(costs.free_bytes)} free"
         return _off(with_s, without_s, why)
-    if costs.max_bytes is not None and whole > costs.max_bytes:
-        why = f"the features take {gigabytes(whole)}, and cache.max_gib allows {gigabytes(costs.max_bytes)}"
+    if costs.max_bytes is not None and total > costs.max_bytes:
+        why = f"the features take {gigabytes(total)}, and cache.max_gib allows {gigabytes(costs.max_bytes)}"
         return _off(with_s, without_s, why)
     if read_s >= compute_s:
         why = f"reading a clip takes {duration(read_s)}, and encoding it {duration(compute_s)}"
         return _off(with_s, without_s, why)
     visits = f"{grouped(costs.num_visits)} visits to {grouped(costs.num_clips)} clips"
     if with_s >= without_s:
-        cost = f"cost about {duration(without_s)} of encoding, and {duration(with_s)} with features of {gigabytes(whole)} built and read"
+        cost = (
+            f"take about {duration(without_s)} of encoding, and {duration(with_s)} if {gigabytes(total)} of features "
+            "are built and read"
+        )
         return _off(with_s, without_s, f"{visits} {cost}")
     work = "built and read" if costs.num_missing else "read"
-    cost = f"cost about {duration(with_s)} with features of {gigabytes(whole)} {work}, and {duration(without_s)} of encoding without"
-    return CacheChoice(True, with_s, without_s, f"cache.enabled=auto: on, as {visits} {cost}")
+    cost = (
+        f"take about {duration(with_s)} if {gigabytes(total)} of features are {work}, and {duration(without_s)} of "
+        "encoding otherwise"
+    )
+    return CacheChoice(True, with_s, without_s, f"cache.enabled=auto: on, because {visits} {cost}")
 
 
 def _off(with_s: float, without_s: float, why: str) -> CacheChoice:
-    return CacheChoice(False, with_s, without_s, f"cache.enabled=auto: off, as {why}")
+    return CacheChoice(False, with_s, without_s, f"cache.enabled=auto: off, because {why}")
 
 
 def _compute_s(costs: CacheCosts) -> float:
-    """Seconds that a clip without a cache adds to a step.
-
-    Its encoding, and as much of the decoding as the workers cannot hide.
-    """
+    """Returns the seconds that a clip without a cache adds to a step: encoding, and decoding that is not hidden."""
     if costs.num_workers == 0:
         return costs.decode_s + costs.encode_s
     step_s = costs.encode_s + costs.rest_s
@@ -124,24 +125,24 @@ def _compute_s(costs: CacheCosts) -> float:
 
 
 def _read_s(costs: CacheCosts) -> float:
-    """Seconds that a clip with a cache adds to a step; the disk is one, however many workers read."""
+    """Returns the seconds that a clip with a cache adds to a step; all workers share one disk."""
     read_s = costs.num_bytes / costs.disk_bytes_per_s
     return read_s if costs.num_workers == 0 else max(read_s - costs.rest_s, 0.0)
 
 
 def _build_s(costs: CacheCosts) -> float:
-    """Seconds that a clip takes to be encoded and written."""
+    """Returns the seconds to encode and write a clip."""
     decode_s = costs.decode_s / max(1, costs.num_workers)
     work_s = costs.decode_s + costs.encode_s if costs.num_workers == 0 else max(decode_s, costs.encode_s)
     return work_s + costs.num_bytes / costs.disk_bytes_per_s
 
 
 def flops_per_s(hardware: str, num_cores: int | None = None) -> float:
-    """Speed of a GPU, or of so many cores, at the matrices of transformers; a GPU without an entry counts as an L4.
+    """Estimates the speed of a GPU or a CPU on transformers, in FLOP per second; an unknown GPU counts as an L4.
 
     Args:
         hardware: Name under `conf/hardware`.
-        num_cores: Of a CPU; None for a GPU.
+        num_cores: Number of cores of a CPU; None for a GPU.
     """
     if num_cores is not None:
         return num_cores * _CORE_FLOPS
@@ -149,36 +150,30 @@ def flops_per_s(hardware: str, num_cores: int | None = None) -> float:
 
 
 def encoder_flops(num_parameters: int, num_tokens: int) -> float:
-    """Arithmetic of a forward pass: two operations a parameter and token.
-
-    Attention's own part, below a tenth here, is left out.
-    """
+    """Estimates the FLOP of a forward pass: two per parameter and token, without attention, which is below a tenth."""
     return 2.0 * num_parameters * num_tokens
 
 
 def training_flops(num_parameters: int, num_tokens: int, *, is_checkpointed: bool) -> float:
-    """Arithmetic of a step through frozen weights.
-
-    Forward, backward to the inputs, and forward again under gradient checkpointing.
-    """
+    """Estimates the FLOP of a step through frozen weights: forward, backward to inputs, and recomputation if any."""
     return (6.0 if is_checkpointed else 4.0) * num_parameters * num_tokens
 
 
 _NUM_TIMED = 3  # clips whose decoding is timed
 _PROMPT_TOKENS = 32
-_CAPTION_SHARE = 0.6  # of llm.max_caption_tokens, which leaves room above the longest
+_CAPTION_SHARE = 0.6  # length of a mean caption, as a share of llm.max_caption_tokens
 
 
 def estimate_costs(
     plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]], num_bytes: int
 ) -> CacheCosts:
-    """Seconds and bytes of a clip, and how often clips are taken.
+    """Estimates the inputs of `choose_cache`.
 
     Args:
-        plan: Of the configuration.
-        store: That the features would be in.
-        clips: Split name to clips.
-        num_bytes: Of a clip's features.
+        plan: Feature plan of the configuration.
+        store: Store of the features.
+        clips: Clips of each split.
+        num_bytes: Bytes of a clip's features.
     """
     import torch
 
@@ -199,9 +194,8 @@ def estimate_costs(
         encode_s=encoder_flops(num_parameters, tokens) / speed,
         decode_s=time_decoding(plan.decoded(longest)),
         rest_s=_language_flops(plan) / speed,
-        num_workers=0
-        if is_cpu
-        else config.data.num_workers,  # on a CPU the workers take the cores that the model computes on
+        # On a CPU, workers use the cores on which the model computes.
+        num_workers=0 if is_cpu else config.data.num_workers,
         num_bytes=num_bytes,
         free_bytes=shutil.disk_usage(root).free,
         max_bytes=None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30),
@@ -209,11 +203,11 @@ def estimate_costs(
 
 
 def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
-    """Clips taken in a run: every epoch of every stage, the evaluations in the loop (captions and loss), whole splits at the end.
+    """Counts how often clips are read in a run: in all epochs, in validations (captions and loss), and at the end.
 
     Args:
-        config: Of the run.
-        sizes: Split name to its number of clips; without a training split it is one pass over all.
+        config: Run configuration.
+        sizes: Number of clips of each split; without a training split, every clip is read once.
     """
     final = sum(size for split, size in sizes.items() if split != "train")
     if "train" not in sizes:
@@ -231,16 +225,13 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
 
 
 def time_decoding(dataset: ClipDataset) -> float:
-    """Seconds that a clip takes to be read and resized, the median of a few.
-
-    A stated constant where none can be read.
-    """
+    """Measures the seconds to read and resize a clip: the median of a few, or `DECODE_S` if none can be read."""
     from vlmcap.types import Sample
 
     count = len(dataset)
     taken: list[float] = []
-    for index in sorted({count * part // _NUM_TIMED for part in range(_NUM_TIMED)} - {count}):
-        for _ in range(1 if taken else 2):  # the first also starts what decodes
+    for index in sorted({count * step // _NUM_TIMED for step in range(_NUM_TIMED)} - {count}):
+        for _ in range(1 if taken else 2):  # the first read also starts the decoder
             started = time.perf_counter()
             sample = dataset[index]
             seconds = time.perf_counter() - started
@@ -250,12 +241,12 @@ def time_decoding(dataset: ClipDataset) -> float:
 
 
 def existing_parent(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Returns the folder, or its nearest parent that exists."""
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _language_flops(plan: FeaturePlan) -> float:
-    """Arithmetic of a training step's language model for one clip, from its configuration alone."""
+    """Estimates the FLOP of the language model in a training step for one clip, from its configuration alone."""
     config = plan.config
     folder = plan.sources.folders.get("model") or plan.sources.folders.get("llm")
     if folder is None:  # features are prepared for another machine

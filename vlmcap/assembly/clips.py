@@ -1,4 +1,4 @@
-"""The clips of a configuration: read in any format, put into splits, kept in tables."""
+"""Reads the clips of a configuration in any format, splits them, and keeps them in tables."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from vlmcap.types import Clip, Skipped
 if TYPE_CHECKING:
     from vlmcap.data.formats.record import Entries
 
-_MAX_BAD_START = 10_000  # entries, all of them bad, after which the rest is not read
+_MAX_BAD_START = 10_000  # entries; if so many are bad from the start, the rest is not read
 _REPORT_EVERY = 1_000  # entries
-_QUIET_S = 2.0  # shorter reading is not worth a line
+_SILENT_S = 2.0  # shorter reading prints nothing
 _MAX_SPLITS_NAMED = 20
 
 
 class Splits(Mapping[str, ClipTable]):
-    """Split name to its clips, in the order train, val, test.
+    """Clips of each split, in the order train, val, test.
 
     Args:
-        tables: The clips.
-        skipped: Entries of the data set that cannot be used, of these splits as far as that is known.
-        note: A sentence on captions that were left out of the lists of clips, "" where none were.
+        tables: Clips by split.
+        skipped: Unusable entries of the data set, in these splits or without a known split.
+        note: Sentence about captions that were left out, or "".
     """
 
     def __init__(self, tables: Mapping[str, ClipTable], skipped: Sequence[Skipped], note: str = "") -> None:
@@ -55,18 +55,18 @@ class Splits(Mapping[str, ClipTable]):
 
 
 def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Split] = ()) -> Splits:
-    """The clips of splits, all read in one pass.
+    """Loads the clips of several splits in one pass.
 
-    Of train `data.max_clips`, of the others `evaluation.max_final_clips` at most.
+    The training split has at most `data.max_clips` clips, the others `evaluation.max_final_clips`.
 
     Args:
-        config: `data`, `evaluation`, `seed` and `paths.cache_dir`, in which the tables are kept, are read.
-        splits: What must be there.
-        optional: What may be missing, and is left out then.
+        config: Configuration, of which `data`, `evaluation`, `seed` and `paths.cache_dir` are read.
+        splits: Required splits.
+        optional: Splits that may be missing.
 
     Raises:
-        UserError: The data set cannot be read, a split is missing, nothing of it can be used, or two clips of a split
-            have one id.
+        UserError: The data set cannot be read, a required split is missing, no entry can be used, or two clips of a
+            split have the same id.
     """
     use_index_folder(Path(config.paths.cache_dir) / "archives")
     wanted = [split for split in Split if split in splits or split in optional]
@@ -76,15 +76,15 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
     with ExitStack() as stack:
         folder = Path(config.paths.cache_dir) / "manifests"
         writers = {split.value: stack.enter_context(TableWriter(folder)) for split in wanted}
-        reading = _Reading(config, writers, drawer)
+        reading = _SplitReader(config, writers, drawer)
         reading.read(_with_progress(entries))
         reading.check([split.value for split in splits])
-        tables = {name: _cut(config, name, writer.close()) for name, writer in writers.items() if len(writer)}
+        tables = {name: _limit_clips(config, name, writer.close()) for name, writer in writers.items() if len(writer)}
     return Splits(tables, reading.skipped, reading.note)
 
 
-def _cut(config: Config, split: str, table: ClipTable) -> ClipTable:
-    """A split with no more clips than are asked for: of train a seeded choice, of the others the first ones."""
+def _limit_clips(config: Config, split: str, table: ClipTable) -> ClipTable:
+    """Limits the number of clips: a seeded choice of the training split, the first clips of the others."""
     count = config.data.max_clips if split == "train" else config.evaluation.max_final_clips
     if count is None or count >= len(table):
         return table
@@ -92,10 +92,10 @@ def _cut(config: Config, split: str, table: ClipTable) -> ClipTable:
 
 
 def open_skipped_log(config: Config, clips: Mapping[str, Sequence[Clip]]) -> SkippedClipLog:
-    """The run's skipped_log of bad clips, in which the bad entries of the data set stand.
+    """Opens the log of skipped clips, which starts with the unusable entries of the data set.
 
     Raises:
-        UserError: They are more than `data.max_bad_fraction`.
+        UserError: Their share is above `data.max_bad_fraction`.
     """
     skipped = clips.skipped if isinstance(clips, Splits) else ()
     num_clips = sum(map(len, clips.values())) + len(skipped)
@@ -107,55 +107,59 @@ def open_skipped_log(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Ski
     return skipped_log
 
 
-class _Reading:
-    """Puts the entries of a data set into the tables of their splits, and keeps what is bad."""
+class _SplitReader:
+    """Writes the entries of a data set to the tables of their splits, and collects unusable ones."""
 
     def __init__(self, config: Config, writers: Mapping[str, TableWriter], drawer: SplitDrawer | None) -> None:
         self.config, self.writers, self.drawer = config, writers, drawer
         self.skipped: list[Skipped] = []
-        self.num_clips: Counter[str] = Counter()  # by split, wanted or not
+        self.num_clips: Counter[str] = Counter()  # by split, also of splits that are not loaded
         self._num_empty, self._first_empty = 0, ""
 
     def read(self, entries: Iterable[Record | Skipped]) -> None:
         for number, entry in enumerate(entries, 1):
             self._add(entry)
             if number == _MAX_BAD_START and not self.num_clips:
-                raise self._all_bad(f"the first {number}")
+                raise self._no_usable_entries(f"the first {number}")
         if self.drawer is not None:
             self.drawer.check()
 
     @property
     def note(self) -> str:
-        """A sentence on captions that were left out."""
+        """Sentence about captions that were left out, or ""."""
         if not self._num_empty:
             return ""
-        return f"{self._num_empty} captions are null, empty or no text and were left out of their clips' lists; first {self._first_empty}"
+        return (
+            f"{self._num_empty} captions are null, empty or not text, and were left out; the first is of the clip "
+            f"{self._first_empty}"
+        )
 
     def check(self, required: Sequence[str]) -> None:
-        """`UserError` if a required split has no clip."""
+        """Raises a `UserError` if a required split has no clip."""
         missing = [name for name in required if not len(self.writers[name])]
         if not missing and self.num_clips:
             return
         root = self.config.data.root
         if not self.num_clips:
             raise (
-                self._all_bad(f"the {len(self.skipped)}")
+                self._no_usable_entries(f"the {len(self.skipped)}")
                 if self.skipped
-                else UserError(f"data.root={root} has no clips; set data.root")
+                else UserError(f"data.root={root} has no clips; set data.root to the folder of the data set")
             )
-        if not missing:
-            return
         there = ", ".join(f"{name}: {count}" for name, count in self.num_clips.most_common(_MAX_SPLITS_NAMED))
-        bad = f"; {len(self.skipped)} entries cannot be used, first: {_told(self.skipped[0])}" if self.skipped else ""
-        mend = (
+        bad = (
+            f"; {len(self.skipped)} entries cannot be used, the first: {_describe_skipped(self.skipped[0])}"
+            if self.skipped
+            else ""
+        )
+        hint = (
             "raise data.splits.val or data.splits.test, or change data.splits.seed"
             if self.drawer is not None
-            else "train and val are needed to train and test is optional; add what is missing, or set "
-            "data.splits.random=true, "
-            "which draws all three"
+            else "training needs train and val, and test is optional; add the missing clips, or set "
+            "data.splits.random=true, which draws all three"
         )
         raise UserError(
-            f"data.root={root} has no clips of the split {' and '.join(missing)} (clips there, {there}){bad}: {mend}"
+            f"data.root={root} has no clips of the split {' and '.join(missing)} (it has {there}){bad}; {hint}"
         )
 
     def _add(self, entry: Record | Skipped) -> None:
@@ -170,7 +174,7 @@ class _Reading:
             except UnicodeEncodeError:
                 entry = skip(
                     entry.clip.id,
-                    "it holds text that is no Unicode (half of a surrogate pair): repair it",
+                    "its text is not valid Unicode (half of a surrogate pair); repair it",
                     entry.clip.video,
                 )
         if isinstance(entry, Record):
@@ -183,15 +187,17 @@ class _Reading:
             return self.drawer.split_of(entry if isinstance(entry, Record) else Record(entry.clip))
         return standard_split(entry.split) if isinstance(entry, Record) else ""
 
-    def _all_bad(self, which: str) -> UserError:
+    def _no_usable_entries(self, which: str) -> UserError:
         root = self.config.data.root
-        return UserError(f"none of {which} entries of data.root={root} can be used; first: {_told(self.skipped[0])}")
+        return UserError(
+            f"none of {which} entries of data.root={root} can be used; the first: {_describe_skipped(self.skipped[0])}"
+        )
 
 
-_NO_SPLIT = "it names no split: set data.splits.random=true, which draws splits, or say of each clip which one it is in"
+_NO_SPLIT = "it has no split; set data.splits.random=true, which draws splits, or give each clip a split"
 
 
-def _told(skipped: Skipped) -> str:
+def _describe_skipped(skipped: Skipped) -> str:
     return f"{skipped.clip.id} ({skipped.reason})"
 
 
@@ -202,20 +208,19 @@ def _drawer(config: Config) -> SplitDrawer | None:
 def _with_progress(entries: Entries) -> Iterator[Record | Skipped]:
     from vlmcap.terminal import progress_reporter
 
-    with progress_reporter("reading the annotations", quiet_s=_QUIET_S) as report:
+    with progress_reporter("reading the annotations", silent_s=_SILENT_S) as report:
         number = 0
         for number, entry in enumerate(entries, 1):
             if number % _REPORT_EVERY == 0:
-                report(number, None)  # how many there are is known at the end
+                report(number, None)  # the total is known only at the end
             yield entry
         report(number, number)
 
 
 def blank_clip(config: Config) -> Clip:
-    """A clip of `data.num_frames` black pictures, whose file is made on first use.
+    """Returns a clip of `data.num_frames` black images, whose file is written on first use.
 
-    A clip like any other, so that its features are cached where those of others are, and frames go through the encoder
-    where theirs do.
+    It is treated like any other clip: its features are cached, or its frames are encoded.
     """
     from PIL import Image
 
@@ -228,7 +233,7 @@ def blank_clip(config: Config) -> Clip:
 
 
 def with_blank(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Mapping[str, Sequence[Clip]]:
-    """Clips whose features a run needs: with the black one where it is asked for."""
+    """Adds the black clip if visual reliance is measured, as its features are needed too."""
     return {**clips, "black": [blank_clip(config)]} if config.callbacks.visual_reliance.enabled else clips
 
 

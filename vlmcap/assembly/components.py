@@ -1,4 +1,4 @@
-"""Each part of a model out of its configuration, and the frozen bases that it comes from."""
+"""Builds and loads each component of a model from its configuration and its base checkpoint."""
 
 from __future__ import annotations
 
@@ -40,79 +40,86 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BaseCheckpoints:
-    """Where the frozen bases are, and what they hold: `encoder` and `llm`, or `model` where one brings both."""
+    """The frozen base checkpoints of a model.
+
+    Attributes:
+        folders: Local folders, by `encoder` and `llm`, or by `model` for a pretrained VLM.
+        bases: Fingerprints of their content, by the same keys.
+    """
 
     folders: dict[str, Path]
     bases: dict[str, Fingerprint]
 
 
 def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) -> BaseCheckpoints:
-    """Finds the bases and takes their fingerprints.
+    """Finds the base checkpoints and computes their fingerprints.
 
     Args:
-        config: Of the run.
-        is_encoder_only: The language model is not looked for where it is a base of its own.
+        config: Run configuration.
+        is_encoder_only: Whether to skip the language model of an assembled model.
 
     Raises:
-        UserError: A checkpoint is not there.
+        UserError: A checkpoint does not exist.
     """
     from vlmcap.models.checkpoint import VISION, Fingerprint, fingerprint, locate
 
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
-    parts = ("encoder",) if is_encoder_only else ("encoder", "llm")
-    for part in ("model",) if config.is_pretrained_vlm else parts:
-        settings, wanted = getattr(config, part), VISION if part == "encoder" else None
-        if part == "encoder" and has_plugin_encoder(config):
+    groups = ("encoder",) if is_encoder_only else ("encoder", "llm")
+    for group in ("model",) if config.is_pretrained_vlm else groups:
+        settings, wanted = getattr(config, group), VISION if group == "encoder" else None
+        if group == "encoder" and has_plugin_encoder(config):
             if not settings.checkpoint:
-                folders[part], bases[part] = (
-                    Path(),
-                    Fingerprint(settings.kind, "", hashlib.sha256(settings.kind.encode()).hexdigest()),
-                )
+                sha256 = hashlib.sha256(settings.kind.encode()).hexdigest()
+                folders[group], bases[group] = Path(), Fingerprint(settings.kind, "", sha256)
                 continue
             wanted = None
-        folders[part] = locate(
-            settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted
+        folders[group] = locate(
+            settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, part=wanted
         )
-        bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
+        bases[group] = fingerprint(folders[group], settings.checkpoint, memo, wanted)
     return BaseCheckpoints(folders, bases)
 
 
 def vision_component(config: Config) -> str:
-    """The base that the vision encoder comes from."""
+    """Returns the key of the base checkpoint that contains the vision encoder."""
     return "model" if config.is_pretrained_vlm else "encoder"
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """Type of frozen weights and of arithmetic on them."""
+    """Returns the dtype of frozen weights and of their computation."""
     import torch
 
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[precision]
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
-    """Type of the arithmetic under autocast; None without it."""
+    """Returns the dtype of autocast, or None without it."""
     precision = config.hardware.precision
     return None if precision is Precision.fp32 else dtype_of(precision)
 
 
 def device_of(config: Config) -> str:
-    """Where weights are put while they are read."""
+    """Returns the device on which weights are loaded.
+
+    Raises:
+        UserError: The hardware is a GPU, but there is none.
+    """
     import torch
 
     if config.hardware.accelerator == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
         raise UserError(
-            f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the "
+            f"hardware={config.hardware.name} needs a CUDA device, but there is none; set hardware=cpu, or check the "
             "driver"
         )
     return f"cuda:{torch.cuda.current_device()}"
 
 
 def encoder_options(config: Config) -> EncoderOptions:
-    """What the encoder is asked for beside its checkpoint."""
+    """Returns the options of the encoder in addition to its checkpoint."""
     from vlmcap.models.encoders import EncoderOptions
 
     settings = config.encoder
@@ -131,12 +138,12 @@ def encoder_options(config: Config) -> EncoderOptions:
 
 
 def tower_attention(config: Config) -> str:
-    """Attention of a vision tower: FlashAttention where the hardware's `auto` finds it."""
+    """Returns the attention of a vision tower: FlashAttention if `hardware.attention=auto` finds it, else sdpa."""
     import torch
 
     from vlmcap.models.llm.attention import choose_attention
 
-    # The plan and the tables build encoders for GPUs that are not there.
+    # Plans and tables build encoders for GPUs that this machine may not have.
     device = device_of(config) if torch.cuda.is_available() else "cpu"
     return (
         choose_attention("auto", device, dtype_of(config.hardware.precision))
@@ -146,32 +153,32 @@ def tower_attention(config: Config) -> str:
 
 
 def has_plugin_encoder(config: Config) -> bool:
-    """Whether the encoder is a plugin's."""
+    """Whether the encoder comes from a plugin."""
     return maker_of("encoder", config.encoder.kind) is not None
 
 
 def plugin_encoder(config: Config, folder: Path | None) -> VisionEncoder:
-    """The encoder of a plugin, frozen; with random weights where there is no folder."""
-    made: VisionEncoder = maker_of("encoder", config.encoder.kind)(
+    """Builds the frozen encoder of a plugin, with random weights if there is no folder."""
+    encoder: VisionEncoder = maker_of("encoder", config.encoder.kind)(
         config.encoder, folder if config.encoder.checkpoint else None
     )
-    return made.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
+    return encoder.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
 
 
 def max_patches(config: Config) -> int:
-    """Patches per frame at most, of a pretrained VLM."""
+    """Returns the largest number of patches per frame of a pretrained VLM."""
     assert isinstance(config.encoder, NativeEncoderConfig)
     return config.encoder.max_patches
 
 
 def load_encoder(config: Config, folder: Path) -> VisionEncoder:
-    """The vision encoder, frozen; of a whole model it alone is read."""
+    """Loads the frozen vision encoder; of a pretrained VLM, only the vision tower is read."""
     if has_plugin_encoder(config):
         return plugin_encoder(config, folder)
     if not config.is_pretrained_vlm:
         from vlmcap.models import encoders
 
-        is_on_host = config.trainer.strategy is Strategy.fsdp2  # it is cut into shards
+        is_on_host = config.trainer.strategy is Strategy.fsdp2  # it will be sharded
         return encoders.load_encoder(folder, encoder_options(config), "cpu" if is_on_host else device_of(config))
     from vlmcap.models import pretrained
 
@@ -183,7 +190,7 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
 
 
 def build_meta_encoder(config: Config, folder: Path) -> VisionEncoder:
-    """The vision encoder without its weights, on the meta device: its sizes and its transform."""
+    """Builds the vision encoder on the meta device, for its sizes and its transform."""
     if has_plugin_encoder(config):
         import torch
 
@@ -202,13 +209,13 @@ def build_meta_encoder(config: Config, folder: Path) -> VisionEncoder:
 
 
 def train_encoder(config: Config, encoder: Any) -> None:
-    """Thaws the encoder, or puts adapters on it, as `tuning.encoder` says."""
+    """Unfreezes the encoder or adds adapters to it, according to `tuning.encoder`."""
     tuning = config.tuning.encoder_tuning
     if tuning is EncoderTuning.none:
         return
     lora = lora_of(config)
     if tuning is EncoderTuning.full:
-        encoder.float().requires_grad_(True)  # mixed precision wants float32 masters
+        encoder.float().requires_grad_(True)  # mixed precision needs float32 master weights
     else:
         from vlmcap.models.encoders.tower import add_tower_lora
 
@@ -218,21 +225,27 @@ def train_encoder(config: Config, encoder: Any) -> None:
 
 
 def lora_of(config: Config) -> LoraConfig:
-    """Settings of the adapters, for a tuning that has any."""
+    """Returns the settings of the adapters of a tuning that has some."""
     assert isinstance(config.tuning, EncoderTuningConfig)
     return config.tuning.lora
 
 
 def uses_expert_adapters(config: Config) -> bool:
-    """Whether the experts of the language model get adapters."""
+    """Whether the experts of the language model have adapters."""
     return config.tuning.use_lora and lora_of(config).use_experts
 
 
 def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSizes:
-    """What encoder, clips and language model make of the projector.
+    """Returns the sizes of the projector, which follow from encoder, clips and language model.
+
+    Args:
+        config: Run configuration.
+        encoder: Vision encoder, on any device.
+        out_dim: Dl, width of the language model.
+        num_prompt_tokens: Number of tokens of the question.
 
     Raises:
-        UserError: The projector cannot take all clips that the encoder may give.
+        UserError: The projector does not support the features of the encoder.
     """
     from vlmcap.models.projectors import ProjectorSizes
 
@@ -240,9 +253,9 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
     _check_tiling(config)
     if isinstance(settings, PixelShuffleConfig) and len({(height, width) for _, height, width in grids}) > 1:
         raise UserError(
-            f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, and the grids of "
-            f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another "
-            "projector or encoder"
+            f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, but the grids of "
+            f"encoder={config.encoder.name} vary with the clip and are not always divisible; choose another projector "
+            "or encoder"
         )
     most_frames = max(frames for frames, _, _ in grids)
     return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens)
@@ -261,15 +274,18 @@ def _check_tiling(config: Config) -> None:
     key = next((key for key, is_wrong in wrong.items() if is_wrong), None)
     if tiling > 1 and key:
         raise UserError(
-            f"projector.{key} compares places of frames, which encoder.tiling={tiling} cuts into tiles of their own; "
-            "set encoder.tiling=1, or projector.frame_stack=1, projector.temporal=none and another projector.reducer"
+            f"projector.{key} compares positions between frames, which encoder.tiling={tiling} splits into tiles; set "
+            "encoder.tiling=1, or set projector.frame_stack=1, projector.temporal=none and another projector.reducer"
         )
 
 
 def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder:
-    """The language model's tokenizer with the prompt.
+    """Loads the tokenizer of the language model with the prompt.
 
-    `around` is text that stands directly around the visual tokens.
+    Args:
+        config: Run configuration.
+        folder: Folder of the language model.
+        **around: Text directly before and after the visual tokens; see `load_prompt`.
     """
     from vlmcap.models.llm.prompt import load_prompt
 
@@ -277,13 +293,16 @@ def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder
 
 
 def language_options(config: Config) -> dict[str, Any]:
-    """How a language model's weights are stored and computed with."""
+    """Returns dtype, quantization, attention and device of a language model.
+
+    Raises:
+        UserError: The tuning trains weights that are quantised.
+    """
     quantization = config.llm.quantization.value
     if quantization != "none" and any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         raise UserError(
-            f"tuning={config.tuning.name} trains the language model's own weights, which "
-            f"llm.quantization={quantization} forbids; "
-            "set llm.quantization=none"
+            f"tuning={config.tuning.name} trains the weights of the language model, which is not possible with "
+            f"llm.quantization={quantization}; set llm.quantization=none"
         )
     return {
         "dtype": dtype_of(config.hardware.precision),
@@ -294,15 +313,15 @@ def language_options(config: Config) -> dict[str, Any]:
 
 
 def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Module:
-    """The language model, frozen; without weights, on the meta device, where `is_meta`."""
+    """Loads the frozen language model, or builds it on the meta device if `is_meta`."""
     from vlmcap.models.llm.load import build_meta_language_model, load_language_model
 
-    if own := maker_of("llm", config.llm.kind):
+    if build := maker_of("llm", config.llm.kind):
         import torch
 
         with torch.device("meta") if is_meta else contextlib.nullcontext():
-            made: nn.Module = own(config.llm, folder, **language_options(config))
-        return made.requires_grad_(False)
+            llm: nn.Module = build(config.llm, folder, **language_options(config))
+        return llm.requires_grad_(False)
     if is_meta:
         options = {name: value for name, value in language_options(config).items() if name != "quantization"}
         return build_meta_language_model(folder, **options)
@@ -310,7 +329,7 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
 
 
 def load_vlm(config: Config, folder: Path) -> VlmComponents:
-    """The parts of a whole pretrained model, frozen but for its projector."""
+    """Loads the components of a pretrained VLM, frozen except for its projector."""
     from vlmcap.models.pretrained import load_pretrained
 
     return load_pretrained(
@@ -324,7 +343,7 @@ def load_vlm(config: Config, folder: Path) -> VlmComponents:
 
 
 def build_meta_vlm(config: Config, folder: Path) -> VlmComponents:
-    """The same parts without weights, on the meta device, and without the layout that needs a tokenizer."""
+    """Builds the components of a pretrained VLM on the meta device, without the layout that needs a tokenizer."""
     import torch
 
     from vlmcap.models.encoders.tower import read_config
@@ -345,18 +364,21 @@ def _uses_outer_marks(config: Config) -> bool:
 
 
 def loss_chunk_bytes(config: Config) -> int | None:
-    """Bytes of float32 logits that the loss may have at once; None for all."""
+    """Returns the bytes of float32 logits that the loss computes at a time; None for all."""
     size_mib = config.hardware.loss_chunk_mib
     return None if size_mib is None else size_mib * 2**20
 
 
 def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module:
-    """The language model with adapters, thawed, or as it is, as tuning says.
+    """Prepares the language model for training: gradient checkpointing, and adapters or unfrozen weights.
 
     Args:
-        config: Of the run.
-        llm: Changed in place.
-        num_kept: Layers whose activations are kept although others are computed again.
+        config: Run configuration.
+        llm: Language model, changed in place.
+        num_kept: Number of layers that gradient checkpointing does not recompute.
+
+    Returns:
+        The language model, wrapped by peft if it has adapters.
     """
     from vlmcap.models.llm.adapt import add_lora
     from vlmcap.models.llm.layers import checkpoint_layers
@@ -364,7 +386,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
     if config.hardware.gradient_checkpointing:
         checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
     if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
-        llm.float().requires_grad_(True)  # mixed precision wants float32 masters
+        llm.float().requires_grad_(True)  # mixed precision needs float32 master weights
     if not config.tuning.use_lora:
         return llm
     adapted: nn.Module = add_lora(llm, lora_of(config))
@@ -372,10 +394,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
 
 
 def compile_blocks(config: Config, llm: nn.Module) -> None:
-    """Compiles the language model's blocks where `hardware.compile` says so.
-
-    A plan's hollow model is never compiled.
-    """
+    """Compiles the blocks of the language model if `hardware.compile` is set; fake models are never compiled."""
     from vlmcap.models.llm.layers import compile_layers
 
     if config.hardware.compile:

@@ -1,4 +1,4 @@
-"""What a user's own part has to hold so that everything else may rely on it, checked at small sizes without a model around it.
+"""Contracts of a plugin's component on which the rest of the package relies, checked at small sizes without a model.
 
 Legend: B batch, F frames, P patches per frame, Dv vision width, V visual tokens per clip, Dl language width.
 """
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 Contract = tuple[str, Callable[[], None]]
 Settings = Callable[[], Any]
-_GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the encoder's own
+_GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the grid of the encoder
 _FRAMES = (4, 2, 1)
-_PROMPT = 5  # tokens of the question
+_PROMPT = 5  # number of tokens of the question
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one contract of one part.
+    """Result of one contract of one component.
 
     Attributes:
-        group: Such as "projector".
-        kind: Of the part.
-        contract: What it should do.
-        problem: What it does instead, in one line; empty where it holds.
+        group: Group of the component, such as "projector".
+        kind: Kind of the component.
+        contract: Expected behaviour.
+        problem: Actual behaviour in one line; empty if the contract holds.
     """
 
     group: str
@@ -47,15 +47,15 @@ class Outcome:
 
 
 def check_component(group: str, kind: str, settings: Settings | None = None) -> list[Outcome]:
-    """Every contract of a part, each checked whatever became of the others.
+    """Checks every contract of a component, independently of each other.
 
     Args:
         group: "projector", "encoder", "llm", "metric" or "data".
-        kind: A registered one.
-        settings: Makes its settings; None takes their defaults.
+        kind: Registered kind.
+        settings: Function that returns the settings; None uses their defaults.
     """
-    made = settings or (lambda: _defaults(group, kind))
-    return [Outcome(group, kind, text, _problem(check)) for text, check in _CONTRACTS[group](kind, made)]
+    make_settings = settings or (lambda: _defaults(group, kind))
+    return [Outcome(group, kind, text, _problem(check)) for text, check in _CONTRACTS[group](kind, make_settings)]
 
 
 def _defaults(group: str, kind: str) -> Any:
@@ -67,7 +67,7 @@ def _problem(check: Callable[[], None]) -> str:
         check()
     except AssertionError as error:
         return first_line(error)
-    except Exception as error:  # whatever the user's code raises is what the table is for
+    except Exception as error:  # any exception of the plugin is reported in the table
         return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
@@ -76,11 +76,11 @@ def _problem(check: Callable[[], None]) -> str:
 
 
 class _ProjectorContracts:
-    """The contracts of one kind of projector, with its default settings.
+    """Contracts of one kind of projector.
 
     Args:
-        kind: A registered one.
-        settings: Makes its settings.
+        kind: Registered kind.
+        settings: Function that returns the settings.
     """
 
     def __init__(self, kind: str, settings: Settings) -> None:
@@ -97,7 +97,7 @@ class _ProjectorContracts:
         yield "it runs on the meta device, as the plan does", self.check_meta
 
     def build(self, seed: int = 0) -> Projector:
-        """The projector, its weights from a seed."""
+        """Builds the projector with weights from a seed."""
         import torch
 
         from vlmcap.models.projectors import ProjectorSizes, build_projector
@@ -110,7 +110,7 @@ class _ProjectorContracts:
     def run(
         self, projector: Projector, num_clips: int = 2, num_frames: int = _FRAMES[0], grid: tuple[int, int] = _GRIDS[0]
     ) -> Tensor:
-        """Visual tokens of clips of noise, which are the same at each call."""
+        """Returns the visual tokens of clips of noise, which is the same in every call."""
         import torch
 
         device = (
@@ -121,7 +121,7 @@ class _ProjectorContracts:
         return tokens
 
     def check_tokens(self) -> None:
-        """(B, V, Dl) with the stated V, all finite."""
+        """Checks that the output is (B, V, Dl) with the stated V, and finite."""
         projector = self.build()
         for num_frames in _FRAMES:
             for grid in _GRIDS:
@@ -138,7 +138,7 @@ class _ProjectorContracts:
                 assert bool(tokens.isfinite().all()), f"{what}: the output is not finite"
 
     def check_gradients(self) -> None:
-        """No trainable weight is left out."""
+        """Checks that every trainable weight has a finite gradient that is not zero."""
         projector = self.build().train()
         self.run(projector).square().sum().backward()
         weights = {name: weight for name, weight in projector.named_parameters() if weight.requires_grad}
@@ -150,7 +150,7 @@ class _ProjectorContracts:
         assert not wild, f"the gradient of {', '.join(wild)} is not finite"
 
     def check_batch(self) -> None:
-        """A clip's tokens are the same alone and beside others, and in training no other clip moves them."""
+        """Checks that the tokens of a clip do not depend on other clips of the batch, also in training."""
         projector = self.build()
         error = difference(self.run(projector, 3)[:1], self.run(projector, 1))
         assert error < 1e-4, f"the first clip of three differs by {error:.1e} from the same clip alone"
@@ -160,14 +160,14 @@ class _ProjectorContracts:
         assert is_alone, "in training the first clip's tokens depend on the others; normalise each clip by itself"
 
     def check_repeat(self) -> None:
-        """Nothing is random after `eval()`."""
+        """Checks that nothing is random after `eval()`."""
         projector = self.build()
         assert bool((self.run(projector) == self.run(projector)).all()), (
-            "two calls differ; use dropout and noise in training alone"
+            "two calls differ; use dropout and noise only in training"
         )
 
     def check_state(self) -> None:
-        """Another projector with the same weights is the same projector."""
+        """Checks that the state dict is complete: another projector with the same weights gives the same output."""
         first, second = self.build(0), self.build(1)
         second.load_state_dict(first.state_dict())
         error = difference(self.run(first), self.run(second))
@@ -176,7 +176,7 @@ class _ProjectorContracts:
         )
 
     def check_half(self) -> None:
-        """Half precision outside, float32 tokens."""
+        """Checks that half precision features give float32 tokens."""
         import torch
 
         projector = self.build()
@@ -188,7 +188,7 @@ class _ProjectorContracts:
             assert bool(tokens.isfinite().all()), f"{dtype} features give tokens that are not finite"
 
     def check_meta(self) -> None:
-        """Shapes alone, without numbers."""
+        """Checks that the projector runs on the meta device."""
         import torch
 
         with torch.device("meta"):
@@ -202,11 +202,11 @@ class _ProjectorContracts:
 
 
 class _EncoderContracts:
-    """The contracts of one kind of encoder, with its default settings and random weights.
+    """Contracts of one kind of encoder with random weights.
 
     Args:
-        kind: A registered one.
-        settings: Makes its settings.
+        kind: Registered kind.
+        settings: Function that returns the settings.
     """
 
     def __init__(self, kind: str, settings: Settings) -> None:
@@ -222,7 +222,7 @@ class _EncoderContracts:
         yield "it is built on the meta device, as the plan does", self.check_meta
 
     def build(self, seed: int = 0) -> VisionEncoder:
-        """The encoder, weights that it draws from a seed."""
+        """Builds the encoder with weights from a seed."""
         import torch
 
         with torch.random.fork_rng(devices=[]):
@@ -231,7 +231,7 @@ class _EncoderContracts:
         return encoder.eval()
 
     def run(self, encoder: VisionEncoder, num_clips: int = 2) -> Tensor:
-        """Features of clips of two frames of noise, which are the same at each call."""
+        """Returns the features of clips with two frames of noise, which is the same in every call."""
         import torch
 
         size = cast(Any, encoder.transform).image_size
@@ -240,29 +240,30 @@ class _EncoderContracts:
             return cast("Tensor", encoder(frames))
 
     def check_shape(self) -> None:
-        """(B, F, P, Dv)."""
+        """Checks that the output is (B, F, P, Dv) with the stated P and Dv."""
         encoder = self.build()
         found, expected = tuple(self.run(encoder).shape), (2, 2, encoder.num_patches, encoder.embed_dim)
         assert found == expected, f"forward gives {found}, grid and embed_dim state {expected}"
 
     def check_batch(self) -> None:
-        """A clip's features are the same alone and beside others."""
+        """Checks that the features of a clip do not depend on other clips of the batch."""
         encoder = self.build()
         error = difference(self.run(encoder, 3)[:1], self.run(encoder, 1))
         assert error < 1e-4, f"the first clip of three differs by {error:.1e} from the same clip alone"
 
     def check_repeat(self) -> None:
-        """Features may be kept."""
+        """Checks that features can be stored, because they are the same in every call and after every load."""
         encoder = self.build()
-        assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be kept"
+        assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be stored"
         if not self.settings().checkpoint:
             is_fixed = bool((self.run(encoder) == self.run(self.build(1))).all())
             assert is_fixed, (
-                "its weights are random at each load, and no checkpoint keeps them; read them from encoder.checkpoint"
+                "its weights are random after every load, but no checkpoint saves them; read them from "
+                "encoder.checkpoint"
             )
 
     def check_transform(self) -> None:
-        """Frames of any size become frames of the encoder's."""
+        """Checks that the transform turns frames of any size into frames of the encoder's size."""
         from multiprocessing.reduction import ForkingPickler
 
         import torch
@@ -274,14 +275,14 @@ class _EncoderContracts:
         assert found == ((2, 3, size, size), torch.uint8), f"it gives {found}, expected uint8 of {size} × {size}"
 
     def check_half(self) -> None:
-        """Frozen weights have the run's type."""
+        """Checks that the encoder runs with frozen weights in bfloat16."""
         import torch
 
         features = self.run(self.build().to(torch.bfloat16))
         assert bool(features.isfinite().all()), "features in bfloat16 are not finite"
 
     def check_meta(self) -> None:
-        """Sizes without weights."""
+        """Checks that the encoder is built on the meta device."""
         import torch
 
         with torch.device("meta"):
@@ -338,19 +339,19 @@ def _llm_contracts(_: str, made: Settings) -> Iterator[Contract]:
 
 
 def noise(*shape: int) -> Tensor:
-    """Normal numbers, the same at each call; more clips begin with those of fewer."""
+    """Returns normal noise that is the same in every call; a larger batch starts with the clips of a smaller one."""
     import torch
 
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 def difference(tokens: Tensor, others: Tensor) -> float:
-    """The largest absolute difference."""
+    """Returns the largest absolute difference."""
     return float((tokens - others).detach().abs().max())
 
 
 def void(_: object) -> None:
-    """Nothing, of a result that does not matter."""
+    """Discards a result, where only the call matters."""
 
 
 _CONTRACTS: dict[str, Callable[[str, Settings], Iterator[Contract]]] = {

@@ -1,4 +1,4 @@
-"""Clips and loaders of a configuration."""
+"""Builds the data module of a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[Clip]]) -> CaptionDataModule:
-    """Loaders for splits as `load_splits` returns them, out of the feature store where the assembly has one."""
+    """Builds the loaders of all splits, which read stored features if the assembly has them.
+
+    Args:
+        config: Run configuration.
+        assembly: Assembled model.
+        clips: Clips of each split, as `load_splits` returns them.
+    """
     from vlmcap.data.loading.collate import Collator
     from vlmcap.data.loading.datamodule import CaptionDataModule
 
@@ -34,8 +40,7 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
 
     data = config.data
     if features is not None and config.encoder.is_cached:
-        # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are
-        # not.
+        # Small features are read faster than a worker sends them, unlike those of real encoders (tens of MB per clip).
         data = dataclasses.replace(data, num_workers=0)
     is_shuffled = data.batching is Batching.shuffled
     return CaptionDataModule(
@@ -49,17 +54,13 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
         max_eval_clips=config.evaluation.max_clips,
         lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
         pin_memory=config.hardware.accelerator != "cpu",
-        # With shards, every rank takes part in every forward pass, so all must write the same captions in the same
-        # steps.
+        # With FSDP, every rank takes part in every forward pass, so all ranks must caption the same clips.
         is_evaluation_shared=config.trainer.strategy is not Strategy.fsdp2,
     )
 
 
 def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> NDArray[np.int64]:
-    """(N,) tokens of each training clip's whole sequence.
-
-    Of the largest possible video where sizes vary and are not known yet.
-    """
+    """Returns the tokens of each clip's full sequence, (N,); unknown video sizes count as the largest possible."""
     from vlmcap.data.loading.lengths import caption_lengths, sequence_lengths
 
     prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_pretrained_vlm else "llm"]
@@ -77,7 +78,7 @@ def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) 
 
 
 def _visual_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> int | NDArray[np.int64]:
-    """Visual tokens and the text between them, (N,) where features say each clip's size and times."""
+    """Returns the visual tokens and the text between them: (N,) if features give each clip's size, else the largest."""
     import numpy as np
 
     from vlmcap.assembly.model import latest_times

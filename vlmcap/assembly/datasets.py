@@ -1,4 +1,4 @@
-"""Data sets of decoded clips, what features of clips are made of, and batches of any video files."""
+"""Data sets of decoded clips, the plan of their features, and batches of any video files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def decoded_dataset(
     grid_of: Callable[[int, int, int], GridTHW | None],
     clips: Sequence[Clip],
 ) -> ClipDataset:
-    """Clips with frames, decoded as the encoder wants them.
+    """Builds a data set of clips with decoded frames.
 
     Args:
-        config: Of the run.
-        transform: Frames as they are decoded -> frames as the encoder wants them; a picklable dataclass.
-        grid_of: As in `FeaturePlan`.
-        clips: In the order of the data set.
+        config: Run configuration.
+        transform: Transform from decoded frames to the frames of the encoder; a picklable dataclass.
+        grid_of: See `FeaturePlan`.
+        clips: Clips in the order of the data set.
     """
     from vlmcap.data.loading.clip_dataset import ClipDataset
 
@@ -40,14 +40,15 @@ def decoded_dataset(
 
 @dataclass(frozen=True, slots=True)
 class FeaturePlan:
-    """What features of a configuration are made of.
+    """Everything that the features of a configuration depend on.
 
     Attributes:
-        config: As `prepare` returned it.
-        sources: With the base of the encoder.
-        meta_encoder: The encoder without its weights.
-        grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
-        num_visual_tokens: V, the most that a clip may have; 0 where no language model will read them here.
+        config: Run configuration, as `prepare` returned it.
+        sources: Base checkpoints, including that of the encoder.
+        meta_encoder: Encoder on the meta device.
+        grid_of: Function `(F, H, W)` of decoded frames that returns a clip's size in patches, or None if all clips have
+            the grid of the encoder.
+        num_visual_tokens: V, the largest number of visual tokens of a clip; 0 if features are not used here.
     """
 
     config: Config
@@ -57,12 +58,12 @@ class FeaturePlan:
     num_visual_tokens: int = 0
 
     def decoded(self, clips: Sequence[Clip]) -> ClipDataset:
-        """Clips with the frames that the encoder takes."""
+        """Builds a data set of clips with the frames of the encoder."""
         return decoded_dataset(self.config, self.meta_encoder.transform, self.grid_of, clips)
 
 
 def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:
-    """F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own."""
+    """Returns the function `grid_of` of a `FeaturePlan`."""
     from vlmcap.models.encoders.preprocessing import StatedGrid
 
     grid_of = encoder.transform.grid_thw
@@ -71,12 +72,12 @@ def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int
 
 @dataclass(frozen=True, slots=True)
 class PathReader:
-    """The `ClipReader` of a captioner: video files, decoded by data workers, as batches of prompts.
+    """The `ClipReader` of a captioner: decodes video files in data workers into batches of prompts.
 
     Attributes:
-        plan: Configuration, and the frames that the encoder takes.
-        prompt: Text around the visual tokens.
-        visual: As in `Assembly`.
+        plan: Feature plan, with the configuration and the transform of frames.
+        prompt: Encoder of the text around the visual tokens.
+        visual: See `Assembly`.
     """
 
     plan: FeaturePlan
@@ -84,7 +85,7 @@ class PathReader:
     visual: VisualLayout
 
     def __call__(self, paths: Sequence[str | Path], batch_size: int) -> Iterator[Batch]:
-        """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
+        """Yields batches of up to `batch_size` clips on the CPU, in the order of the paths.
 
         Raises:
             UserError: A data worker died.

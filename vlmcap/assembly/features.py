@@ -1,7 +1,4 @@
-"""Features of the frozen encoder for a configuration.
-
-Stored before the language model is loaded, read while training.
-"""
+"""Stores the features of a frozen encoder before the language model is loaded, and reads them while training."""
 
 from __future__ import annotations
 
@@ -33,20 +30,20 @@ if TYPE_CHECKING:
     from vlmcap.models.encoders import VisionEncoder
     from vlmcap.types import Clip, FrameTimes, GridTHW, Sample, Skipped
 
-FRAMES_PER_PASS = 128  # through the encoder
-_QUIET_S = 2.0  # hashing mostly takes no time, as its results are remembered, and then is not worth a line
+FRAMES_PER_PASS = 128  # frames per forward pass of the encoder
+_SILENT_S = 2.0  # shorter hashing prints nothing; hashes are cached, so it usually takes no time
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The store of a configuration, and which of its entries each clip is.
+    """The feature store of a configuration, with the keys of its clips.
 
     Attributes:
-        store: Where the features are.
-        clips: Split name to clips.
-        hashes: Split name to the clips' content hashes, in their order.
-        memo: File that remembers the hashes of files.
-        pool_size: Patches a side that were averaged before storing; None where features are the encoder's own.
+        store: Store that holds the features.
+        clips: Clips of each split.
+        hashes: Content hashes of the clips of each split, in their order; they are the keys of the store.
+        memo: File that caches the hashes of media files.
+        pool_size: Patches per side that were averaged before storing; None if the encoder's features are stored.
     """
 
     store: FeatureStore
@@ -56,14 +53,14 @@ class Features:
     pool_size: int | None = None
 
     def hashes_of(self, chosen: Sequence[Clip]) -> NDArray[np.bytes_]:
-        """The content hashes of a whole split, or of any clips out of it."""
+        """Returns the content hashes of a full split, or of any of its clips."""
         from vlmcap.data.features.content_hash import content_hashes
 
         split = next((split for split, members in self.clips.items() if members is chosen), None)
         return content_hashes(chosen, self.memo) if split is None else self.hashes[split]
 
     def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
-        """The features of a whole split, or of any clips out of it."""
+        """Builds a data set of the features of a full split, or of any of its clips."""
         from vlmcap.data.features.feature_dataset import FeatureDataset, PooledFeatureDataset
 
         hashes = self.hashes_of(chosen)
@@ -72,7 +69,7 @@ class Features:
         return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
 
     def layouts(self, chosen: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
-        """The clips' sizes in patches, None for the encoder's own, and times; both None for clips without features."""
+        """Yields size in patches (None for the encoder's grid) and times of each clip; both None without features."""
         from vlmcap.data.features.feature_dataset import pooled_grid
 
         for content in self.hashes_of(chosen):
@@ -84,15 +81,16 @@ class Features:
 
 
 def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> Features | None:
-    """Every clip's features in the store, a black one's too if a run asks for it.
+    """Stores the features of all clips, and of the black clip if visual reliance is measured.
 
-    None where the configuration or the costs want none.
-
-    The encoder is loaded only where clips are missing, and is gone from memory on return.
+    The encoder is loaded only if features are missing, and freed before returning.
 
     Args:
-        plan: Of the configuration.
-        clips: Split name to clips.
+        plan: Feature plan of the configuration.
+        clips: Clips of each split.
+
+    Returns:
+        The features, or None if `cache.enabled` is false, or auto and storing them saves no time.
 
     Raises:
         UserError: The disk is full, or no clip can be read.
@@ -104,7 +102,7 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
         return None
     clips = with_blank(config, clips)
     store = open_store(plan)
-    if config.cache.enabled == "auto" and not _pays(plan, store, clips):
+    if config.cache.enabled == "auto" and not _is_worthwhile(plan, store, clips):
         return None
     memo = hash_memo(config)
     hashes = hash_clips(clips, memo)
@@ -115,24 +113,24 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
 
 
 def open_store(plan: FeaturePlan) -> FeatureStore:
-    """The store that a configuration's features belong to, filled or not."""
+    """Opens the store of a configuration's features, which may be empty."""
     from vlmcap.data.features.store import FeatureStore
 
     return FeatureStore(features_folder(plan.config), recipe_of(plan))
 
 
 def features_folder(config: Config) -> Path:
-    """Where all stores are."""
+    """Returns the folder of all feature stores."""
     return Path(config.paths.cache_dir) / "features"
 
 
 def hash_memo(config: Config) -> Path:
-    """The file that remembers the content hashes of media."""
+    """Returns the file that caches the content hashes of media."""
     return Path(config.paths.cache_dir) / "content.sqlite"
 
 
 def recipe_of(plan: FeaturePlan) -> Recipe:
-    """Everything that the features depend on besides the clips."""
+    """Returns everything that features depend on besides the clips, which is the key of their store."""
     from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
     from vlmcap.data.features.recipe import Recipe
 
@@ -158,19 +156,19 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
 
 
 def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDArray[np.bytes_]]:
-    """Split name to the content hashes of its clips."""
+    """Returns the content hashes of the clips of each split."""
     from vlmcap.data.features.content_hash import content_hashes
     from vlmcap.terminal import progress_reporter
 
     hashes = {}
     for split, members in clips.items():
-        with progress_reporter(f"hashing the {split} split", quiet_s=_QUIET_S) as report:
+        with progress_reporter(f"hashing the {split} split", silent_s=_SILENT_S) as report:
             hashes[split] = content_hashes(members, memo, report)
     return hashes
 
 
 def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
-    """Say in a line each if captions were left out, if the same videos are in several splits, and if workers lack shared memory."""
+    """Warns about captions that were left out, videos in several splits, and too little shared memory for workers."""
     from vlmcap.data.loading.shared_memory import shared_memory_problem
     from vlmcap.data.overlap import describe_overlap
 
@@ -183,7 +181,7 @@ def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
 
 
 def clip_bytes(plan: FeaturePlan) -> int:
-    """Bytes that the features of a clip take, those of the largest where sizes vary."""
+    """Returns the bytes of a clip's features; the largest if sizes vary."""
     from vlmcap.data.features.feature_dataset import pooled_grid
     from vlmcap.data.features.precision import size_bytes
 
@@ -203,9 +201,7 @@ def fill_store(
     clips: Mapping[str, Sequence[Clip]],
     hashes: Mapping[str, NDArray[np.bytes_]],
 ) -> None:
-    """Encodes what is missing, split by split, and says beforehand what it will take.
-
-    Does not load the encoder for nothing.
+    """Encodes the missing clips split by split, and prints their number and size; loads the encoder only if needed.
 
     Raises:
         UserError: The disk is full, or no clip can be read.
@@ -222,7 +218,7 @@ def fill_store(
     encode = encoding_of(config, load_encoder(config, plan.sources.folders[vision_component(config)]))
     num_frames = max(frames for frames, _, _ in plan.meta_encoder.possible_grids(config.data.num_frames))
     max_bytes = None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30)
-    with torch.random.fork_rng(devices=[]):  # what is trained starts the same whether anything was missing or not
+    with torch.random.fork_rng(devices=[]):  # the random state does not depend on what was missing
         for split in [split for split, count in missing.items() if count]:
             print(
                 f"encoding the {split} split: {grouped(missing[split])} clips, {gigabytes(missing[split] * size)}",
@@ -245,12 +241,12 @@ def fill_store(
     free_memory()
 
 
-def _pays(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]]) -> bool:
-    """What `cache.enabled=auto` comes to, said in one line."""
+def _is_worthwhile(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]]) -> bool:
+    """Decides `cache.enabled=auto`, and prints the reason in one line."""
     from vlmcap.assembly.cache_choice import choose_cache, estimate_costs
 
     if obstacle := _obstacle(plan.config):
-        print(f"cache.enabled=auto: off, as {obstacle}")
+        print(f"cache.enabled=auto: off, because {obstacle}")
         return False
     choice = choose_cache(estimate_costs(plan, store, clips, clip_bytes(plan)))
     print(choice.sentence, flush=True)
@@ -258,17 +254,17 @@ def _pays(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[C
 
 
 def _obstacle(config: Config) -> str | None:
-    """Why features of this configuration cannot be kept."""
+    """Returns why features of this configuration cannot be stored, or None."""
     if config.tuning.encoder_tuning is not EncoderTuning.none:
         return f"tuning.encoder={config.tuning.encoder_tuning.name} changes the features"
     changed_by = config.data.changed_by
-    return None if changed_by is None else f"{changed_by} changes the frames from epoch to epoch"
+    return None if changed_by is None else f"{changed_by} changes the frames in every epoch"
 
 
 def encoding_of(
     config: Config, encoder: VisionEncoder
 ) -> Callable[[torch.Tensor, Sequence[GridTHW] | None], torch.Tensor | list[torch.Tensor]]:
-    """A function from frames, and the clips' sizes where they vary, to what is stored of them."""
+    """Returns the function `(frames, grids)` that computes the features to store; grids are None if sizes are fixed."""
     import torch
 
     from vlmcap.models.precision import autocast
@@ -280,9 +276,8 @@ def encoding_of(
     @torch.no_grad()
     def encode(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> torch.Tensor:
         pinned = frames.pin_memory() if device.type == "cuda" else frames
-        with autocast(
-            device, autocast_dtype(config)
-        ):  # as in training, where norms of an encoder in half precision are float32
+        # As in training, where the norms of a half precision encoder run in float32.
+        with autocast(device, autocast_dtype(config)):
             features: torch.Tensor = encoder(pinned.to(device, non_blocking=True), grids)
         return features
 
@@ -291,8 +286,9 @@ def encoding_of(
 
     @torch.no_grad()
     def encode_pooled(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> list[torch.Tensor]:
-        features = encode(frames, grids).float()  # as the projector averages them
+        features = encode(frames, grids).float()  # the projector also averages in float32
         sizes = grids or [(features.shape[1], *encoder.grid)] * len(features)
+        # (B, F, P, Dv), padded -> B times (F, h · w / size², Dv)
         return [
             pool_grid(own[None, :count, : rows * columns], (rows, columns), size)[0]
             for own, (count, rows, columns) in zip(features, sizes, strict=True)
@@ -304,7 +300,7 @@ def encoding_of(
 def _batches_of(
     dataset: ClipDataset, batch_size: int, num_workers: int
 ) -> Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]:
-    """A function from positions in a data set to their samples, in lists for one pass of the encoder."""
+    """Returns a function that yields the samples at given positions, in lists for one pass of the encoder."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -327,7 +323,7 @@ def _batches_of(
 
 
 def free_memory() -> None:
-    """Gives back what models held that nobody refers to any more."""
+    """Frees the memory of models that are no longer referenced."""
     import gc
 
     import torch

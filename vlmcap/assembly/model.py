@@ -1,4 +1,4 @@
-"""A configuration's model: its parts joined, or a whole pretrained one."""
+"""Assembles the model of a configuration from its components, or loads a pretrained VLM."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What is known of a model before any of its weights are loaded: sizes, prompt, and where its visual tokens go.
+    """Description of a model before its weights are loaded: sizes, prompt, and positions of visual tokens.
 
     Attributes:
-        feature_plan: Configuration, base checkpoints, and the vision encoder without its weights.
-        prompt: The language model's tokenizer and the text around the visual tokens.
-        projector: Sizes of the projector; None for a whole pretrained model, which brings its own.
-        visual: A clip's size and times -> placeholders, and text between them; picklable.
-        context: Positions of the language model.
+        feature_plan: Configuration, base checkpoints, and the vision encoder on the meta device.
+        prompt: Tokenizer of the language model, and the text around the visual tokens.
+        projector: Sizes of the projector; None for a pretrained VLM, which brings its projector.
+        visual: Function from a clip's size and times to its placeholders and the text between them; picklable.
+        context: Context length of the language model in tokens.
     """
 
     feature_plan: FeaturePlan
@@ -64,25 +64,25 @@ class ModelSpec:
 
     @property
     def config(self) -> Config:
-        """As `prepare` returned it."""
+        """Run configuration, as `prepare` returned it."""
         return self.feature_plan.config
 
     @property
     def grids(self) -> Sequence[GridTHW]:
-        """Sizes in patches that a clip may have."""
+        """Possible sizes of a clip in patches."""
         return self.feature_plan.meta_encoder.possible_grids(self.config.data.num_frames)
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A model and what data needs to know of it.
+    """A model, and what the data module needs to know about it.
 
     Attributes:
         captioner: The model.
-        feature_plan: As in `ModelSpec`.
-        visual: A clip's size and times -> placeholders, and text between them; picklable.
-        num_visual_tokens: V, the most that a clip may have.
-        features: Where the clips' features are; None where the captioner encodes frames.
+        feature_plan: See `ModelSpec`.
+        visual: Function from a clip's size and times to its placeholders and the text between them; picklable.
+        num_visual_tokens: V, the largest number of visual tokens of a clip.
+        features: Stored features of the clips; None if the captioner encodes frames.
     """
 
     captioner: VideoCaptioner
@@ -98,15 +98,15 @@ class Assembly:
 
     @property
     def num_encoder_parameters(self) -> int:
-        """Parameters of the encoder, loaded or not."""
+        """Number of parameters of the encoder, which need not be loaded."""
         return sum(parameter.numel() for parameter in self.feature_plan.meta_encoder.parameters())
 
 
 def describe_model(config: Config) -> ModelSpec:
-    """Finds the base checkpoints of a configuration and refuses what does not fit together, before anything is loaded or encoded.
+    """Finds the base checkpoints, and checks that the components fit together, before weights are loaded.
 
     Raises:
-        UserError: A checkpoint is missing, or the parts do not fit.
+        UserError: A checkpoint is missing, or the components do not fit together.
     """
     from vlmcap.models.llm.attention import check_packing
     from vlmcap.models.llm.load import context_length, text_width
@@ -114,22 +114,19 @@ def describe_model(config: Config) -> ModelSpec:
     from vlmcap.models.projectors import check_projector, count_tokens
 
     sources = locate_base_checkpoints(config)
-    part = "model" if config.is_pretrained_vlm else "llm"
-    folder = sources.folders[part]
+    group = "model" if config.is_pretrained_vlm else "llm"
+    folder, name = sources.folders[group], f"{group}={config.component_names[group]}"
     if config.data.batching is Batching.packed:
-        check_packing(folder, f"{part}={config.component_names[part]}")
-    _check_decoding(config, folder, f"{part}={config.component_names[part]}")
+        check_packing(folder, name)
+    _check_decoding(config, folder, name)
     encoder = build_meta_encoder(config, sources.folders[vision_component(config)])
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
     if config.is_pretrained_vlm:
-        sizes, cached_meta_encoder = None, build_meta_vlm(config, folder)
+        sizes, meta_vlm = None, build_meta_vlm(config, folder)
         prompt = load_prompt_of(
-            config,
-            folder,
-            visual_prefix=cached_meta_encoder.visual_prefix,
-            visual_suffix=cached_meta_encoder.visual_suffix,
+            config, folder, visual_prefix=meta_vlm.visual_prefix, visual_suffix=meta_vlm.visual_suffix
         )
-        visual = VisualRun(cached_meta_encoder.num_tokens, grids[0])
+        visual = VisualRun(meta_vlm.num_tokens, grids[0])
     else:
         prompt = load_prompt_of(config, folder)
         sizes = projector_sizes(config, encoder, text_width(folder), len(prompt.question_ids))
@@ -141,7 +138,7 @@ def describe_model(config: Config) -> ModelSpec:
 
 
 def _check_decoding(config: Config, folder: Path, model: str) -> None:
-    """`UserError` for settings of our own decoding where transformers writes the captions of a language model."""
+    """Raises a `UserError` for settings of the native loop if transformers must generate the captions."""
     from vlmcap.models.decoding.engine import supports_native_engine
     from vlmcap.models.llm.load import language_config
     from vlmcap.models.llm.prompt import generation_config
@@ -156,9 +153,8 @@ def _check_decoding(config: Config, folder: Path, model: str) -> None:
         and not supports_native_engine(language_config(folder)[0], generation_config(folder))
     ):
         raise UserError(
-            f"evaluation.{key}={as_text(getattr(chosen, key))} changes nothing with {model}, whose captions "
-            "transformers writes; "
-            f"leave evaluation.{key} out"
+            f"evaluation.{key}={as_text(getattr(chosen, key))} changes nothing with {model}, whose captions are "
+            f"generated by transformers; leave evaluation.{key} out"
         )
 
 
@@ -171,26 +167,26 @@ def assemble(
     num_kept_layers: int = 0,
     is_meta: bool = False,
 ) -> Assembly:
-    """Loads the weights of a model, its trained parts fresh or warm-started.
+    """Loads the weights of a model.
 
     Args:
-        spec: As `describe_model` returned it.
-        features: Stored features of the clips, with which the encoder is not loaded; None where frames will come.
-        is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any
-            more.
-        llm: Stands in for the language model where another program runs that; not for whole models.
-        num_kept_layers: Last layers of the language model that are not recomputed although it is checkpointed.
-        is_meta: Leaves frozen weights on the meta device, for a process that receives its shards of them from another.
+        spec: Result of `describe_model`.
+        features: Stored features of the clips, with which the encoder is not loaded; None if frames are encoded.
+        is_fresh: Whether the trained components start fresh, from `projector.checkpoint` if it is set. False if the
+            weights of a checkpoint will be loaded, for which `projector.checkpoint` need not exist any more.
+        llm: Replacement of the language model if another program runs it; not supported for a pretrained VLM.
+        num_kept_layers: Last layers of the language model that gradient checkpointing does not recompute.
+        is_meta: Whether to leave frozen weights on the meta device, in a process that receives shards from another.
 
     Raises:
-        UserError: A part cannot be loaded, or the text between visual tokens does not fit into the context.
+        UserError: A component cannot be loaded, or the text between visual tokens exceeds the context.
     """
     if spec.projector is None:
         return _assemble_vlm(spec, features, num_kept_layers)
-    return _assemble_parts(spec, features, is_fresh, llm, num_kept_layers, is_meta)
+    return _assemble_components(spec, features, is_fresh, llm, num_kept_layers, is_meta)
 
 
-def _assemble_parts(
+def _assemble_components(
     spec: ModelSpec,
     features: Features | None,
     is_fresh: bool,
@@ -209,8 +205,7 @@ def _assemble_parts(
     if features is not None and features.pool_size is not None and isinstance(settings, TokenProjectorConfig):
         from vlmcap.data.features.feature_dataset import pooled_grid
 
-        # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are
-        # encoded on the fly.
+        # The features are pooled already. Pooling has no weights, so a checkpoint fits a projector with and without it.
         frames, *side = pooled_grid(spec.grids[0], features.pool_size)
         sizes = dataclasses.replace(sizes, grid=reduced_grid(settings, sizes.grid))
         settings = dataclasses.replace(settings, reducer=Reducer.none)
@@ -236,28 +231,22 @@ def _assemble_vlm(spec: ModelSpec, features: Features | None, num_kept_layers: i
     from vlmcap.models.llm.prompt import VisualRun
 
     config = spec.config
-    parts = load_vlm(config, spec.feature_plan.sources.folders["model"])
-    visual = parts.visual_layout or VisualRun(parts.num_tokens, spec.grids[0])
-    num_visual = check_context(
-        config, visual, spec.grids, spec.prompt, spec.context
-    )  # once more, with the text between visual tokens
-    encoder = parts.encoder if features is None else None
+    vlm = load_vlm(config, spec.feature_plan.sources.folders["model"])
+    visual = vlm.visual_layout or VisualRun(vlm.num_tokens, spec.grids[0])
+    # Checked again, because only the tokenizer gives the text between visual tokens.
+    num_visual = check_context(config, visual, spec.grids, spec.prompt, spec.context)
+    encoder = vlm.encoder if features is None else None
     if encoder is not None:
         train_encoder(config, encoder)
-    llm = add_adapters(config, parts.llm, num_kept_layers)
+    llm = add_adapters(config, vlm.llm, num_kept_layers)
     compile_blocks(config, llm)
     options = captioner_options(spec, visual)
-    captioner = parts.captioner_class(
-        encoder, parts.projector, llm, spec.prompt, generation_settings(config), **options
-    )
+    captioner = vlm.captioner_class(encoder, vlm.projector, llm, spec.prompt, generation_settings(config), **options)
     return Assembly(captioner, spec.feature_plan, visual, num_visual, features)
 
 
 def captioner_options(spec: ModelSpec, visual: VisualLayout) -> dict[str, Any]:
-    """Arguments of a captioner beside its parts.
-
-    Memory of its loss, arithmetic of its captions, and the reader of its files.
-    """
+    """Returns the arguments of a captioner besides its components."""
     return {
         "loss_chunk_bytes": loss_chunk_bytes(spec.config),
         "autocast_dtype": autocast_dtype(spec.config),
@@ -266,10 +255,10 @@ def captioner_options(spec: ModelSpec, visual: VisualLayout) -> dict[str, Any]:
 
 
 def warm_start(projector: Projector, checkpoint: str) -> None:
-    """Puts the weights of an earlier projector into this one.
+    """Loads the weights of an earlier projector.
 
     Raises:
-        UserError: There is none, or it does not fit.
+        UserError: The checkpoint does not exist, or does not fit.
     """
     from vlmcap.models.checkpoint import locate
     from vlmcap.models.projectors import load_projector_weights
@@ -282,7 +271,7 @@ def warm_start(projector: Projector, checkpoint: str) -> None:
 
 
 def generation_settings(config: Config) -> GenerationSettings:
-    """How captions are decoded."""
+    """Returns the settings of decoding."""
     from vlmcap.models.decoding.settings import GenerationSettings
 
     is_merged = config.evaluation.merge_adapters is True
@@ -294,45 +283,49 @@ def generation_settings(config: Config) -> GenerationSettings:
 def check_context(
     config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int
 ) -> int:
-    """Visual tokens of the largest clip.
-
-    `UserError` if they, the prompt and the longest caption exceed the model's positions.
+    """Checks that the largest clip, the prompt and the longest caption fit into the context.
 
     Args:
-        config: Of the run.
-        visual: Places of the visual tokens.
-        grids: Sizes that a clip may have.
-        prompt: Text around them.
-        context: Positions of the language model.
+        config: Run configuration.
+        visual: Layout of the visual tokens.
+        grids: Possible sizes of a clip in patches.
+        prompt: Encoder of the text around the visual tokens.
+        context: Context length of the language model in tokens.
+
+    Returns:
+        Number of visual tokens of the largest clip.
+
+    Raises:
+        UserError: They do not fit.
     """
     latest = latest_times(config.data.num_frames)
     layouts = [visual(grid, latest) for grid in grids]
-    num_visual = max(sum(part for part in layout if isinstance(part, int)) for layout in layouts)
+    num_visual = max(sum(run for run in layout if isinstance(run, int)) for layout in layouts)
     text = prompt.num_prompt_tokens + max(
-        sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts
+        sum(len(run) for run in layout if not isinstance(run, int)) for layout in layouts
     )
     check_length(config, num_visual, text, context)
     return num_visual
 
 
 def latest_times(num_frames: int) -> FrameTimes:
-    """Times whose text in a prompt is at least as long as that of any clip's."""
+    """Returns frame times whose text in a prompt is at least as long as that of any clip."""
     from vlmcap.data.decoding.container import DecodeLimits
 
     return (DecodeLimits().max_duration_s,) * num_frames
 
 
 def check_length(config: Config, num_visual: int, text: int, context: int) -> None:
-    """`UserError` if visual tokens, those of the text around them and the longest caption exceed the model's positions."""
+    """Raises a `UserError` if visual tokens, prompt tokens and the longest caption exceed the context."""
     longest = max(config.llm.caption_tokens, config.llm.new_tokens)
     if num_visual + text + longest > context:
-        name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
+        name, hint = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
         if isinstance(config.projector, TokenProjectorConfig) and config.projector.reducer is Reducer.none:
-            mend = "set projector.reducer=pool"
+            hint = "set projector.reducer=pool"
         if config.is_pretrained_vlm:
-            name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
+            name, hint = f"model={config.model.name}", "lower encoder.max_patches if frames keep their aspect ratio"
         raise UserError(
             f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of "
-            f"{context} tokens "
-            f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
+            f"{context} tokens of {name}; lower data.num_frames, {hint}, or lower llm.max_caption_tokens and "
+            "llm.max_new_tokens"
         )

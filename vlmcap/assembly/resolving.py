@@ -1,7 +1,7 @@
-"""What a configuration leaves to its data and its checkpoints, decided once: prompt, lengths of captions and licenses.
+"""Resolves settings that depend on data and checkpoints: the prompt, the length of captions, and licenses.
 
-Decided values take the places of `auto` in the configuration, so that the run's files and checkpoints hold them, and
-evaluation and captioning need no data.
+The resolved values replace `auto` in the configuration, so that the files and checkpoints of a run hold them, and
+evaluation and captioning need no training data.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from vlmcap.types import Clip
 
 _STEP = 32  # tokens; limits are multiples of it, so that a few more clips rarely change them
-_READ = 1_000  # captions of each split that say which language the data has
-_COUNTED = ("train", "val")  # splits whose captions decide; the test split decides nothing unless it is all there is
+_NUM_READ = 1_000  # captions of each split that are read to detect the language
+_COUNTED = ("train", "val")  # splits that are used; other splits are used only if these are missing
 
 
 def resolve(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
-    """The configuration with its `auto` values decided by the data, and the licenses that the checkpoints' folders state.
+    """Resolves `auto` values from the data, and unknown licenses from the folders of the checkpoints.
 
     Args:
-        config: Run configuration, whose demo data and parts are made.
-        clips: Split name to clips; training and validation clips count, or all where there are neither.
+        config: Run configuration, after `prepare`.
+        clips: Clips of each split; the training and validation splits are used, or all if both are missing.
 
     Raises:
-        UserError: The language model's tokenizer is not there.
+        UserError: The tokenizer of the language model does not exist.
     """
     return _with_licenses(resolve_from_data(config, clips))
 
 
 def with_model_kind(config: Config) -> Config:
-    """The configuration with the class of `model=custom`, which the checkpoint's `config.json` says.
+    """Resolves `model=custom` to the kind that the checkpoint's `config.json` states.
 
     Raises:
-        UserError: The checkpoint is not there, or of a class that is not taken as a whole.
+        UserError: The checkpoint does not exist, or its kind is not supported.
     """
     model = config.model
     if not isinstance(model, CustomVlmConfig):
@@ -62,8 +62,8 @@ def with_model_kind(config: Config) -> Config:
     }
     if found not in kinds:
         raise UserError(
-            f"model.checkpoint={model.checkpoint} is of the type {found}, and model=custom takes {', '.join(kinds)}; "
-            "join its parts by encoder=custom and llm=custom"
+            f"model.checkpoint={model.checkpoint} has the model type {found}, but model=custom supports "
+            f"{', '.join(kinds)}; assemble its components with encoder=custom and llm=custom"
         )
     values = {
         field.name: getattr(model, field.name)
@@ -74,79 +74,79 @@ def with_model_kind(config: Config) -> Config:
 
 
 def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
-    """The configuration with its `auto` values decided by the data.
+    """Resolves `auto` values from the data.
 
     Args:
-        config: As for `resolve`, as are the others.
-        clips: Split name to clips.
+        config: See `resolve`.
+        clips: See `resolve`.
 
     Raises:
-        UserError: The language model's tokenizer is not there.
+        UserError: The tokenizer of the language model does not exist.
     """
     counted = [clips[split] for split in _COUNTED if split in clips] or list(clips.values())
-    decided: dict[str, Any] = {}
+    resolved: dict[str, Any] = {}
     if config.llm.prompt == AUTO:
-        decided["prompt"] = KOREAN_PROMPT if _is_korean(counted) else ENGLISH_PROMPT
+        resolved["prompt"] = KOREAN_PROMPT if _is_korean(counted) else ENGLISH_PROMPT
     if names := [name for name in ("max_caption_tokens", "max_new_tokens") if getattr(config.llm, name) == AUTO]:
-        decided |= dict.fromkeys(names, token_limit(longest_caption(config, counted)))
-    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, **decided))
+        resolved |= dict.fromkeys(names, token_limit(longest_caption(config, counted)))
+    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, **resolved))
 
 
 def _is_korean(splits: Sequence[Sequence[Clip]]) -> bool:
-    """Whether captions are mainly Hangul, by some that are spread over each split."""
+    """Whether captions are mainly Hangul, by a sample that is spread over each split."""
     from vlmcap.data.text import is_mainly_hangul
 
-    chosen = (clips[place] for clips in splits for place in range(0, len(clips), max(1, len(clips) // _READ)))
+    chosen = (clips[index] for clips in splits for index in range(0, len(clips), max(1, len(clips) // _NUM_READ)))
     return is_mainly_hangul(clip.captions[0] for clip in chosen if clip.captions)
 
 
 def token_limit(longest: int) -> int:
-    """The limit that suits a longest caption, in tokens with the end token."""
+    """Rounds the length of the longest caption, in tokens with the end token, up to a limit."""
     return max(1, -(-longest // _STEP)) * _STEP
 
 
 def longest_caption(config: Config, splits: Sequence[Sequence[Clip]]) -> int:
-    """Tokens of the longest caption with its end token."""
+    """Returns the number of tokens of the longest caption, including its end token."""
     return max((int(lengths.max()) for lengths in caption_counts(config, splits) if len(lengths)), default=0)
 
 
 def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDArray[np.int32]]:
-    """Tokens of each caption with its end token, by split.
+    """Returns the number of tokens of each caption with its end token, by split.
 
-    Counted once for each set of captions and tokenizer, and remembered.
+    The counts are cached for each set of captions and tokenizer.
 
     Raises:
-        UserError: The language model's tokenizer is not there.
+        UserError: The tokenizer of the language model does not exist.
     """
     from vlmcap.data.loading.lengths import caption_lengths
     from vlmcap.models.checkpoint import fingerprint
 
-    part = "model" if config.is_pretrained_vlm else "llm"
-    folder = _folder(config, part)
+    group = "model" if config.is_pretrained_vlm else "llm"
+    folder = _folder(config, group)
     prompt = load_prompt_of(config, folder)
-    sha256 = fingerprint(folder, getattr(config, part).checkpoint, has_weights=False).sha256
+    sha256 = fingerprint(folder, getattr(config, group).checkpoint, has_weights=False).sha256
     memo = Path(config.paths.cache_dir) / "manifests"
     fingerprinted = f"{sha256}:{prompt.caption_lead}"
     return [caption_lengths(clips, prompt.encode_caption, folder=memo, fingerprint=fingerprinted) for clips in splits]
 
 
 def _with_licenses(config: Config) -> Config:
-    """The configuration with the licenses of other checkpoints than those that `conf/` knows."""
+    """Fills in the licenses of checkpoints that have no file in `conf/`."""
     from vlmcap.models.llm.inspection import license_of
 
     changed: dict[str, Any] = {}
-    for part in ("model",) if config.is_pretrained_vlm else ("encoder", "llm"):
-        settings = getattr(config, part)
+    for group in ("model",) if config.is_pretrained_vlm else ("encoder", "llm"):
+        settings = getattr(config, group)
         if settings.license == UNKNOWN:
-            with suppress(UserError):  # a checkpoint that is not there is reported where its weights are loaded
-                changed[part] = dataclasses.replace(settings, license=license_of(_folder(config, part)) or UNKNOWN)
+            with suppress(UserError):  # a missing checkpoint is reported when its weights are loaded
+                changed[group] = dataclasses.replace(settings, license=license_of(_folder(config, group)) or UNKNOWN)
     return dataclasses.replace(config, **changed) if changed else config
 
 
-def _folder(config: Config, part: str) -> Path:
+def _folder(config: Config, group: str) -> Path:
     from vlmcap.models.checkpoint import locate
 
-    settings = getattr(config, part)
+    settings = getattr(config, group)
     return locate(
-        settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False
+        settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, has_weights=False
     )

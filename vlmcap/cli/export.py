@@ -12,11 +12,11 @@ def run(options: Namespace) -> None:
         UserError: The output is in use, or the checkpoint or its base does not do.
     """
     from vlmcap.config_saved import override_values
-    from vlmcap.training.checkpoints.export import export, tell
+    from vlmcap.training.checkpoints.export import describe_export, export
 
     overrides = override_values(options.overrides)
     print(
-        tell(
+        describe_export(
             export(options.checkpoint, options.output, dtype=options.dtype, device=options.device, overrides=overrides)
         )
     )

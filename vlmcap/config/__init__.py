@@ -1,9 +1,8 @@
-"""Every setting that may be made: its name, type, unit, default and check.
+"""The schema of every setting: name, type, unit, default and checks.
 
-The YAML files under `conf/` give the values.
-
-The first default of each YAML file is one of these schemas, so a typo, a wrong type or a key of another kind ends
-before anything is loaded. Checks that look at one group stand in its `__post_init__`, those across groups in `Config`.
+The YAML files under `conf/` give the values. The first entry of each file's defaults list is one of these schemas, so a
+typo, a wrong type or a key of another kind is refused before anything is loaded. Checks within one group are in its
+`__post_init__`, and checks across groups are in `Config`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Values that a key may take where there are only some."""
+"""Enumerations of the values that a key may take."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from enum import Enum
 
 
 class Queries(Enum):
-    """What attends to the visual features in `projector.kind=cross_attention`."""
+    """Queries that attend to the visual features in `projector.kind=cross_attention`."""
 
     learned = "learned"
     prompt = "prompt"
 
 
 class Reducer(Enum):
-    """What makes fewer visual tokens in front of the projector."""
+    """How the number of visual tokens is reduced before the projector."""
 
     none = "none"
     pool = "pool"
@@ -23,7 +23,7 @@ class Reducer(Enum):
 
 
 class Temporal(Enum):
-    """How frames learn of each other."""
+    """How information is exchanged between frames."""
 
     none = "none"
     position = "position"
@@ -32,7 +32,7 @@ class Temporal(Enum):
 
 
 class EncoderTuning(Enum):
-    """What is trained of the encoder."""
+    """Which weights of the encoder are trained."""
 
     none = "none"
     lora = "lora"
@@ -40,11 +40,11 @@ class EncoderTuning(Enum):
 
 
 Quantization = Enum("Quantization", {"none": "none", "8bit": "8bit", "4bit": "4bit"})
-Quantization.__doc__ = "How the frozen language model's weights are stored."
+Quantization.__doc__ = "Storage of the frozen weights of the language model."
 
 
 class Precision(Enum):
-    """Arithmetic of training: mixed keeps the trained weights in float32."""
+    """Precision of training; mixed precision keeps the trained weights in float32."""
 
     fp32 = "32-true"
     bf16 = "bf16-mixed"
@@ -52,7 +52,7 @@ class Precision(Enum):
 
 
 class OptimKind(Enum):
-    """AdamW as torch has it, fused into one kernel, or with its state in 8 bits."""
+    """Kind of AdamW: torch's default, fused into one kernel, or with an 8-bit state."""
 
     adamw = "adamw"
     adamw_fused = "adamw_fused"
@@ -60,7 +60,7 @@ class OptimKind(Enum):
 
 
 class Strategy(Enum):
-    """What each process holds of the model: all of it (DDP), or a part of every weight (FSDP2)."""
+    """What each process holds: the full model (DDP), or a shard of every weight (FSDP2)."""
 
     auto = "auto"
     ddp = "ddp"
@@ -68,7 +68,7 @@ class Strategy(Enum):
 
 
 class Split(Enum):
-    """Parts of a data set."""
+    """Splits of a data set."""
 
     train = "train"
     val = "val"
@@ -86,7 +86,7 @@ class Sampling(Enum):
 
 
 class Decoder(Enum):
-    """What reads video files; `auto` is torchcodec where it is installed and loads, else PyAV."""
+    """Library that decodes videos; `auto` is torchcodec if it is installed and loads, else PyAV."""
 
     auto = "auto"
     pyav = "pyav"
@@ -102,14 +102,14 @@ class Batching(Enum):
 
 
 class EvaluationBackend(Enum):
-    """Who computes BLEU, CIDEr-D and ROUGE-L of our tokens: we, or the reference package."""
+    """Implementation of BLEU, CIDEr-D and ROUGE-L: this package's, or the reference package."""
 
     native = "native"
     pycocoevalcap = "pycocoevalcap"
 
 
 class Enforce(Enum):
-    """What `train.py` does about a configuration that its GPU cannot hold."""
+    """What `train.py` does with a configuration that does not fit on its GPU."""
 
     error = "error"
     warn = "warn"
@@ -117,14 +117,14 @@ class Enforce(Enum):
 
 
 class VisualRelianceMode(Enum):
-    """What is measured with exchanged videos: captions and the loss of the labels, or that loss alone."""
+    """What is measured with exchanged videos: captions and label loss, or the label loss alone."""
 
     captions = "captions"
     loss = "loss"
 
 
 class Engine(Enum):
-    """What decodes captions: our own loop where it can (greedy search, full attention), transformers' `generate`, or vLLM."""
+    """Decoding engine: the native loop where possible (greedy, full attention), transformers' `generate`, or vLLM."""
 
     native = "native"
     hf = "hf"

@@ -1,6 +1,6 @@
-"""The kinds of each part: the dataclass that is the schema of each kind's YAML, and the class or function that makes the part.
+"""Registry of the kinds in each group: the schema of a kind's YAML file, and the class or function that builds it.
 
-The package's own kinds and those of a user's plugin are registered in the same way.
+The kinds of this package and those of a user's plugin are registered in the same way.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ M = TypeVar("M")
 SCHEMAS: dict[str, dict[str, type]] = {}
 """Group -> kind -> dataclass."""
 MAKERS: dict[str, dict[str, Any]] = {}
-"""Group -> kind -> what makes the part: a class or a function."""
+"""Group -> kind -> class or function that builds the component."""
 
 
 def register(group: str) -> Callable[[T], T]:
-    """Makes a dataclass the schema of the kind that its field `kind` has by default.
+    """Registers a dataclass as the schema of the kind that is the default of its field `kind`.
 
     Args:
-        group: Such as "projector".
+        group: Name of the group, such as "projector".
 
     Raises:
-        ValueError: Another dataclass has that kind.
+        ValueError: The dataclass has no kind, or another dataclass has that kind.
     """
 
     def decorate(schema: T) -> T:
         kind = getattr(schema, "kind", None)
         if not isinstance(kind, str) or kind in ("", "???"):
             raise ValueError(
-                f"{schema.__qualname__} names no kind; give its field `kind` a default, such as kind: str = 'mine'"
+                f"{schema.__qualname__} has no kind; give its field `kind` a default, such as kind: str = 'mine'"
             )
         claim(SCHEMAS.setdefault(group, {}), group, kind, schema)
         return schema
@@ -40,18 +40,19 @@ def register(group: str) -> Callable[[T], T]:
 
 
 def register_component(group: str, schema: type) -> Callable[[M], M]:
-    """Makes a class or a function the maker of a kind, and its dataclass the schema of that kind.
+    """Registers a class or a function that builds a kind of component, with the schema of its settings.
 
-    A projector's maker is a `Projection`; an encoder's a function of settings and folder that returns a `FrameEncoder`,
-    its weights random where the folder is None; a language model's a function of settings and folder, with the
-    arguments dtype, quantization, attention and device; a data format's a `Reader`.
+    - projector: a subclass of `Projection`.
+    - encoder: a function `(settings, folder)` that returns a `FrameEncoder`, with random weights if the folder is None.
+    - llm: a function `(settings, folder, *, dtype, quantization, attention, device)` that returns the language model.
+    - data: a `Reader`.
 
     Args:
         group: "encoder", "projector", "llm" or "data".
-        schema: Dataclass of the settings, whose field `kind` names the kind by its default.
+        schema: Dataclass of the settings; the default of its field `kind` is the name of the kind.
 
     Raises:
-        ValueError: Another part has that kind.
+        ValueError: Another component has that kind.
     """
 
     def decorate(maker: M) -> M:
@@ -62,21 +63,26 @@ def register_component(group: str, schema: type) -> Callable[[M], M]:
     return decorate
 
 
-def claim(known: dict[str, Any], group: str, kind: str, part: Any) -> None:
-    """Enters a part under its kind; a module that is imported again replaces its own."""
+def claim(known: dict[str, Any], group: str, kind: str, component: Any) -> None:
+    """Registers an object under its kind; a module that is imported again replaces its own objects."""
     before = known.get(kind)
-    if before is not None and (before.__module__, before.__qualname__) != (part.__module__, part.__qualname__):
-        raise ValueError(f"{group}={kind} of {part.__module__} is taken by {before.__module__}; choose another kind")
-    known[kind] = part
+    if before is not None and (before.__module__, before.__qualname__) != (
+        component.__module__,
+        component.__qualname__,
+    ):
+        raise ValueError(
+            f"{group}={kind} of {component.__module__} is taken by {before.__module__}; choose another kind"
+        )
+    known[kind] = component
 
 
 def maker_of(group: str, kind: str) -> Any:
-    """What makes a part of a kind; None where the group has none registered for it."""
+    """Returns the class or function that builds a kind, or None if none is registered."""
     return MAKERS.get(group, {}).get(kind)
 
 
 def schema_of(group: str, kind: str) -> type:
-    """The dataclass of a kind.
+    """Returns the schema of a kind.
 
     Raises:
         ValueError: The group has no such kind.
@@ -88,16 +94,16 @@ def schema_of(group: str, kind: str) -> type:
 
 
 def check_kind(group: str, plain: Mapping[str, Any], kind: str) -> None:
-    """Raises a `ValueError` where `kind` was changed beside a part's name: another kind has other keys.
+    """Raises a `ValueError` if `kind` was overridden, because another kind has other keys.
 
     Args:
-        group: Such as "projector".
-        plain: The group's values.
-        kind: That of its schema.
+        group: Name of the group, such as "projector".
+        plain: Values of the group as plain data.
+        kind: Kind of its schema.
     """
     if plain["kind"] != kind:
         chosen = f"{group}={plain.get('name', kind)}"
         raise ValueError(
-            f"{group}.kind={plain['kind']} cannot be set beside {chosen}, whose kind is {kind}; choose another "
+            f"{group}.kind={plain['kind']} cannot be combined with {chosen}, whose kind is {kind}; choose another "
             f"{group}=NAME"
         )

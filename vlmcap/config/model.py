@@ -1,4 +1,4 @@
-"""The model: parts that are joined here, or a whole pretrained vision-language model."""
+"""Settings of the model: components that are assembled, or a pretrained vision-language model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from vlmcap.config.checks import follows, require, require_positive
 from vlmcap.config.choices import Quantization, Reducer
 from vlmcap.config.kinds import register
 
-AUTO = "auto"  # value of a setting that the data decides
-UNKNOWN = "unknown"  # license of a checkpoint that does not state one
-ASSUMED_CAPTION_TOKENS = (
-    768  # of the longest caption, where the data is not there: Qwen3's for AI Hub's Korean captions of 575 characters
-)
+AUTO = "auto"  # value of a setting that is resolved from the data
+UNKNOWN = "unknown"  # license of a checkpoint that states none
+# Longest caption in tokens if there is no data: what Qwen3 needs for AI Hub's Korean captions of 575 characters.
+ASSUMED_CAPTION_TOKENS = 768
 
 KOREAN_PROMPT = "이 영상을 한국어로 자세히 설명해 주세요."
 ENGLISH_PROMPT = "Describe this video in detail."
@@ -30,28 +29,28 @@ def _require_checkpoint(group: str, checkpoint: str) -> None:
 
 @dataclass
 class ModelConfig:
-    """Where the three parts come from."""
+    """Where the three components of the model come from."""
 
-    name: str = MISSING
-    kind: str = MISSING
+    name: str = MISSING  # name of the model in titles and tables
+    kind: str = MISSING  # kind of model, which selects the schema
 
 
 @register("model")
 @dataclass
 class AssembledConfig(ModelConfig):
-    """Encoder, projector and language model, each by its own name."""
+    """Encoder, projector and language model, each chosen by itself."""
 
-    kind: str = "assembled"
+    kind: str = "assembled"  # kind of model
 
 
 @dataclass
 class PretrainedVlmConfig(ModelConfig):
-    """A pretrained vision-language model that brings all three parts."""
+    """A pretrained vision-language model that brings all three components."""
 
     checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout
-    revision: str | None = None  # branch, tag or commit on the hub
+    revision: str | None = None  # branch, tag or commit on the hub; null is the default branch
     gate: str | None = None  # license to accept on the hub before the download works
-    license: str = ""
+    license: str = ""  # license of the checkpoint
 
     def __post_init__(self) -> None:
         _require_checkpoint("model", self.checkpoint)
@@ -62,7 +61,7 @@ class PretrainedVlmConfig(ModelConfig):
 class LlavaNextVideoConfig(PretrainedVlmConfig):
     """LLaVA-NeXT-Video."""
 
-    kind: str = "llava_next_video"
+    kind: str = "llava_next_video"  # kind of model
 
 
 @register("model")
@@ -70,7 +69,7 @@ class LlavaNextVideoConfig(PretrainedVlmConfig):
 class Qwen2VlConfig(PretrainedVlmConfig):
     """Qwen2-VL."""
 
-    kind: str = "qwen2_vl"
+    kind: str = "qwen2_vl"  # kind of model
 
 
 @register("model")
@@ -78,7 +77,7 @@ class Qwen2VlConfig(PretrainedVlmConfig):
 class Qwen25VlConfig(PretrainedVlmConfig):
     """Qwen2.5-VL."""
 
-    kind: str = "qwen2_5_vl"
+    kind: str = "qwen2_5_vl"  # kind of model
 
 
 @register("model")
@@ -86,39 +85,38 @@ class Qwen25VlConfig(PretrainedVlmConfig):
 class Qwen3VlConfig(PretrainedVlmConfig):
     """Qwen3-VL."""
 
-    kind: str = "qwen3_vl"
-    # An outer <|vision_start|>…<|vision_end|> stands around the frames, as in its processor since transformers 5.10.
+    kind: str = "qwen3_vl"  # kind of model
+    # Enclose all frames in <|vision_start|>…<|vision_end|>, as the processor does since transformers 5.10.
     use_outer_marks: bool = True
 
 
 @register("model")
 @dataclass
 class CustomVlmConfig(PretrainedVlmConfig):
-    """A pretrained VLM of one of the classes above; which one, its checkpoint says."""
+    """A pretrained VLM of one of the kinds above, which is read from the checkpoint's `config.json`."""
 
-    kind: str = "custom"
+    kind: str = "custom"  # kind of model
 
 
 @dataclass
 class EncoderConfig:
-    """What every vision encoder has."""
+    """Settings of every vision encoder."""
 
-    name: str = MISSING
-    kind: str = MISSING
-    checkpoint: str = (
-        MISSING  # hub id or local folder in Hugging Face layout; of a whole model's the vision tower is taken
-    )
-    revision: str | None = None  # branch, tag or commit on the hub
-    is_cached: bool = False  # keep its features on disk unless cache.enabled says otherwise
+    name: str = MISSING  # name of the encoder in titles and tables
+    kind: str = MISSING  # kind of encoder, which selects the schema
+    # Hub id or local folder in Hugging Face layout; of a model with text, only the vision tower is read.
+    checkpoint: str = MISSING
+    revision: str | None = None  # branch, tag or commit on the hub; null is the default branch
+    is_cached: bool = False  # default of cache.enabled: store the features of this encoder on disk
     gate: str | None = None  # license to accept on the hub before the download works
-    license: str = ""
+    license: str = ""  # license of the checkpoint
 
 
 @dataclass
 class TowerConfig(EncoderConfig):
     """A vision tower of transformers."""
 
-    feature_layer: int = -1  # index into the hidden states; -1 is after the last block, -2 before it
+    feature_layer: int = -1  # index of the hidden states that are used; -1 is after the last block, -2 before it
 
     def __post_init__(self) -> None:
         _require_checkpoint("encoder", self.checkpoint)
@@ -127,19 +125,16 @@ class TowerConfig(EncoderConfig):
 @register("encoder")
 @dataclass
 class PatchEncoderConfig(TowerConfig):
-    """A vision tower on frames of one size."""
+    """A vision tower with frames of a fixed size."""
 
-    kind: str = "patches"
-    image_size: int | None = follows(
-        "hardware.image_size", None
-    )  # side of a frame in pixels; null is the checkpoint's own
-    image_mean: list[float] | None = (
-        None  # per channel, of pixels in 0…1; null is what the checkpoint's processor file says
-    )
-    image_std: list[float] | None = None  # standard deviation, likewise
-    tiling: int = (
-        1  # tiles that a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
-    )
+    kind: str = "patches"  # kind of encoder
+    image_size: int | None = follows("hardware.image_size", None)  # side of a frame in pixels; null is the checkpoint's
+    # Mean per channel of pixels in [0, 1]; null is the value of the checkpoint's processor.
+    image_mean: list[float] | None = None
+    # Standard deviation per channel of pixels in [0, 1]; null is the value of the checkpoint's processor.
+    image_std: list[float] | None = None
+    # Largest number of tiles per frame, each encoded at image_size, followed by a thumbnail; 1 does not tile.
+    tiling: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,10 +153,10 @@ class PatchEncoderConfig(TowerConfig):
 @register("encoder")
 @dataclass
 class NaflexEncoderConfig(TowerConfig):
-    """SigLIP 2 NaFlex: frames keep their aspect ratio."""
+    """SigLIP 2 NaFlex, in which frames keep their aspect ratio."""
 
-    kind: str = "naflex"
-    max_patches: int = 256  # per frame at most
+    kind: str = "naflex"  # kind of encoder
+    max_patches: int = 256  # largest number of patches per frame
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,12 +168,13 @@ class NaflexEncoderConfig(TowerConfig):
 class NativeEncoderConfig(EncoderConfig):
     """The vision tower of a pretrained VLM."""
 
-    kind: str = "native"
-    checkpoint: str = follows("model.checkpoint", MISSING)
-    revision: str | None = follows("model.revision", None)
-    gate: str | None = follows("model.gate", None)
-    license: str = follows("model.license", "")
-    # Patches per frame at most, for the Qwen family: 448 × 448 pixels of 14 × 14, and 256 tokens for two frames.
+    kind: str = "native"  # kind of encoder
+    checkpoint: str = follows("model.checkpoint", MISSING)  # hub id or local folder
+    revision: str | None = follows("model.revision", None)  # branch, tag or commit on the hub
+    gate: str | None = follows("model.gate", None)  # license to accept on the hub before the download works
+    license: str = follows("model.license", "")  # license of the checkpoint
+    # Largest number of patches per frame in the Qwen family: 448 × 448 pixels are 1024 patches of 14 × 14 pixels, and
+    # 256 tokens for two frames.
     max_patches: int = 1024
 
     def __post_init__(self) -> None:
@@ -187,38 +183,39 @@ class NativeEncoderConfig(EncoderConfig):
 
 @dataclass
 class SuggestedConfig:
-    """What the file of a language model proposes to other groups; it is not set on the command line."""
+    """Defaults that the file of a language model suggests for other groups; they are not set on the command line."""
 
-    align_lr: float = 1e-3  # learning rates that suit its size: the projector alone,
-    projector_lr: float = 1e-4  # the projector beside adapters,
-    adapter_lr: float = 2e-4  # and the adapters
-    reducer: Reducer = Reducer.none  # of the projector: pool where the context is short
+    align_lr: float = 1e-3  # learning rate of the projector when it is trained alone
+    projector_lr: float = 1e-4  # learning rate of the projector when it is trained with adapters
+    adapter_lr: float = 2e-4  # learning rate of the adapters
+    reducer: Reducer = Reducer.none  # reducer of the projector; pool if the context is short
 
 
 @register("llm")
 @dataclass
 class LlmConfig:
-    """Language model, frozen but for its adapters."""
+    """The language model."""
 
-    name: str = MISSING
-    kind: str = "causal_lm"
+    name: str = MISSING  # name of the language model in titles and tables
+    kind: str = "causal_lm"  # kind of language model
     checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout
-    revision: str | None = None  # branch, tag or commit on the hub
-    quantization: Quantization = follows("hardware.quantization", Quantization["none"])
-    # auto (FlashAttention where it is installed and works, else sdpa) or a name that transformers knows
+    revision: str | None = None  # branch, tag or commit on the hub; null is the default branch
+    quantization: Quantization = follows("hardware.quantization", Quantization["none"])  # storage of frozen weights
+    # Attention implementation: auto (FlashAttention if it is installed and works, else sdpa) or a name of transformers.
     attention: str = follows("hardware.attention", "sdpa")
-    chat_template: str | None = None  # in place of the tokenizer's, for models that carry none
-    system_prompt: str | None = None
-    prompt: str = AUTO  # auto asks in Korean where the captions of the data are mainly Hangul, and in English elsewhere
-    enable_thinking: bool = False  # passed to the chat template of hybrid-thinking models
-    max_caption_tokens: Any = AUTO  # training captions are cut here; auto is what the longest caption of the data needs
-    max_new_tokens: Any = AUTO  # the same of captions that are written
-    suggested: SuggestedConfig = field(default_factory=SuggestedConfig)
+    chat_template: str | None = None  # chat template in place of the tokenizer's, for models that have none
+    system_prompt: str | None = None  # text of the system turn; null is the chat template's default
+    prompt: str = AUTO  # question of the user turn; auto is Korean for captions that are mainly Hangul, else English
+    enable_thinking: bool = False  # argument of the chat template of hybrid thinking models
+    # Length in tokens to which training captions are truncated; auto fits the longest caption of the data.
+    max_caption_tokens: Any = AUTO
+    max_new_tokens: Any = AUTO  # largest number of generated tokens; auto fits the longest caption of the data
+    suggested: SuggestedConfig = field(default_factory=SuggestedConfig)  # defaults for other groups
     gate: str | None = None  # license to accept on the hub before the download works
-    license: str = ""
+    license: str = ""  # license of the checkpoint
 
     def __post_init__(self) -> None:
-        if type(self) in (LlmConfig, NativeLlmConfig):  # a plugin's may need none
+        if type(self) in (LlmConfig, NativeLlmConfig):  # language models of plugins may need no checkpoint
             _require_checkpoint("llm", self.checkpoint)
         require(
             self.attention != "",
@@ -229,27 +226,27 @@ class LlmConfig:
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             require(
                 is_count or value == AUTO,
-                f"llm.{name} must be at least 1, or auto for what the data needs, not {value}",
+                f"llm.{name} must be at least 1, or auto to fit the data, not {value}",
             )
 
     @property
     def question(self) -> str:
-        """What the user's turn asks; the Korean prompt as long as the data has not decided it."""
+        """Question of the user turn; the Korean prompt until it is resolved from the data."""
         return KOREAN_PROMPT if self.prompt == AUTO else self.prompt
 
     @property
     def is_length_open(self) -> bool:
-        """Whether the data still has to decide how long captions may be."""
+        """Whether the length of captions is not yet resolved from the data."""
         return AUTO in (self.max_caption_tokens, self.max_new_tokens)
 
     @property
     def caption_tokens(self) -> int:
-        """Longest training caption in tokens; an assumption as long as the data has not decided it."""
+        """Longest training caption in tokens; an assumption until it is resolved from the data."""
         return ASSUMED_CAPTION_TOKENS if self.max_caption_tokens == AUTO else int(self.max_caption_tokens)
 
     @property
     def new_tokens(self) -> int:
-        """Longest written caption in tokens; an assumption as long as the data has not decided it."""
+        """Longest generated caption in tokens; an assumption until it is resolved from the data."""
         return ASSUMED_CAPTION_TOKENS if self.max_new_tokens == AUTO else int(self.max_new_tokens)
 
 
@@ -258,11 +255,12 @@ class LlmConfig:
 class NativeLlmConfig(LlmConfig):
     """The language model of a pretrained VLM."""
 
-    kind: str = "native"
-    checkpoint: str = follows("model.checkpoint", MISSING)
-    revision: str | None = follows("model.revision", None)
-    gate: str | None = follows("model.gate", None)
-    license: str = follows("model.license", "")
+    kind: str = "native"  # kind of language model
+    checkpoint: str = follows("model.checkpoint", MISSING)  # hub id or local folder
+    revision: str | None = follows("model.revision", None)  # branch, tag or commit on the hub
+    gate: str | None = follows("model.gate", None)  # license to accept on the hub before the download works
+    license: str = follows("model.license", "")  # license of the checkpoint
+    # Defaults for other groups.
     suggested: SuggestedConfig = field(
         default_factory=lambda: SuggestedConfig(align_lr=1e-4, projector_lr=2e-5, adapter_lr=1e-4)
     )

@@ -1,7 +1,4 @@
-"""What runs are told apart by, and the names of what they log.
-
-Loggers write these, and panels and reports read them.
-"""
+"""The settings by which runs are compared, and the names of logged metrics, which loggers write and reports read."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ TRAIN_LOSS, VAL_LOSS, TOKENS_PER_S = "train/loss", "val/loss", "train/tokens_per
 RATES = ("train/lr_projector", "train/lr_adapter")
 SCORES = ("val/cider", "val/bleu_4", "val/rouge_l")
 COLLAPSE = ("val/distinct_ratio", "val/length_ratio", "val/repetition_rate", "val/is_collapsed")
-# Of a whole run, at its end; beside them stand the final scores of each split.
+# Values of a finished run, in addition to the final scores of each split.
 FINAL_SCORES = ("val/cider", "val/bleu_4", "val/rouge_l", "val/meteor", "val/chrf")
 PEAK_MEMORY, SECONDS, FIT_SECONDS = "peak_memory_gib", "seconds/total", "seconds/fit"
 PARAMETERS, TRAINED_PARAMETERS = "parameters/total", "parameters/trained"
@@ -25,10 +22,10 @@ VAL_TABLE, TEST_TABLE = "val/captions", "test/captions"
 
 
 def factors(config: Config) -> dict[str, Any]:
-    """What runs are compared by, under one word each; the words of groups are those that a command line takes."""
+    """Returns the settings by which runs are compared, under one word each; groups have their command line names."""
     return {
         "model": config.model.name,
-        **{part: getattr(config, part).name for part in ("encoder", "projector", "llm", "tuning", "hardware")},
+        **{group: getattr(config, group).name for group in ("encoder", "projector", "llm", "tuning", "hardware")},
         "data": config.data.name,
         "seed": config.seed,
         "num_frames": config.data.num_frames,
@@ -39,11 +36,11 @@ def factors(config: Config) -> dict[str, Any]:
 
 
 def flat_summary(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a run's `summary.json` by name; a score that came to nothing is left out."""
+    """Returns the numbers of `summary.json` by name, without scores that have no value."""
     flat = {name: value for name, value in summary["scores"].items() if value is not None}
     flat |= {f"seconds/{name}": value for name, value in summary["seconds"].items()}
-    parts = summary["parameters"]
-    flat |= {f"parameters/{part}": counts["parameters"] for part, counts in parts.items()}
-    flat[PARAMETERS] = sum(counts["parameters"] for counts in parts.values())
-    flat[TRAINED_PARAMETERS] = sum(counts["trained"] for counts in parts.values())
+    components = summary["parameters"]
+    flat |= {f"parameters/{component}": counts["parameters"] for component, counts in components.items()}
+    flat[PARAMETERS] = sum(counts["parameters"] for counts in components.values())
+    flat[TRAINED_PARAMETERS] = sum(counts["trained"] for counts in components.values())
     return flat | {name: summary[name] for name in (PEAK_MEMORY, "steps", "truncated_captions", "skipped_clips")}

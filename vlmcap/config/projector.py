@@ -1,4 +1,4 @@
-"""Projectors from vision to language width: a dataclass for each kind, with the keys that it reads and no others."""
+"""Settings of projectors from vision to language width, one dataclass per kind with exactly the keys that it reads."""
 
 from __future__ import annotations
 
@@ -13,63 +13,55 @@ from vlmcap.config.kinds import register
 
 @dataclass
 class ProjectorConfig:
-    """What every projector has; it is trained in full."""
+    """Settings of every projector, which is always trained in full."""
 
-    name: str = MISSING
-    kind: str = MISSING
-    checkpoint: str | None = (
-        None  # start from this projector: a .ckpt of ours, or the folder of a LLaVA or InternVL checkpoint
-    )
+    name: str = MISSING  # name of the projector in titles and tables
+    kind: str = MISSING  # kind of projector, which selects the schema
+    # Weights to start from: a .ckpt of vlmcap, or the folder of a LLaVA or InternVL checkpoint; null starts at random.
+    checkpoint: str | None = None
 
 
 @register("projector")
 @dataclass
 class NativeProjectorConfig(ProjectorConfig):
-    """The projector or patch merger that a pretrained VLM brings."""
+    """The projector or patch merger of a pretrained VLM."""
 
-    kind: str = "native"
+    kind: str = "native"  # kind of projector
 
 
 @dataclass
 class TokenProjectorConfig(ProjectorConfig):
-    """What happens around every projector of ours: fewer tokens in front of it, and frames that learn of each other."""
+    """Settings of every projector but `native`: token reduction before it, and exchange between frames."""
 
-    hidden_dim: int | None = None  # inner width of what attends or convolves; null is the encoder's width
-    num_heads: int = 8
-    reducer: Reducer = Reducer.none
-    pool_size: int = only_with(
-        "reducer=pool", lambda c: c.reducer is Reducer.pool, 2
-    )  # patches per side that are averaged
-    resample_size: int = only_with(
-        "reducer=resample", lambda c: c.reducer is Reducer.resample, 12
-    )  # patches per side that are left
-    keep_ratio: float = only_with(
-        "reducer=merge", lambda c: c.chooses_tokens, 0.25
-    )  # share of tokens that merge and saliency leave
-    frame_stack: int = follows(
-        "hardware.frame_stack", 1
-    )  # consecutive frames whose features at one position become one token
-    temporal: Temporal = Temporal.none
-    window: int = only_with(
-        "temporal=local_global", lambda c: c.temporal is Temporal.local_global, 256
-    )  # tokens seen on each side
-    num_global: int = only_with(
-        "temporal=local_global", lambda c: c.temporal is Temporal.local_global, 8
-    )  # its global tokens
+    hidden_dim: int | None = None  # inner width of attention and convolutions; null is the width of the encoder
+    num_heads: int = 8  # attention heads
+    reducer: Reducer = Reducer.none  # how the number of visual tokens is reduced before the projector
+    # Patches per side that are averaged into one.
+    pool_size: int = only_with("reducer=pool", lambda c: c.reducer is Reducer.pool, 2)
+    # Patches per side after resampling.
+    resample_size: int = only_with("reducer=resample", lambda c: c.reducer is Reducer.resample, 12)
+    # Share of tokens that the reducers merge and saliency keep.
+    keep_ratio: float = only_with("reducer=merge", lambda c: c.chooses_tokens, 0.25)
+    frame_stack: int = follows("hardware.frame_stack", 1)  # consecutive frames whose features at a position are joined
+    temporal: Temporal = Temporal.none  # how information is exchanged between frames
+    # Tokens on each side that a token attends to.
+    window: int = only_with("temporal=local_global", lambda c: c.temporal is Temporal.local_global, 256)
+    # Global tokens, which attend to all others.
+    num_global: int = only_with("temporal=local_global", lambda c: c.temporal is Temporal.local_global, 8)
 
     @property
     def attends(self) -> bool:
-        """Whether frames attend to each other behind the projector."""
+        """Whether frames attend to each other after the projector."""
         return self.temporal in (Temporal.attention, Temporal.local_global)
 
     @property
     def has_heads(self) -> bool:
-        """Whether any part has attention heads, of which `hidden_dim` must be a multiple."""
+        """Whether there are attention heads, of which `hidden_dim` must be a multiple."""
         return self.attends
 
     @property
     def chooses_tokens(self) -> bool:
-        """Whether the reducer leaves tokens that stand on no grid."""
+        """Whether the reducer keeps tokens that form no grid."""
         return self.reducer in (Reducer.merge, Reducer.saliency)
 
     def __post_init__(self) -> None:
@@ -79,24 +71,24 @@ class TokenProjectorConfig(ProjectorConfig):
         require(self.num_global >= 0, f"projector.num_global must not be negative, not {self.num_global}")
 
 
+# Fields that must be at least 1.
 _COUNTS = (
-    "depth", "num_layers", "num_heads", "num_queries", "shuffle", "pool_size", "resample_size", "frame_stack", "window", "hidden_dim"
+    "depth", "num_layers", "num_heads", "num_queries", "shuffle",
+    "pool_size", "resample_size", "frame_stack", "window", "hidden_dim",
 )  # fmt: skip
-_WIDTH = (
-    "temporal=attention"  # what makes `hidden_dim` and `num_heads` count where the projection itself does not attend
-)
+_WIDTH = "temporal=attention"  # makes a projection without attention read `hidden_dim` and `num_heads`
 
 
 @register("projector")
 @dataclass
 class LinearConfig(TokenProjectorConfig):
-    """One linear layer for each token."""
+    """One linear layer per token."""
 
-    kind: str = "linear"
-    hidden_dim: int | None = only_with(_WIDTH, lambda c: c.attends, None)
-    num_heads: int = only_with(_WIDTH, lambda c: c.attends, 8)
-    use_layer_norm: bool = False  # in front of it
-    reducer: Reducer = follows("llm.suggested.reducer", Reducer.none)
+    kind: str = "linear"  # kind of projector
+    hidden_dim: int | None = only_with(_WIDTH, lambda c: c.attends, None)  # width of attention; null is the encoder's
+    num_heads: int = only_with(_WIDTH, lambda c: c.attends, 8)  # attention heads
+    use_layer_norm: bool = False  # apply LayerNorm before the first layer
+    reducer: Reducer = follows("llm.suggested.reducer", Reducer.none)  # how the number of visual tokens is reduced
 
 
 @register("projector")
@@ -104,64 +96,65 @@ class LinearConfig(TokenProjectorConfig):
 class MlpConfig(LinearConfig):
     """Linear layers with GELU between them."""
 
-    kind: str = "mlp"
-    depth: int = 2  # linear layers
-    temporal: Temporal = Temporal.position
+    kind: str = "mlp"  # kind of projector
+    depth: int = 2  # number of linear layers
+    temporal: Temporal = Temporal.position  # how information is exchanged between frames
 
 
 @register("projector")
 @dataclass
 class PixelShuffleConfig(TokenProjectorConfig):
-    """Neighbouring patches joined in one token, then LayerNorm and linear layers."""
+    """Neighbouring patches joined into one token, then LayerNorm and linear layers."""
 
-    kind: str = "pixel_shuffle"
-    hidden_dim: int | None = only_with(_WIDTH, lambda c: c.attends, None)
-    num_heads: int = only_with(_WIDTH, lambda c: c.attends, 8)
-    depth: int = 2  # linear layers
-    shuffle: int = 2  # patches per side that are joined
-    temporal: Temporal = Temporal.position
+    kind: str = "pixel_shuffle"  # kind of projector
+    hidden_dim: int | None = only_with(_WIDTH, lambda c: c.attends, None)  # width of attention; null is the encoder's
+    num_heads: int = only_with(_WIDTH, lambda c: c.attends, 8)  # attention heads
+    depth: int = 2  # number of linear layers
+    shuffle: int = 2  # patches per side that are joined into one token
+    temporal: Temporal = Temporal.position  # how information is exchanged between frames
 
 
 @register("projector")
 @dataclass
 class CrossAttentionConfig(TokenProjectorConfig):
-    """Queries that attend to the patches of a frame, or to the whole clip."""
+    """Queries that attend to the patches of a frame, or to the full clip."""
 
-    kind: str = "cross_attention"
-    num_layers: int = 4
-    queries: Queries = Queries.learned
-    num_queries: int = only_with("queries=learned", lambda c: c.queries is Queries.learned, 64)  # per frame
-    temporal: Temporal = Temporal.position
+    kind: str = "cross_attention"  # kind of projector
+    num_layers: int = 4  # number of cross-attention layers
+    queries: Queries = Queries.learned  # what the queries are
+    # Learned queries per frame.
+    num_queries: int = only_with("queries=learned", lambda c: c.queries is Queries.learned, 64)
+    temporal: Temporal = Temporal.position  # how information is exchanged between frames
 
     @property
     def has_heads(self) -> bool:
-        """Always."""
+        """Whether there are attention heads: always."""
         return True
 
 
 @register("projector")
 @dataclass
 class PerceiverConfig(TokenProjectorConfig):
-    """Latents that read all frames of a clip, however many there are; it has a frame embedding of its own."""
+    """Latents that attend to any number of frames of a clip; it has its own frame embedding."""
 
-    kind: str = "perceiver"
-    num_layers: int = 2
-    num_queries: int = 128  # latents per clip
-    frame_stack: int = 1
+    kind: str = "perceiver"  # kind of projector
+    num_layers: int = 2  # number of layers
+    num_queries: int = 128  # latents per clip, which become its visual tokens
+    frame_stack: int = 1  # consecutive frames whose features at a position are joined
 
     @property
     def has_heads(self) -> bool:
-        """Always."""
+        """Whether there are attention heads: always."""
         return True
 
 
 @register("projector")
 @dataclass
 class CAbstractorConfig(TokenProjectorConfig):
-    """Convolutions around a pooling."""
+    """Convolutions before and after a pooling."""
 
-    kind: str = "c_abstractor"
-    num_heads: int = only_with(_WIDTH, lambda c: c.attends, 8)
+    kind: str = "c_abstractor"  # kind of projector
+    num_heads: int = only_with(_WIDTH, lambda c: c.attends, 8)  # attention heads
     num_layers: int = 3  # convolutional blocks on each side of the pooling
-    num_queries: int = 144  # tokens per frame, a square number
-    temporal: Temporal = Temporal.position
+    num_queries: int = 144  # visual tokens per frame, a square number
+    temporal: Temporal = Temporal.position  # how information is exchanged between frames

@@ -1,4 +1,4 @@
-"""Settings of a sweep, and of what starts its jobs."""
+"""Settings of a sweep and of the launcher of its jobs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vlmcap.config.checks import only_with, require, require_positive, require_s
 from vlmcap.config.kinds import register
 
 OF_A_SWEEP = ("sweep=", "sweep.", "launcher=", "launcher.")
-"""The beginnings of overrides that a single run does not read."""
+"""Prefixes of overrides that only a sweep reads."""
 
 
 class Sampler(Enum):
-    """Who proposes the next trial of `sweep=optuna`: a model of those before, chance, or every point of the grid."""
+    """Sampler of `sweep=optuna`: a model of earlier trials, random search, or every point of the grid."""
 
     tpe = "tpe"
     random = "random"
@@ -24,7 +24,7 @@ class Sampler(Enum):
 
 
 class Scaled(Enum):
-    """What a round of `sweep=halving` has less of than the last one."""
+    """What earlier rounds of `sweep=halving` have less of than the last one."""
 
     clips = "clips"
     epochs = "epochs"
@@ -32,7 +32,7 @@ class Scaled(Enum):
 
 
 class SweepMethod(Enum):
-    """How W&B chooses the next run: all combinations, chance, or a model of those before."""
+    """How W&B chooses the next run: all combinations, random search, or a model of earlier runs."""
 
     grid = "grid"
     random = "random"
@@ -41,12 +41,12 @@ class SweepMethod(Enum):
 
 @dataclass
 class SweepConfig:
-    """A sweep as a whole, which `python train.py -m` runs and `vlmcap plan -m` adds up."""
+    """A sweep, which `python train.py -m` runs and `vlmcap plan -m` plans."""
 
-    kind: str = MISSING
-    budget_h: float | None = None  # hours of the GPU that the plan holds it to; null is no limit
-    folder: str | None = None  # where its jobs go; null is a new one under multirun/
-    resume: bool = False  # take finished jobs of the folder as they are, and go on with unfinished ones
+    kind: str = MISSING  # kind of sweep, which selects the schema
+    budget_h: float | None = None  # GPU hours that the planned sweep must not exceed; null is no limit
+    folder: str | None = None  # folder of the jobs; null is a new one under multirun/
+    resume: bool = False  # keep the finished jobs of the folder, and continue the unfinished ones
 
     def __post_init__(self) -> None:
         is_hours = self.budget_h is None or 0 < self.budget_h < inf
@@ -54,33 +54,33 @@ class SweepConfig:
         is_known = not self.resume or self.folder is not None
         require(
             is_known,
-            "sweep.resume=true goes on with the sweep in sweep.folder, which has no value; give the folder under "
-            "multirun/",
+            "sweep.resume=true continues the sweep in sweep.folder, which has no value; set sweep.folder to its folder "
+            "under multirun/",
         )
 
 
 @register("sweep")
 @dataclass
 class GridSweepConfig(SweepConfig):
-    """All combinations."""
+    """Runs all combinations."""
 
-    kind: str = "grid"
+    kind: str = "grid"  # kind of sweep
 
 
 @register("sweep")
 @dataclass
 class OptunaSweepConfig(SweepConfig):
-    """Combinations that are chosen by what came out before."""
+    """Chooses combinations by the results of earlier ones, with Optuna."""
 
-    kind: str = "optuna"
-    n_trials: int = 20  # those of an earlier start included
-    sampler: Sampler = Sampler.tpe
-    seed: int = 0  # of the sampler
+    kind: str = "optuna"  # kind of sweep
+    n_trials: int = 20  # number of trials, including those before a resume
+    sampler: Sampler = Sampler.tpe  # how Optuna proposes trials
+    seed: int = 0  # seed of the sampler
     prune: bool = True  # stop a trial that is below the median of the others at the same validation
-    prune_after_trials: int = only_with(
-        "prune=true", lambda c: c.prune, 5
-    )  # that must have ended before one is stopped
-    prune_after_epochs: int = only_with("prune=true", lambda c: c.prune, 1)  # validations that every trial is left
+    # Finished trials before the first one may be stopped.
+    prune_after_trials: int = only_with("prune=true", lambda c: c.prune, 5)
+    # Epochs that every trial may train before it may be stopped.
+    prune_after_epochs: int = only_with("prune=true", lambda c: c.prune, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,27 +93,29 @@ class OptunaSweepConfig(SweepConfig):
 @register("sweep")
 @dataclass
 class HalvingSweepConfig(SweepConfig):
-    """More clips and epochs for the better combinations."""
+    """Successive halving: later rounds train fewer, better combinations with more clips and epochs."""
 
-    kind: str = "halving"
-    keep: float = 0.5  # share of the combinations that a round leaves
-    scaled: Scaled = Scaled.both  # what an earlier round has less of
+    kind: str = "halving"  # kind of sweep
+    keep: float = 0.5  # share of the combinations that each round keeps, 0 to 1
+    scaled: Scaled = Scaled.both  # what earlier rounds have less of
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            0 < self.keep < 1, f"sweep.keep must be above 0 and below 1, not {self.keep}: it is the share that goes on"
+            0 < self.keep < 1,
+            f"sweep.keep is the share of combinations that each round keeps and must be above 0 and below 1, not "
+            f"{self.keep}",
         )
 
 
 @register("sweep")
 @dataclass
 class WandbSweepConfig(SweepConfig):
-    """What `vlmcap dashboard --sweep` writes for `wandb sweep` beside the values to try."""
+    """Settings that `vlmcap dashboard --sweep` writes for `wandb sweep`, with the values to try."""
 
-    kind: str = "wandb"
-    method: SweepMethod = SweepMethod.bayes
-    max_runs: int | None = 20  # of all agents together; null is no limit, and then a grid alone ends by itself
+    kind: str = "wandb"  # kind of sweep
+    method: SweepMethod = SweepMethod.bayes  # how W&B chooses the next run
+    max_runs: int | None = 20  # largest number of runs of all agents; null is no limit, with which only a grid ends
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,26 +124,26 @@ class WandbSweepConfig(SweepConfig):
 
 @dataclass
 class LauncherConfig:
-    """What starts the jobs of a sweep."""
+    """Launcher of the jobs of a sweep."""
 
-    kind: str = MISSING
+    kind: str = MISSING  # kind of launcher, which selects the schema
 
 
 @register("launcher")
 @dataclass
 class BasicLauncherConfig(LauncherConfig):
-    """One job after another, in this process."""
+    """Runs one job after another in this process."""
 
-    kind: str = "basic"
+    kind: str = "basic"  # kind of launcher
 
 
 @dataclass
 class ParallelLauncherConfig(LauncherConfig):
-    """Jobs in processes of their own."""
+    """Launchers that run jobs in their own processes."""
 
-    n_jobs: int | None = None  # at a time; null is one per GPU, or one where there is none
-    gpus_per_job: int | None = None  # null is one where there is a GPU
-    cpus_per_job: int | None = None  # cores; null shares this computer's
+    n_jobs: int | None = None  # jobs at a time; null is one per GPU, or one without a GPU
+    gpus_per_job: int | None = None  # GPUs per job; null is one if there is a GPU
+    cpus_per_job: int | None = None  # CPU cores per job; null divides the cores of this computer
 
     def __post_init__(self) -> None:
         for key in ("n_jobs", "cpus_per_job", "mem_gb", "timeout_min"):
@@ -156,38 +158,36 @@ class ParallelLauncherConfig(LauncherConfig):
 @register("launcher")
 @dataclass
 class JoblibLauncherConfig(ParallelLauncherConfig):
-    """Processes of this computer, one per GPU."""
+    """Runs jobs in processes on this computer, one per GPU."""
 
-    kind: str = "joblib"
+    kind: str = "joblib"  # kind of launcher
 
 
 @register("launcher")
 @dataclass
 class SubmititLauncherConfig(ParallelLauncherConfig):
-    """Slurm jobs, as one array."""
+    """Runs jobs as one Slurm array."""
 
-    kind: str = "submitit"
-    gpus_per_job: int | None = 1
-    cpus_per_job: int | None = 8
-    is_local: bool = False  # processes of this computer in place of Slurm's jobs
-    partition: str | None = only_with("is_local=false", lambda c: not c.is_local, None)
-    account: str | None = only_with("is_local=false", lambda c: not c.is_local, None)
-    qos: str | None = only_with("is_local=false", lambda c: not c.is_local, None)
-    timeout_min: int = 60 * 24
-    mem_gb: int | None = 64
-    setup: list[str] | None = only_with(
-        "is_local=false", lambda c: not c.is_local, None
-    )  # shell lines in front of each job: `module load cuda`
+    kind: str = "submitit"  # kind of launcher
+    gpus_per_job: int | None = 1  # GPUs per job
+    cpus_per_job: int | None = 8  # CPU cores per job
+    is_local: bool = False  # run jobs as processes on this computer instead of Slurm
+    partition: str | None = only_with("is_local=false", lambda c: not c.is_local, None)  # Slurm partition
+    account: str | None = only_with("is_local=false", lambda c: not c.is_local, None)  # Slurm account
+    qos: str | None = only_with("is_local=false", lambda c: not c.is_local, None)  # Slurm quality of service
+    timeout_min: int = 60 * 24  # time limit of a job in minutes
+    mem_gb: int | None = 64  # memory per job in GB
+    # Shell lines before each job, such as `module load cuda`.
+    setup: list[str] | None = only_with("is_local=false", lambda c: not c.is_local, None)
 
 
 @register("launcher")
 @dataclass
 class RayLauncherConfig(ParallelLauncherConfig):
-    """Ray tasks, on this computer or on a cluster."""
+    """Runs jobs as Ray tasks, on this computer or on a cluster."""
 
-    kind: str = "ray"
-    address: str | None = None  # of a cluster; null starts one on this computer
-    n_jobs: int | None = only_with(
-        "address=null", lambda c: c.address is None, None
-    )  # at a time; null is as many as there are cores for
-    cpus_per_job: int | None = 1  # cores
+    kind: str = "ray"  # kind of launcher
+    address: str | None = None  # address of a Ray cluster; null starts one on this computer
+    # Jobs at a time; null is as many as the cores allow.
+    n_jobs: int | None = only_with("address=null", lambda c: c.address is None, None)
+    cpus_per_job: int | None = 1  # CPU cores per job

@@ -1,4 +1,4 @@
-"""Settings of the optimiser and the loop."""
+"""Settings of the optimiser and the training loop."""
 
 from __future__ import annotations
 
@@ -11,46 +11,39 @@ from vlmcap.config.choices import OptimKind, Strategy
 
 @dataclass
 class OptimConfig:
-    """AdamW; the rates stand in tuning, a stage each."""
+    """AdamW; the learning rates are settings of `tuning`."""
 
-    kind: OptimKind = OptimKind.adamw
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0  # gradients are scaled down to it; 0 leaves them as they are
+    kind: OptimKind = OptimKind.adamw  # kind of AdamW
+    weight_decay: float = 0.01  # decoupled weight decay of matrices; vectors have none
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped; 0 does not clip
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "max_grad_norm"):
-            require(getattr(self, name) >= 0, f"optim.{name} must not be negative, and is {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"optim.{name} must not be negative, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
 
 
 @dataclass
 class TrainerConfig:
-    """Lightning's loop."""
+    """Lightning's training loop."""
 
-    strategy: Strategy = (
-        Strategy.auto
-    )  # of hardware.devices processes a machine; auto is ddp where there is more than one
-    num_nodes: int = 1  # machines; each has hardware.devices
-    accumulate_grad_batches: int = follows("hardware.accumulate_grad_batches", 1)
-    max_steps: int = -1  # optimiser steps at most; -1 is no limit
-    overfit: bool = (
-        False  # validate and score on the very clips that are trained on, and on no others; see debug=overfit
-    )
-    log_every_n_steps: int = 10
-    checkpoint_every_n_steps: int | None = None
-    # Equal seeds give equal weights, bit for bit: true, false, or auto, which is true on a CPU and false on a GPU,
-    # where it costs time.
+    strategy: Strategy = Strategy.auto  # how processes share the model; auto is ddp if there are several devices
+    num_nodes: int = 1  # number of machines, each with hardware.devices
+    accumulate_grad_batches: int = follows("hardware.accumulate_grad_batches", 1)  # micro-batches per optimiser step
+    max_steps: int = -1  # largest number of optimiser steps; -1 is no limit
+    overfit: bool = False  # validate and score on the training clips instead of other splits; see debug=overfit
+    log_every_n_steps: int = 10  # optimiser steps between log lines
+    checkpoint_every_n_steps: int | None = None  # optimiser steps between saves within an epoch; null saves at its end
+    # Use deterministic kernels, so that equal seeds give bit-identical weights: true, false, or auto, which is true on
+    # a CPU and false on a GPU, where it is slower.
     deterministic: Any = "auto"
-    progress_bar: bool = True
-    requeue: bool = (
-        False  # go on from the folder's last.ckpt where there is one, and ask Slurm for another turn at its signal USR1
-    )
-    shrink_on_oom: bool = (
-        False  # where memory runs out in the first steps, start again with smaller micro-batches, and more to a step
-    )
+    progress_bar: bool = True  # show a progress bar on a terminal
+    requeue: bool = False  # resume from the folder's last.ckpt if there is one, and requeue the Slurm job at SIGUSR1
+    # Restart with smaller micro-batches and more accumulation if memory runs out in the first steps.
+    shrink_on_oom: bool = False
 
     def __post_init__(self) -> None:
         require_positive(

@@ -1,4 +1,4 @@
-"""What is trained, for how long and at which learning rates."""
+"""Settings of tuning: what is trained, for how long, and at which learning rates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from vlmcap.config.kinds import register
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (peft)."""
+    """Low-rank adapters (LoRA) by peft."""
 
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: Any = "all-linear"  # or names of the language model's modules, as a list or with commas between
-    use_dora: bool = False  # weight-decomposed: https://arxiv.org/abs/2402.09353
-    use_rslora: bool = False  # scaled by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732
-    use_experts: bool = False  # on the experts of a mixture-of-experts model too
+    rank: int = 16  # rank of the adapters
+    alpha: int = 32  # scale of the adapters, divided by their rank
+    dropout: float = 0.0  # dropout of the adapters' input, 0 to 1
+    # all-linear, or names of modules of the language model, as a list or separated by commas.
+    target_modules: Any = "all-linear"
+    use_dora: bool = False  # weight-decomposed adapters (DoRA): https://arxiv.org/abs/2402.09353
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) (rsLoRA): https://arxiv.org/abs/2312.03732
+    use_experts: bool = False  # also put adapters on the experts of a mixture-of-experts model
 
     def __post_init__(self) -> None:
         require_positive("tuning.lora", self, "rank")
@@ -32,27 +33,29 @@ class LoraConfig:
         is_named = isinstance(self.target_modules, str) and bool(self.target_modules)
         require(
             is_named,
-            f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]",
+            f"tuning.lora.target_modules={targets} is neither all-linear nor a list of modules such as [q_proj,v_proj]",
         )
         require(0 <= self.dropout < 1, f"tuning.lora.dropout must be in [0, 1), not {self.dropout}")
-        is_reached = not (self.use_dora and self.use_experts)
+        is_supported = not (self.use_dora and self.use_experts)
         require(
-            is_reached, "tuning.lora.use_dora=true does not reach experts; set it or tuning.lora.use_experts to false"
+            is_supported,
+            "tuning.lora.use_dora=true is not supported on experts; set tuning.lora.use_dora or "
+            "tuning.lora.use_experts to false",
         )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs with one set of trained parts; a part is trained where its learning rate is above 0.
+    """Epochs with one set of trained components; a component is trained if its peak learning rate is above 0.
 
     Attributes:
         epochs: Passes over the training clips.
-        encoder_lr: Peak learning rate of what `tuning.encoder` names, as are those below of their parts.
-        projector_lr: Of the projector.
-        adapter_lr: Of LoRA on the language model.
-        llm_lr: Of the language model's own weights.
-        warmup_ratio: Share of the stage's steps with a rising rate; a cosine decay follows.
-        final_lr_ratio: Rate at the end of the stage over its peak.
+        encoder_lr: Peak learning rate of the encoder's weights or adapters, as chosen by `tuning.encoder`.
+        projector_lr: Peak learning rate of the projector.
+        adapter_lr: Peak learning rate of the adapters on the language model.
+        llm_lr: Peak learning rate of the language model's own weights.
+        warmup_ratio: Share of the stage's steps with linear warm-up; a cosine decay follows.
+        final_lr_ratio: Learning rate at the end of the stage, as a share of its peak.
     """
 
     epochs: int
@@ -66,15 +69,15 @@ class Stage:
 
 @dataclass
 class TuningConfig:
-    """What every kind of tuning has: the projector is trained."""
+    """Settings of every kind of tuning, which all train the projector."""
 
-    name: str = MISSING
-    kind: str = MISSING
+    name: str = MISSING  # name of the tuning in titles and tables
+    kind: str = MISSING  # kind of tuning, which selects the schema
     epochs: int = 3  # passes over the training clips
-    max_stage_epochs: int | None = None  # that each stage is cut to, to try them all; null leaves them as they are
-    projector_lr: float = follows("llm.suggested.projector_lr", 1e-4)
-    warmup_ratio: float = 0.03  # share of a stage's steps with a rising rate; cosine decay after it
-    final_lr_ratio: float = 0.0  # rate at the end of a stage over its peak
+    max_stage_epochs: int | None = None  # largest number of epochs per stage, for a short trial; null is no limit
+    projector_lr: float = follows("llm.suggested.projector_lr", 1e-4)  # peak learning rate of the projector
+    warmup_ratio: float = 0.03  # share of a stage's steps with linear warm-up, before the cosine decay
+    final_lr_ratio: float = 0.0  # learning rate at the end of a stage, as a share of its peak
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -93,7 +96,7 @@ class TuningConfig:
 
     @property
     def encoder_tuning(self) -> EncoderTuning:
-        """What is trained of the encoder."""
+        """Which weights of the encoder are trained."""
         return EncoderTuning.none
 
     @property
@@ -118,28 +121,29 @@ class TuningConfig:
 @register("tuning")
 @dataclass
 class ProjectorOnlyConfig(TuningConfig):
-    """The projector alone, on a frozen encoder and language model."""
+    """Trains the projector alone, with a frozen encoder and language model."""
 
-    kind: str = "projector_only"
-    projector_lr: float = follows("llm.suggested.align_lr", 1e-3)
+    kind: str = "projector_only"  # kind of tuning
+    projector_lr: float = follows("llm.suggested.align_lr", 1e-3)  # peak learning rate of the projector
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The one stage."""
+        """The single stage."""
         return {"align": self._stage(self.epochs, projector_lr=self.projector_lr)}
 
 
 @dataclass
 class EncoderTuningConfig(TuningConfig):
-    """Tuning that may reach the encoder."""
+    """Settings of tuning that can also train the encoder."""
 
-    encoder: EncoderTuning = EncoderTuning.none
+    encoder: EncoderTuning = EncoderTuning.none  # which weights of the encoder are trained
+    # Peak learning rate of the encoder's weights or adapters.
     encoder_lr: float = only_with("encoder=lora", lambda c: c.encoder is not EncoderTuning.none, 2e-5)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # adapters
 
     @property
     def encoder_tuning(self) -> EncoderTuning:
-        """What is trained of the encoder."""
+        """Which weights of the encoder are trained."""
         return self.encoder
 
     @property
@@ -150,14 +154,14 @@ class EncoderTuningConfig(TuningConfig):
 @register("tuning")
 @dataclass
 class FullConfig(EncoderTuningConfig):
-    """Projector and all of the language model's own weights."""
+    """Trains the projector and all weights of the language model."""
 
-    kind: str = "full"
-    llm_lr: float = 2e-5
+    kind: str = "full"  # kind of tuning
+    llm_lr: float = 2e-5  # peak learning rate of the language model's weights
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The one stage."""
+        """The single stage."""
         rates = {"encoder_lr": self._encoder_lr, "projector_lr": self.projector_lr, "llm_lr": self.llm_lr}
         return {"tune": self._stage(self.epochs, **rates)}
 
@@ -165,10 +169,10 @@ class FullConfig(EncoderTuningConfig):
 @register("tuning")
 @dataclass
 class LoraTuningConfig(EncoderTuningConfig):
-    """Projector in full and LoRA on the language model, from the first step."""
+    """Trains the projector and LoRA adapters on the language model, from the first step."""
 
-    kind: str = "lora"
-    adapter_lr: float = follows("llm.suggested.adapter_lr", 2e-4)
+    kind: str = "lora"  # kind of tuning
+    adapter_lr: float = follows("llm.suggested.adapter_lr", 2e-4)  # peak learning rate of the adapters
 
     @property
     def use_lora(self) -> bool:
@@ -182,7 +186,7 @@ class LoraTuningConfig(EncoderTuningConfig):
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The one stage."""
+        """The single stage."""
         return {"tune": self._stage(self.epochs, **self._rates)}
 
     @property
@@ -193,16 +197,16 @@ class LoraTuningConfig(EncoderTuningConfig):
 @register("tuning")
 @dataclass
 class TwoStageConfig(LoraTuningConfig):
-    """First the projector alone at a high rate, then projector and LoRA together."""
+    """Trains the projector alone at a high learning rate, then the projector together with LoRA adapters."""
 
-    kind: str = "two_stage"
-    epochs: int = 4  # of both stages
-    align_epochs: int = 1  # of the first stage
-    align_lr: float = follows("llm.suggested.align_lr", 1e-3)  # of the projector in the first stage
+    kind: str = "two_stage"  # kind of tuning
+    epochs: int = 4  # epochs of both stages together
+    align_epochs: int = 1  # epochs of the first stage
+    align_lr: float = follows("llm.suggested.align_lr", 1e-3)  # peak learning rate of the projector in the first stage
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """Both stages."""
+        """The stages `align` and `tune`."""
         return {
             "align": self._stage(self.align_epochs, projector_lr=self.align_lr),
             "tune": self._stage(self.epochs - self.align_epochs, **self._rates),
@@ -213,6 +217,6 @@ class TwoStageConfig(LoraTuningConfig):
         is_possible = self.align_epochs <= self.epochs
         require(
             is_possible,
-            f"tuning.align_epochs={self.align_epochs} are more than tuning.epochs={self.epochs}, which counts both "
+            f"tuning.align_epochs={self.align_epochs} must not be above tuning.epochs={self.epochs}, which counts both "
             "stages",
         )

@@ -27,7 +27,7 @@ from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder, text_config
 from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch
 from vlmcap.planning.hardware import GIB
-from vlmcap.training.fitting import keeping_interrupts
+from vlmcap.training.fitting import reraising_interrupts
 from vlmcap.training.objects import make_module, make_trainer
 from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch, ValidationBatch
@@ -252,7 +252,7 @@ def measure_run(
     validation = _loader(
         config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
     )
-    with deterministic_kernels(config.is_deterministic), keeping_interrupts(trainer):
+    with deterministic_kernels(config.is_deterministic), reraising_interrupts(trainer):
         trainer.fit(module, _loader(config, batches), validation)
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
     context_gib = max(clock.context_gib, use.context_gib())

@@ -1,4 +1,4 @@
-"""Training from start to end: stops by a signal, and smaller micro-batches or advice where memory runs out."""
+"""Runs the fit: handles signals, and retries with smaller micro-batches or gives advice if memory runs out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.types import Clip
 
-FIRST_STEPS = 20  # optimiser steps, after which starting again would waste more than it saves
+MAX_SHRINK_STEP = 20  # optimiser steps; after these, a restart would waste more than it saves
 
 
 def fit(
@@ -35,71 +35,73 @@ def fit(
     step: int | None,
     trial: Trial | None,
 ) -> tuple[Config, Run]:
-    """Trains; starts again with smaller micro-batches where memory runs out and `trainer.shrink_on_oom=true`.
+    """Trains, and restarts with smaller micro-batches if memory runs out and `trainer.shrink_on_oom=true`.
 
     Args:
         config: Run configuration.
-        assembly: The model, whose trained weights are reset before another start.
-        clips: Split name to clips.
+        assembly: The assembled model; its trained weights are reset before a restart.
+        clips: Clips of each split.
         folder: Run folder.
         resumed: Checkpoint to resume from.
         step: Step of that checkpoint.
-        trial: The search's view of the run.
+        trial: Trial of a hyperparameter search.
 
     Returns:
-        The configuration that fitted into memory, and the run.
+        The configuration that fits into memory, and the finished run.
 
     Raises:
-        OutOfMemoryError: Memory ran out; the sentence says what would help.
+        OutOfMemoryError: Memory ran out; the message says which settings would help.
     """
     run = build_run(config, assembly, clips, folder, step, trial)
-    first = _trained_weights(run) if config.trainer.shrink_on_oom else {}
+    initial_weights = _trained_weights(run) if config.trainer.shrink_on_oom else {}
     show_start(config, run, assembly)
-    while (error := _fit_once(run, resumed)) is not None:
+    while (error := _try_fit(run, resumed)) is not None:
         smaller = smaller_batches(config) if _may_shrink(config, run, resumed) else None
         if smaller is None:
             raise OutOfMemoryError(f"memory ran out at step {run.trainer.global_step + 1} ({error}): {advice(config)}")
         print(
             f"Memory ran out at step {run.trainer.global_step + 1}: starting again with "
             f"data.batch_size={smaller.data.batch_size} "
-            f"trainer.accumulate_grad_batches={smaller.trainer.accumulate_grad_batches}, the same clips in each "
-            "optimiser step.",
+            f"trainer.accumulate_grad_batches={smaller.trainer.accumulate_grad_batches}, so that each optimiser step "
+            "sees the same clips.",
             flush=True,
         )
         config = smaller
-        del run  # and the optimiser's state with it
+        del run  # frees the optimiser state
         release_memory()
         run = build_run(config, assembly, clips, folder, step, trial)
-        _reset(run, first)
+        _reset_weights(run, initial_weights)
     return config, run
 
 
 def smaller_batches(config: Config) -> Config | None:
-    """The same clips in each optimiser step, in smaller micro-batches; None for those of one clip."""
+    """Returns the configuration with smaller micro-batches and the same clips in each optimiser step.
+
+    None if a micro-batch has one clip already, or if batches are sized in tokens.
+    """
     size = config.data.batch_size
-    factor = next(
-        (factor for factor in range(2, size + 1) if size % factor == 0), None
-    )  # a half, or less where that is no whole number
+    # The smallest divisor: half the batch if the size is even.
+    factor = next((factor for factor in range(2, size + 1) if size % factor == 0), None)
     if factor is None or config.data.max_tokens_per_batch is not None:
         return None
     accumulated = config.trainer.accumulate_grad_batches * factor
-    # Batches of one clip can shrink no further, so the setting is refused beside them.
+    # Batches of one clip cannot shrink, and the configuration refuses the setting for them.
     trainer = replace(config.trainer, accumulate_grad_batches=accumulated, shrink_on_oom=size > factor)
     return replace(config, data=replace(config.data, batch_size=size // factor), trainer=trainer)
 
 
 def _may_shrink(config: Config, run: Run, resumed: Path | None) -> bool:
-    is_early = resumed is None and run.trainer.global_step < FIRST_STEPS
+    is_early = resumed is None and run.trainer.global_step < MAX_SHRINK_STEP
     return config.trainer.shrink_on_oom and is_early and run.trainer.world_size == 1
 
 
-def _fit_once(run: Run, resumed: Path | None) -> str | None:
-    """Trains; what the allocator said where memory ran out.
+def _try_fit(run: Run, resumed: Path | None) -> str | None:
+    """Trains, and returns the allocator's message if memory ran out.
 
-    The exception itself is not kept, as it holds all that it came through.
+    The exception itself is dropped, because its traceback would keep the tensors of all frames alive.
     """
     try:
-        with run.data.watch.naming_clips(), listening(run), keeping_interrupts(run.trainer):
+        with run.data.watch.naming_clips(), handling_signals(run), reraising_interrupts(run.trainer):
             run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -109,8 +111,8 @@ def _fit_once(run: Run, resumed: Path | None) -> str | None:
 
 
 @contextmanager
-def keeping_interrupts(trainer: L.Trainer) -> Iterator[None]:
-    """Within it, Ctrl-C stays a KeyboardInterrupt, of which Lightning makes a SystemExit."""
+def reraising_interrupts(trainer: L.Trainer) -> Iterator[None]:
+    """Turns the SystemExit that Lightning raises at Ctrl-C back into a KeyboardInterrupt."""
     try:
         yield
     except SystemExit as error:
@@ -119,8 +121,8 @@ def keeping_interrupts(trainer: L.Trainer) -> Iterator[None]:
         raise
 
 
-def listening(run: Run) -> AbstractContextManager[None]:
-    """Within it, signals end the run with its state saved."""
+def handling_signals(run: Run) -> AbstractContextManager[None]:
+    """Returns a context in which a signal ends the run after its state is saved."""
     from vlmcap.training.callbacks.requeue import StopOnSignal
 
     stop = next(callback for callback in run.trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
@@ -128,29 +130,26 @@ def listening(run: Run) -> AbstractContextManager[None]:
 
 
 def _trained_weights(run: Run) -> dict[str, Tensor]:
-    """Copies in host memory of what training changes."""
+    """Returns copies of the trained weights in host memory."""
     return {
         name: weight.detach().to("cpu", copy=True)
-        for part in run.module.trained.values()
-        for name, weight in part.items()
+        for component in run.module.trained.values()
+        for name, weight in component.items()
     }
 
 
-def _reset(run: Run, weights: dict[str, Tensor]) -> None:
-    for part in run.module.trained.values():
-        for name, weight in part.items():
+def _reset_weights(run: Run, weights: dict[str, Tensor]) -> None:
+    for component in run.module.trained.values():
+        for name, weight in component.items():
             weight.data.copy_(weights[name])
             weight.grad = None
 
 
 def release_memory() -> None:
-    """Frees what an earlier run of this process left, and resets the peak memory of the device.
-
-    A CPU has none to reset.
-    """
+    """Frees the memory of an earlier run of this process, and resets the peak memory counter of the GPU."""
     import torch
 
-    gc.collect()  # models hold themselves in circles
-    if torch.cuda.is_initialized():  # asking for it would take memory of a GPU that a run on the CPU does not use
+    gc.collect()  # models contain reference cycles
+    if torch.cuda.is_initialized():  # initialising CUDA would take GPU memory that a CPU run does not need
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""The captioner as a LightningModule: its loss, the optimiser and its rates, and what a checkpoint holds."""
+"""The captioner as a LightningModule: loss, optimiser, learning rates, and the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,22 +19,22 @@ from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.training.callbacks.saving import reopen_epoch, settle_loop
+from vlmcap.training.callbacks.saving import normalize_loop_state, request_validation
 from vlmcap.training.checkpoints.load import check_base_checkpoints, check_weights, trained_parameters
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
-from vlmcap.training.random_state import set_random_states, states_of_all
+from vlmcap.training.random_state import gather_random_states, set_random_states
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch, ValidationBatch, select_rows
+from vlmcap.types import Batch, ValidationBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Validated:
-    """What validation finds in a batch.
+class ValidationOutput:
+    """Result of a validation batch.
 
     Attributes:
-        captions: Of the prompts, in their order; empty where the loss alone was asked for.
-        loss: Summed, in nats.
-        num_labels: Tokens that the sum is over.
+        captions: Captions in the order of the prompts; empty if only the loss is measured.
+        loss: Loss in nats, summed over label tokens.
+        num_labels: Number of label tokens.
     """
 
     captions: list[str]
@@ -46,14 +46,15 @@ class CaptioningModule(L.LightningModule):
     """Trains a captioner stage by stage.
 
     Args:
-        captioner: The assembled model, frozen where nothing is trained.
-        plan: Stages and rates.
+        captioner: The assembled model; whatever is not trained is frozen.
+        plan: Training stages and their learning rates.
         optim: Kind and settings of the optimiser.
-        identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen
-            bases.
-        skipped_log: Of clips that could not be used.
-        max_label_tokens: Most label tokens of one micro-batch; a constant that keeps loss sums small in half precision.
-        sharder: Cuts the captioner into shards of all processes on a device; None leaves it whole.
+        identity: Plain data that is saved in every checkpoint: the configuration and the fingerprints of the frozen
+            base checkpoints.
+        skipped_log: Log of clips that could not be used.
+        max_label_tokens: Largest number of label tokens in a micro-batch; the loss sum is divided by this constant to
+            stay small in half precision.
+        sharder: Function `(captioner, mesh, device)` that shards the captioner; None keeps it unsharded.
     """
 
     def __init__(
@@ -70,27 +71,27 @@ class CaptioningModule(L.LightningModule):
         super().__init__()
         self.captioner, self.plan, self.optim_config = captioner, plan, optim
         self.identity, self.skipped_log, self.loss_unit = dict(identity), skipped_log, float(max_label_tokens)
-        self.strict_loading = False  # frozen weights are never in a checkpoint; `on_load_checkpoint` checks the rest
+        self.strict_loading = False  # checkpoints hold no frozen weights; `on_load_checkpoint` checks the trained ones
         self.trained = trained_parameters(captioner, plan)
         self.num_truncated = 0
-        self.owes_validation = False  # a resumed run, whose last epoch was trained and not validated
-        self._position: Mapping[str, int] = {"epoch": 0, "batches": 0}  # of the first batch of this process
-        self.last_loss: tuple[float | Tensor, int] = (
-            0.0,
-            0,
-        )  # of the last micro-batch: its sum, on the device, and its label tokens
+        self.needs_validation = False  # whether a resumed run must first validate the epoch that it has trained
+        self._position: Mapping[str, int] = {"epoch": 0, "batches": 0}  # where this process starts
+        # Loss sum of the last micro-batch, on the device, and its number of label tokens.
+        self.last_loss: tuple[float | Tensor, int] = (0.0, 0)
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
-        self._step_rates: dict[
-            str, float
-        ] = {}  # of the last step, by part: the scheduler has moved on when they are logged
-        self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
-        self._window_tokens = 0
-        self._log_loss: float | Tensor = 0.0  # stays on the device until it is asked for
+        # Rates of the last step by component; when they are logged, the scheduler has advanced already.
+        self._step_rates: dict[str, float] = {}
+        self._sharder, self._is_sharded = sharder, False
+        self._usable_batch: Batch | None = None
+        self._window_tokens = 0  # label tokens since the last optimiser step
+        self._log_loss: float | Tensor = 0.0  # stays on the device until it is logged
         self._log_labels, self._log_tokens, self._log_time = 0, 0, 0.0
-        self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
+        # Components are built in evaluation mode and Lightning keeps modes, but gradient checkpointing needs training
+        # mode.
+        self.train()
 
     def configure_model(self) -> None:
-        """Cuts the captioner into shards, once, where the strategy wants that."""
+        """Shards the captioner, once, if the strategy needs it."""
         if self._sharder is None or self._is_sharded:
             return
         self._is_sharded = True
@@ -99,68 +100,68 @@ class CaptioningModule(L.LightningModule):
         self.trained = trained_parameters(self.captioner, self.plan)
 
     def configure_optimizers(self) -> Any:
-        """AdamW of the configured kind, and the scheduler of its rates, which steps with it."""
+        """Builds AdamW of the configured kind and the scheduler of its rates, which advances at each optimiser step."""
         optimizer = make_optimizer(self.trained, self.optim_config)
         rates = StageRates(optimizer, self.plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def train(self, mode: bool = True) -> CaptioningModule:
-        """Training mode for what is trained; a frozen encoder keeps its evaluation mode."""
+        """Sets the training mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.captioner.encoder is not None and "encoder" not in self.trained:
             self.captioner.encoder.eval()
         return self
 
     def on_train_start(self) -> None:
-        """Sets the rates of the first step, and the stage of a run that resumes inside an epoch, where no epoch starts."""
+        """Sets the rates of the first step, and the stage, as no epoch starts when a run resumes inside one."""
         epoch, batches = self._position["epoch"], self._position["batches"]
         self.rates.begin(epoch, -(-batches // self.trainer.accumulate_grad_batches), self.steps_per_epoch)
-        if self.owes_validation:  # at the end of the epoch, which may have another number of batches now
+        if self.needs_validation:  # moves to the end of the epoch, whose number of batches may have changed
             counts: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             counts.ready = counts.started = counts.processed = counts.completed = int(self.trainer.num_training_batches)
         self._set_stage()
 
     def on_validation_end(self) -> None:
-        """Notes that nothing is owed."""
-        self.owes_validation = False
+        """Clears the pending validation of a resumed run."""
+        self.needs_validation = False
 
     def on_train_epoch_start(self) -> None:
         """Sets the stage that the epoch belongs to."""
         self._set_stage()
-        self.num_truncated = 0  # counted an epoch, as each epoch sees the same captions
+        self.num_truncated = 0  # counted per epoch, because every epoch sees the same captions
 
     def _set_stage(self) -> None:
-        """Thaws the parts that the stage trains, and freezes the others."""
+        """Unfreezes the components that the stage trains, and freezes the others."""
         stage = self.plan.at_epoch(self.current_epoch).stage
-        for part, parameters in self.trained.items():
+        for component, parameters in self.trained.items():
             for parameter in parameters.values():
-                parameter.requires_grad_(peak_rate(stage, part) > 0)
+                parameter.requires_grad_(peak_rate(stage, component) > 0)
         self._log_time = time.perf_counter()
 
     @property
     def rates(self) -> StageRates:
-        """The scheduler."""
+        """The learning rate scheduler."""
         rates = self.lr_schedulers()
         assert isinstance(rates, StageRates)
         return rates
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Optimiser steps per epoch."""
         return max(1, -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Summed loss over a constant.
+        """Returns the loss sum of a micro-batch divided by a constant.
 
-        `on_before_optimizer_step` turns the sum of the window into a mean over its label tokens.
+        `on_before_optimizer_step` turns the sum over the accumulated micro-batches into a mean over their label tokens.
         """
-        self._note(batch)
+        self._log_skipped(batch)
         self.num_truncated += batch.num_truncated
         self.last_loss = (0.0, 0)
         if len(batch) == 0:
-            return self._zero()
-        self._earlier = batch if self._is_sharded else None
-        loss, num_labels = self.captioner(batch)
+            return self._zero_loss()
+        self._usable_batch = batch if self._is_sharded else None
+        loss, num_labels = self.captioner.loss_sum(batch)
         self._window_tokens += num_labels
         self.last_loss = (loss.detach(), num_labels)
         self._log_loss = self._log_loss + loss.detach().double()
@@ -168,29 +169,28 @@ class CaptioningModule(L.LightningModule):
         self._log_tokens += batch.num_tokens
         return loss / self.loss_unit
 
-    def _zero(self) -> Tensor:
-        """A zero with gradients, as other ranks and the scaler of half precision wait for them."""
+    def _zero_loss(self) -> Tensor:
+        """Returns a zero loss with gradients, which the other ranks and the float16 scaler wait for."""
         if not self._is_sharded:
             return torch.stack(
-                [p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]
+                [p.sum() * 0.0 for component in self.trained.values() for p in component.values() if p.requires_grad]
             ).sum()
-        if (
-            self._earlier is None
-        ):  # the other ranks wait for this one's shards in every block, so it must compute something
+        # The other ranks gather the shards of this rank in every block, so it must compute a forward pass.
+        if self._usable_batch is None:
             raise UserError(
-                "no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see "
-                "skipped_clips.jsonl"
+                "trainer=fsdp2 needs a usable clip in the first batch of each process, but one process has none; see "
+                "skipped_clips.jsonl for the reasons"
             )
-        return self.captioner(self._earlier)[0] * 0.0
+        return self.captioner.loss_sum(self._usable_batch)[0] * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides gradients by the label tokens of the whole accumulated batch of all ranks, as one large batch would.
+        """Divides gradients by the label tokens of the accumulated batch of all ranks, as one large batch would.
 
-        Lightning divides each micro-batch by their number and averages over ranks, which would be a mean of means.
+        Lightning averages over micro-batches and ranks, which would give a mean of means.
         """
-        (tokens,) = self._sums(self._window_tokens)
+        (tokens,) = self._sum_over_ranks(self._window_tokens)
         self._window_tokens = 0
-        self._step_rates = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
+        self._step_rates = {group["component"]: float(group["lr"]) for group in optimizer.param_groups}
         scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, tokens)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -203,94 +203,97 @@ class CaptioningModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning does, and keeps the norm, which it throws away."""
+        """Clips gradients like Lightning, and keeps their norm, which Lightning discards."""
         limit = gradient_clip_val if gradient_clip_val else math.inf
         norm = nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), limit)
-        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # reduced over shards
 
     def rate_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups, each with `part` and `lr`."""
-        return self._adamw().param_groups
+        """Returns the parameter groups of the optimiser, each with `component` and `lr`."""
+        return self._optimizer().param_groups
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> Any:
-        """Captions of the clips, if they are asked for, and their loss, as `Validated`; each clip is encoded once."""
-        self._note(batch)
-        prompts = self.captioner.with_features(batch.prompts)
+        """Returns a `ValidationOutput` with the loss and, if requested, captions; each clip is encoded once."""
+        self._log_skipped(batch)
+        prompts = self.captioner.encoded(batch.prompts)
         captions = self.captioner.generate(prompts) if batch.is_captioned and len(prompts) else []
         losses, num_labels = [0.0], 0
-        rows = {clip.id: row for row, clip in enumerate(prompts.clips)}
-        for part in batch.labelled:
-            if len(part):
+        indices = {clip.id: index for index, clip in enumerate(prompts.clips)}
+        for micro_batch in batch.labelled:
+            if len(micro_batch):
                 assert prompts.features is not None
-                features = select_rows(prompts.features, [rows[clip.id] for clip in part.clips])
-                loss, count = self.captioner(replace(part, features=features))
+                features = rows_of(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
+                loss, count = self.captioner.loss_sum(replace(micro_batch, features=features))
                 losses.append(float(loss))
                 num_labels += count
-        return Validated(captions, sum(losses), num_labels)
+        return ValidationOutput(captions, sum(losses), num_labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Any:
-        """Captions of prompts."""
-        self._note(batch)
+        """Returns the captions of a batch of prompts."""
+        self._log_skipped(batch)
         return self.captioner.generate(batch) if len(batch) else []
 
     def transfer_batch_to_device(
         self, batch: Batch | ValidationBatch, device: torch.device, dataloader_idx: int
     ) -> Batch | ValidationBatch:
-        """Moves the tensors of a batch."""
+        """Moves the tensors of a batch to a device."""
         return batch.to(device)
 
     def take_log(self) -> dict[str, float]:
-        """Loss (nats a label token), rates and speed of all ranks since the last call; every rank must ask for them."""
-        values = self._log_values(*self._sums(float(self._log_loss), self._log_labels, self._log_tokens))
+        """Returns loss (nats per label token), rates and speed since the last call, over all ranks.
+
+        Every rank must call this method.
+        """
+        values = self._log_values(*self._sum_over_ranks(float(self._log_loss), self._log_labels, self._log_tokens))
         self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, time.perf_counter()
         return values
 
     def read_log(self) -> dict[str, float]:
-        """What `take_log` would give for this rank alone, which may ask at any time.
+        """Returns the values of `take_log` for this rank without resetting them; empty before the first step.
 
-        Empty before the first optimiser step.
+        A single rank may call this method.
         """
         return self._log_values(float(self._log_loss), self._log_labels, self._log_tokens) if self._step_rates else {}
 
     def _log_values(self, loss: float, num_labels: float, num_tokens: float) -> dict[str, float]:
         seconds = time.perf_counter() - self._log_time
         values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
-        return values | {f"train/lr_{part}": rate for part, rate in self._step_rates.items()}
+        return values | {f"train/lr_{component}": rate for component, rate in self._step_rates.items()}
 
-    # --- trained weights alone are saved, averaged and copied: the frozen ones are in the checkpoints that the run starts from
+    # --- only trained weights are saved, averaged and copied; the base checkpoints hold the frozen ones
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The trained weights alone: weight averaging averages these, and would spoil packed 4-bit weights."""
-        trained = {id(parameter) for part in self.trained.values() for parameter in part.values()}
+        """Yields the trained weights alone; weight averaging would destroy packed 4-bit weights."""
+        trained = {id(parameter) for component in self.trained.values() for parameter in component.values()}
         return (parameter for parameter in super().parameters(recurse) if id(parameter) in trained)
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """None: buffers hold constants such as positions, which no average may touch."""
+        """Yields nothing; buffers hold constants such as positions, which must not be averaged."""
         return iter(())
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The trained weights alone, by their names in the module."""
+        """Returns the trained weights alone, by their names in the module."""
         found = {} if destination is None else destination
-        for part in self.trained.values():
-            for name, weight in part.items():
+        for component in self.trained.values():
+            for name, weight in component.items():
                 found[f"{prefix}captioner.{name}"] = weight if keep_vars else weight.detach()
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads what `state_dict` gave.
+        """Loads the result of `state_dict`.
 
         Raises:
-            UserError: `strict`, and a trained weight is missing, unknown or of another shape.
+            UserError: `strict` is true and a trained weight is missing, unknown or of another shape.
         """
         if strict:
             check_weights(state_dict, self.trained)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy of the trained weights under their names, for weight averaging; the frozen model is never copied."""
+        """Copies the trained weights under their names, for weight averaging; frozen weights are never copied."""
         copied = nn.Module()
-        names = {id(parameter): name for part in self.trained.values() for name, parameter in part.items()}
-        for parameter in self.parameters():  # in this order, as weights are averaged by their place in it
+        names = {id(parameter): name for component in self.trained.values() for name, parameter in component.items()}
+        for parameter in self.parameters():  # weight averaging pairs parameters by their order
             *path, leaf = f"captioner.{names[id(parameter)]}".split(".")
             holder = copied
             for word in path:
@@ -301,22 +304,21 @@ class CaptioningModule(L.LightningModule):
         return copied
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds identity, random states and the position in the data."""
-        # Not `completed`: Lightning counts a batch as completed only after the callbacks that save on its end.
+        """Adds identity, random states and the position in the data to a checkpoint."""
+        # Not `completed`: Lightning counts a batch as completed only after the callbacks that save at its end.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         epoch = self.trainer.current_epoch
         position = self._train_sampler().position(epoch, int(progress.processed))
-        is_last = (
-            position["epoch"] > epoch == epochs.processed
-        )  # an epoch counts as processed once its validation is over
-        settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
-        sums = self._sums(float(self._log_loss), self._log_labels, self._log_tokens, self.num_truncated)
+        # An epoch counts as processed only after its validation.
+        is_last = position["epoch"] > epoch == epochs.processed
+        normalize_loop_state(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
+        sums = self._sum_over_ranks(float(self._log_loss), self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
-        first, *others = states_of_all()
+        first, *others = gather_random_states()
         checkpoint["vlmcap"] = self.identity | {
             "position": position,
-            "owes_validation": is_last and self._is_validated(epoch),
+            "needs_validation": is_last and self._is_validated(epoch),
             "plan": {"stages": self.plan.stage_names(), "accumulate": self.trainer.accumulate_grad_batches},
             "random": first,
             "random_of_others": others,
@@ -331,17 +333,17 @@ class CaptioningModule(L.LightningModule):
         """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
 
         Raises:
-            UserError: Trained weights are missing, unknown or of another shape, a frozen base is another one, or the
-                optimiser's state is.
+            UserError: A trained weight is missing, unknown or of another shape, a base checkpoint differs, or the
+                optimiser state has another kind.
         """
         held = checkpoint.get("vlmcap") or {}
         check_base_checkpoints(held.get("bases", {}), self.identity.get("bases", {}))
         check_weights(checkpoint["state_dict"], self.trained)
         fit_saved_states(checkpoint.get("optimizer_states", []), self.optim_config)
         states, rank = [held["random"], *held.get("random_of_others", [])], self.trainer.global_rank
-        if rank < len(states):  # more ranks than there were go on with the states that their seeds gave
+        if rank < len(states):  # additional ranks keep the states of their seeds
             set_random_states(states[rank])
-        if rank == 0:  # the sums of all
+        if rank == 0:  # the saved sums are over all ranks
             log = held["log"]
             self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]
             self.num_truncated = log["truncated"]
@@ -350,16 +352,16 @@ class CaptioningModule(L.LightningModule):
             datamodule.resume_at(held["position"])
         self._position = held["position"]
         epoch = self._position["epoch"] - 1
-        self.owes_validation = held["owes_validation"] and self._is_validated(epoch)
-        if self.owes_validation:
-            reopen_epoch(checkpoint["loops"]["fit_loop"], epoch, checkpoint["global_step"])
+        self.needs_validation = held["needs_validation"] and self._is_validated(epoch)
+        if self.needs_validation:
+            request_validation(checkpoint["loops"]["fit_loop"], epoch, checkpoint["global_step"])
 
     def on_train_end(self) -> None:
-        """Counts cut captions over all ranks, for the first one's summary."""
-        (self.num_truncated,) = map(int, self._sums(self.num_truncated))
+        """Sums the truncated captions of all ranks, for the summary of the first rank."""
+        (self.num_truncated,) = map(int, self._sum_over_ranks(self.num_truncated))
 
-    def _sums(self, *values: float) -> list[float]:
-        """Of each number over all ranks."""
+    def _sum_over_ranks(self, *values: float) -> list[float]:
+        """Returns the sum of each value over all ranks."""
         if self.trainer.world_size == 1:
             return list(values)
         own = torch.tensor(values, device=self.device, dtype=torch.float64)
@@ -371,13 +373,13 @@ class CaptioningModule(L.LightningModule):
         assert isinstance(loader.batch_sampler, BatchSampler)
         return loader.batch_sampler
 
-    def _adamw(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         return optimizer
 
-    def _note(self, batch: Batch | ValidationBatch) -> None:
-        """Counts what could not be used, and stops when it is too much."""
+    def _log_skipped(self, batch: Batch | ValidationBatch) -> None:
+        """Logs clips that could not be used; the log raises if there are too many."""
         if batch.skipped:
             for skipped in batch.skipped:
                 self.skipped_log.add(skipped)

@@ -1,4 +1,4 @@
-"""The objects of a run: module, data, trainer and callbacks."""
+"""Builds the objects of a run: module, data, trainer and callbacks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The objects of a run."""
+    """The objects of a run.
+
+    Attributes:
+        module: Model, loss and optimiser.
+        data: Loaders of the run's clips.
+        trainer: Lightning trainer with all callbacks and loggers.
+        evaluation: Callback that scores captions; it holds the latest scores and predictions.
+        folder: Run folder.
+    """
 
     module: CaptioningModule
     data: CaptionDataModule
@@ -58,12 +66,11 @@ def build_run(
     Args:
         config: Run configuration; a training run writes it into the folder.
         assembly: The assembled model.
-        clips: Split name to clips.
+        clips: Clips of each split.
         folder: Run folder.
         step: Step of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped.
-        trial: The search's view of the run.
-        is_training: Whether the run fits; an evaluation has no checkpoints and none of the callbacks that only training
-            needs.
+        trial: Trial of a hyperparameter search.
+        is_training: Whether the run trains; an evaluation has neither checkpoints nor training callbacks.
     """
     import lightning as L
 
@@ -78,7 +85,7 @@ def build_run(
         folder.mkdir(parents=True, exist_ok=True)
         if is_main(config):
             write_yaml(to_plain(config), folder / "config.yaml")
-        # Training starts from the same random state whatever was cached before, and each process drops out other units.
+        # The random state does not depend on what was cached before, and each rank draws its own dropout.
         L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
     module = make_module(
@@ -111,14 +118,14 @@ def build_run(
 def make_module(
     config: Config, captioner: VideoCaptioner, plan: StagePlan, identity: Mapping[str, Any], skipped_log: SkippedClipLog
 ) -> CaptioningModule:
-    """The module of a run, and of a measurement.
+    """Builds the Lightning module of a run or of a measurement.
 
     Args:
         config: Run configuration.
-        captioner: The model.
-        plan: Stages and rates.
-        identity: Plain data that goes into every checkpoint.
-        skipped_log: Takes the clips that cannot be used.
+        captioner: The assembled model.
+        plan: Training stages and their learning rates.
+        identity: Plain data that is saved in every checkpoint.
+        skipped_log: Log of the clips that cannot be used.
     """
     from vlmcap.training.module import CaptioningModule
 
@@ -137,7 +144,16 @@ def make_module(
 def make_trainer(
     config: Config, plan: StagePlan, folder: Path, callbacks: list[L.Callback], loggers: list[Logger], **settings: Any
 ) -> L.Trainer:
-    """The trainer of a run, and of a measurement; `settings` are further ones of Lightning's."""
+    """Builds the Lightning trainer of a run or of a measurement.
+
+    Args:
+        config: Run configuration.
+        plan: Training stages, which decide the number of epochs.
+        folder: Run folder.
+        callbacks: All callbacks, in the order in which Lightning calls them.
+        loggers: Loggers of the run.
+        **settings: Further arguments of `L.Trainer`; they take precedence.
+    """
     import lightning as L
 
     from vlmcap.training.callbacks.saving import AtomicCheckpointIO
@@ -156,22 +172,22 @@ def make_trainer(
         logger=loggers or False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=_has_bar(config),
+        enable_progress_bar=_shows_bar(config),
         enable_model_summary=False,
-        use_distributed_sampler=False,  # the data module's own sampler never repeats a clip in evaluation
+        use_distributed_sampler=False,  # Lightning's sampler would repeat clips in evaluation; ours never does
         default_root_dir=folder,
         **{"enable_checkpointing": False, "check_val_every_n_epoch": config.evaluation.every_n_epochs, **settings},
     )
 
 
-def _has_bar(config: Config) -> bool:
+def _shows_bar(config: Config) -> bool:
     return config.trainer.progress_bar and draws_bars()
 
 
 def _common_callbacks(
     config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path, trial: Trial | None
 ) -> list[L.Callback]:
-    """Scoring and progress, which training and evaluation share; what reads the scores comes after what makes them."""
+    """Returns the callbacks of training and evaluation; those that read scores come after `CaptionEvaluation`."""
     from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
     from vlmcap.training.callbacks.stopping import TrialPruning
     from vlmcap.training.callbacks.visual_reliance import visual_reliance_check
@@ -185,11 +201,14 @@ def _common_callbacks(
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
     callbacks += [WandbTable(evaluation, config.logger)] if isinstance(config.logger, WandbConfig) else []
     callbacks.append(progress)
-    return [*callbacks, TerminalBar(progress)] if _has_bar(config) else callbacks
+    return [*callbacks, TerminalBar(progress)] if _shows_bar(config) else callbacks
 
 
 def _training_callbacks(config: Config, plan: StagePlan, profile: StepProfile | None, folder: Path) -> list[L.Callback]:
-    """What only training needs; `StopOnSignal` follows all that must have seen a step, and Lightning puts checkpoints last."""
+    """Returns the callbacks of training alone.
+
+    `StopOnSignal` comes after all callbacks that must have seen a step; Lightning calls checkpoint callbacks last.
+    """
     from vlmcap.training.callbacks.guard import DivergenceGuard
     from vlmcap.training.callbacks.requeue import StopOnSignal
     from vlmcap.training.callbacks.saving import StepLimit, checkpoint_callbacks

@@ -1,4 +1,4 @@
-"""Which of a run's processes this is, how the others are started, and how the model is spread over them."""
+"""The processes of a run: ranks, how the others are started, and how the model is distributed over them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-_OURS = ("paths.output_dir=", "hydra.run.dir=", "hydra.output_subdir=", "hydra/job_logging=")
+# Overrides that `launch_command` replaces.
+_REPLACED = ("paths.output_dir=", "hydra.run.dir=", "hydra.output_subdir=", "hydra/job_logging=")
 
 
 def num_processes(config: Config) -> int:
-    """Of all machines, a device each."""
+    """Returns the number of processes on all machines, one per device."""
     return config.hardware.devices * config.trainer.num_nodes
 
 
 def process_rank(config: Config) -> int:
-    """Number of this process among all, 0 to N - 1, as Lightning will find it; known before there is a trainer."""
+    """Returns the global rank of this process, 0 to N - 1, as Lightning will find it, before there is a trainer."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     if num_processes(config) == 1:
@@ -44,26 +45,26 @@ def process_rank(config: Config) -> int:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which is that of its device."""
+    """Returns the rank of this process on its machine, which is the index of its device."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def is_main(config: Config) -> bool:
-    """Whether this process writes and prints."""
+    """Whether this is the process that writes and prints."""
     return process_rank(config) == 0
 
 
 def receives_weights(config: Config) -> bool:
-    """Whether this process needs no weights of its own: it gets its shards of the first one's."""
+    """Whether this process loads no weights, because it receives its shards from the first process."""
     return config.trainer.strategy is Strategy.fsdp2 and not is_main(config)
 
 
 @contextmanager
 def run_folder(config: Config) -> Iterator[None]:
-    """Inside, the folder of the run is this run's alone; its first process holds it for all of them.
+    """Locks the run folder inside the context; the first process holds the lock for all of them.
 
     Raises:
-        InUseError: Another run writes to it.
+        InUseError: Another run writes to the folder.
     """
     with (
         claimed_folder(Path(config.paths.output_dir), "paths.output_dir")
@@ -75,7 +76,7 @@ def run_folder(config: Config) -> Iterator[None]:
 
 @contextmanager
 def as_process(config: Config) -> Iterator[None]:
-    """Inside, this process uses its own device, and only the first one prints."""
+    """Selects the device of this process inside the context, and silences all processes but the first."""
     from lightning.pytorch.utilities import rank_zero_only
 
     if num_processes(config) == 1:
@@ -102,15 +103,15 @@ def as_process(config: Config) -> Iterator[None]:
 
 
 def launch_command(config: Config) -> list[str]:
-    """The command that starts another process of this very run: of a sweep, of this job alone."""
+    """Returns the command that starts another process of this run; in a sweep, of this job alone."""
     from hydra.core.hydra_config import HydraConfig
 
-    script = _program()
+    script = _program_command()
     if not HydraConfig.initialized():
         return [*script, *sys.argv[1:]]
     folder = Path(config.paths.output_dir).resolve()
-    kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(_OURS)]
-    # One folder for all, in which Hydra writes for the first process alone.
+    kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(_REPLACED)]
+    # All processes share one folder, in which Hydra writes for the first process alone.
     own = [
         f"paths.output_dir={quoted(folder)}",
         f"hydra.run.dir={quoted(folder)}",
@@ -120,25 +121,25 @@ def launch_command(config: Config) -> list[str]:
     return [*script, *kept, *own]
 
 
-def _program() -> list[str]:
-    """What starts this program again: its script or module, or `vlmcap train`, of which a launcher's job is one too."""
+def _program_command() -> list[str]:
+    """Returns the command of this program: its script or module, or `vlmcap train`, also for a job of a launcher."""
     from hydra.core.hydra_config import HydraConfig
 
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
-    is_ours = (
+    is_vlmcap = (
         Path(sys.argv[0]).stem == "vlmcap"
         if spec is None
         else spec.name in ("vlmcap.cli.__main__", "vlmcap.sweeping.child")
     )
-    if is_ours and HydraConfig.initialized():
+    if is_vlmcap and HydraConfig.initialized():
         return [sys.executable, "-m", "vlmcap.cli", str(HydraConfig.get().job.config_name)]
     return [sys.executable, os.path.abspath(sys.argv[0])] if spec is None else [sys.executable, "-m", spec.name]
 
 
 def make_strategy(config: Config) -> LightningStrategy:
-    """The strategy of the trainer."""
+    """Builds the Lightning strategy of the trainer."""
     from vlmcap.training.strategies import ShardedStrategy, SharedStrategy, SingleStrategy
 
     chosen, command = config.trainer.strategy, launch_command(config)
@@ -154,7 +155,7 @@ def make_strategy(config: Config) -> LightningStrategy:
 
 
 def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.device], None] | None:
-    """What cuts the captioner into shards, or None where it stays whole."""
+    """Returns the function that shards the captioner over all processes, or None if it is not sharded."""
     if config.trainer.strategy is not Strategy.fsdp2:
         return None
     dtype = autocast_dtype(config)
@@ -168,7 +169,7 @@ def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.devic
 
 
 def describe_batch(config: Config) -> str:
-    """Clips or tokens of a device's batch, times what makes it the batch of one optimiser step."""
+    """Formats the batch of one optimiser step, such as "4 clips × 8": micro-batch × accumulation (× devices)."""
     budget, steps, devices = (
         config.data.max_tokens_per_batch,
         config.trainer.accumulate_grad_batches,
@@ -177,4 +178,5 @@ def describe_batch(config: Config) -> str:
     size, unit = (config.data.batch_size, "clips") if budget is None else (budget, "tokens")
     if devices == 1:
         return f"{size} {unit} × {steps}"
-    return f"{size} {unit} × {steps} × {devices} devices ({config.trainer.strategy.name}) = {size * steps * devices} {unit} a step"
+    total = f"{size * steps * devices} {unit} per step"
+    return f"{size} {unit} × {steps} × {devices} devices ({config.trainer.strategy.name}) = {total}"

@@ -1,4 +1,4 @@
-"""The state of every random generator, as plain data and tensors."""
+"""Saves and restores the state of every random generator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 def random_states() -> dict[str, Any]:
-    """State of every random generator, as plain data and tensors."""
+    """Returns the states of the generators of Python, NumPy, torch and CUDA, as plain data and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
@@ -40,8 +40,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
 
 
-def states_of_all() -> list[dict[str, Any]]:
-    """What `random_states` returns in each process, by rank; every process must ask for it."""
+def gather_random_states() -> list[dict[str, Any]]:
+    """Returns the `random_states` of all processes by rank; every process must call this function."""
     states: list[dict[str, Any]] = [random_states()]
     if dist.is_available() and dist.is_initialized():
         states = [{} for _ in range(dist.get_world_size())]

@@ -1,4 +1,4 @@
-"""A whole training run and a whole evaluation, step by step."""
+"""A complete training run and a complete evaluation, step by step."""
 
 from __future__ import annotations
 
@@ -26,34 +26,43 @@ from vlmcap.planning.make_plan import enforce_plan, num_kept_layers, with_captio
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
-from vlmcap.training.checks import check_facts, check_followed, check_position, check_run, find_resume
-from vlmcap.training.fitting import fit, listening, release_memory
+from vlmcap.training.checks import (
+    check_facts,
+    check_monitored_clips,
+    check_resume_position,
+    check_run,
+    find_resume_checkpoint,
+)
+from vlmcap.training.fitting import fit, handling_signals, release_memory
 from vlmcap.training.objects import Run, build_run
 from vlmcap.training.processes import as_process, is_main, receives_weights, run_folder
-from vlmcap.training.summary import expected, plain_scores, show_end, summarize, tokenizer_version
+from vlmcap.training.summary import plain_scores, planned_values, show_end, summarize, tokenizer_version
 
 if TYPE_CHECKING:
     from vlmcap.assembly.model import Assembly
     from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.types import Clip
 
-NEEDED = (Split.train, Split.val)  # splits of a training run
-OPTIONAL = (Split.test,)
+REQUIRED_SPLITS = (Split.train, Split.val)
+OPTIONAL_SPLITS = (Split.test,)
 
 
 def train(config: Config, trial: Trial | None = None) -> float:
-    """Trains, scores the best checkpoint on the whole validation and test splits, and returns the objective.
+    """Trains, scores the best checkpoint on the full validation and test splits, and returns the objective.
 
-    If a run has several processes, each of them calls this, and the first one writes and prints.
+    In a run with several processes, each process calls this function; only the first one writes and prints.
 
     Args:
         config: Run configuration.
-        trial: The search's view of this run; it receives the scores of every validation, and may end the run.
+        trial: Trial of a hyperparameter search; it receives the scores of every validation and may stop the run.
+
+    Returns:
+        The value of `config.monitor`, or NaN if the data yields none.
 
     Raises:
-        InUseError: Another process writes to the folder of the run.
-        UserError: Something in the configuration or the data is wrong, memory ran out, or an operation has no
-            deterministic kernel.
+        InUseError: Another process writes to the run folder.
+        UserError: The configuration or the data is wrong, memory ran out, or an operation has no deterministic
+            kernel.
     """
     import_libraries(with_adapters=config.tuning.use_lora)
     with run_folder(config), as_process(config), deterministic_kernels(config.is_deterministic):
@@ -67,35 +76,34 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     started = time.perf_counter()
     silence_libraries()
-    release_memory()  # of an earlier run of this process, as in a sweep
+    release_memory()  # a sweep runs several jobs in one process
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.paths.output_dir)
 
     # 1. Read the checkpoint that the run resumes from, if there is one.
-    resumed = find_resume(config)
+    resumed = find_resume_checkpoint(config)
     step = None
     if resumed is not None:
         checkpoint = read_checkpoint(resumed)
-        check_position(checkpoint["vlmcap"], config)
+        check_resume_position(checkpoint["vlmcap"], config)
         step = int(checkpoint["global_step"])
         del checkpoint
 
-    # 2. Check what can be checked before anything is made or loaded.
+    # 2. Check everything that needs no data and no weights.
     check_run(config, resumed)
     config = with_model_kind(config)
 
-    # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read
-    # before that.
+    # 3. Plan the memory, and refuse a run that cannot fit. The data is read first if it decides the caption length.
     clips: Mapping[str, Sequence[Clip]] = {}
     if config.llm.is_length_open and not config.data.is_demo:
         clips = _read_splits(config)
     plan = enforce_plan(for_plan(config, clips)) if is_main(config) else None
 
-    # 4. Load the clips, unless they are there, and let them decide what is left to them; the demo makes its own.
+    # 4. Load the clips (the demo renders its own), and resolve the settings that depend on them.
     config, clips = _load_clips(config, clips)
     config = resolve(config, clips)
 
-    # 5. Prepare features before the language model is loaded, so that the two never share the memory.
+    # 5. Encode features before the language model is loaded, so that the two never share memory.
     spec = describe_model(with_caption_plan(config))
     features = prepare_features(spec.feature_plan, clips)
 
@@ -110,27 +118,32 @@ def _train(config: Config, trial: Trial | None) -> float:
         )
     seconds = {"prepare": time.perf_counter() - started}
 
-    # 7. Fit, with smaller micro-batches where memory runs out early and `trainer.shrink_on_oom` allows it.
-    asked = config.data.batch_size
+    # 7. Fit, with smaller micro-batches if memory runs out early and `trainer.shrink_on_oom` allows it.
+    configured_batch_size = config.data.batch_size
     config, run = fit(config, assembly, clips, folder, resumed, step, trial)
     seconds["fit"] = time.perf_counter() - started - seconds["prepare"]
 
-    # 8. Score the best checkpoint on whole splits.
+    # 8. Score the best checkpoint on full splits.
     scores = _score_best(config, run, assembly)
     seconds["total"] = time.perf_counter() - started
 
     # 9. Report.
     show_end(config, run, scores, seconds)
     if is_main(config):
-        planned = expected(config, run, plan, run.trainer.global_step - (step or 0))
-        summary = summarize(config, run, assembly, scores, seconds, plan=planned, asked_batch_size=asked)
+        planned = planned_values(config, run, plan, run.trainer.global_step - (step or 0))
+        summary = summarize(
+            config, run, assembly, scores, seconds, plan=planned, configured_batch_size=configured_batch_size
+        )
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
-    return _monitored(config, scores)
+    return _monitored_value(config, scores)
 
 
 def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float]:
-    """Scores of the best checkpoint, or else of the last state, on whole splits, and what its validation found besides."""
+    """Scores the best checkpoint, or the last state if there is none, on full splits.
+
+    Scores of its validation that the final scoring does not repeat, such as the loss, are kept.
+    """
     from vlmcap.training.callbacks.saving import run_checkpoints
 
     saved = run_checkpoints(run.trainer)
@@ -138,7 +151,7 @@ def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float
     if saved.best is not None:
         load_weights(assembly, read_checkpoint(saved.best_path), config)
         scores = dict(saved.best.scores)
-    with listening(run):
+    with handling_signals(run):
         for split in list(run.data.clips)[1:]:
             scores |= test(run, Split[split])
         if config.monitor == "val/loss" and not math.isfinite(scores.get("val/loss", math.nan)):
@@ -147,34 +160,32 @@ def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float
 
 
 def _validation_loss(run: Run) -> dict[str, float]:
-    """The loss of the validation clips of the loop, where no validation was reached while training."""
+    """Returns the loss of the validation clips for a run that ended before its first validation."""
     run.data.trainer = run.trainer
     labelled = run.data.val_dataloader(is_captioned=False)
-    with run.data.watch.naming_clips(), suppress(TrialPruned):  # the run is over, and nothing is left to prune
+    with run.data.watch.naming_clips(), suppress(TrialPruned):  # training is over, so there is nothing to prune
         run.trainer.validate(run.module, dataloaders=labelled, verbose=False)
     return dict(run.evaluation.scores)
 
 
-def _monitored(config: Config, scores: Mapping[str, float]) -> float:
-    """The value of the monitored metric.
-
-    NaN where only the data could say that there is none, as the run itself is finished.
-    """
+def _monitored_value(config: Config, scores: Mapping[str, float]) -> float:
+    """Returns the monitored metric; a finished run without a value warns and returns NaN instead of failing."""
     value = scores.get(config.monitor, math.nan)
     if not math.isfinite(value):
         names = ", ".join(sorted(name for name, score in scores.items() if math.isfinite(score)))
         print(
-            f"Warning: monitor={config.monitor} has no value in this run; those that have one are {names}.", flush=True
+            f"Warning: monitor={config.monitor} has no value in this run; the metrics with a value are {names}.",
+            flush=True,
         )
     return value
 
 
 def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
-    """The configuration with what the demo made, and split name to clips; bad data is reported before that.
+    """Prepares the demo if it is configured, and returns the configuration and the clips of each split.
 
     Args:
         config: Run configuration.
-        clips: The clips, where they were read already.
+        clips: Clips that were read already; empty if none were.
     """
     if not config.data.is_demo:
         clips = clips or _read_splits(config)
@@ -182,19 +193,16 @@ def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Co
     config = prepare(config)
     check_facts(config)
     clips = clips or _read_splits(config)
-    check_followed(config, clips)
+    check_monitored_clips(config, clips)
     if is_main(config):
         warn_of_clips(config, clips)
     return config, clips
 
 
 def _read_splits(config: Config) -> Splits:
-    """The splits of a training run.
-
-    The training clips stand in for those of validation where they are to be learned by heart.
-    """
+    """Loads the splits of a training run; `trainer.overfit` validates on the training clips."""
     if not config.trainer.overfit:
-        return load_splits(config, NEEDED, OPTIONAL)
+        return load_splits(config, REQUIRED_SPLITS, OPTIONAL_SPLITS)
     read = load_splits(config, [Split.train])
     return Splits({"train": read["train"], "val": read["train"]}, read.skipped, read.note)
 
@@ -204,10 +212,13 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     Args:
         config: Configuration of the checkpoint, with overrides.
-        checkpoint: File of a run, or folder of `vlmcap export`.
+        checkpoint: Checkpoint file of a run, or a folder that `vlmcap export` wrote.
+
+    Returns:
+        Scores by name, such as `test/cider`.
 
     Raises:
-        UserError: The checkpoint, one of its bases or the data cannot be used.
+        UserError: The checkpoint, one of its base checkpoints or the data cannot be used.
     """
     import_libraries(with_adapters=config.tuning.use_lora)
     config = single_process(config)
@@ -239,7 +250,7 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     # 3. Report.
     (folder / "predictions" / f"{split.value}.jsonl").replace(folder / "predictions.jsonl")
-    if not any((folder / "predictions").iterdir()):  # the output folder may be that of the training run
+    if not any((folder / "predictions").iterdir()):  # the folder of a training run holds other predictions
         (folder / "predictions").rmdir()
     write_json(
         folder / "metrics.json",
@@ -250,7 +261,7 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
 
 def test(run: Run, split: Split) -> dict[str, float]:
-    """Captions and scores of a whole split."""
+    """Captions a full split and returns its scores by name."""
     run.evaluation.split = split.value
     run.data.trainer = run.trainer
     with run.data.watch.naming_clips():
@@ -259,6 +270,6 @@ def test(run: Run, split: Split) -> dict[str, float]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """A JSON file that appears whole or not at all."""
+    """Writes a JSON file atomically."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

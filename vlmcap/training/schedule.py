@@ -1,7 +1,4 @@
-"""Learning rates as a function of the place in the stages.
-
-The stages of tuning, and the scheduler that follows them.
-"""
+"""The stages of tuning, and the scheduler that sets their learning rates."""
 
 from __future__ import annotations
 
@@ -15,12 +12,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from vlmcap.config import Stage
 from vlmcap.models.rates import cosine_rate
 
-PARTS = ("encoder", "projector", "adapter", "llm")
+COMPONENTS = ("encoder", "projector", "adapter", "llm")
 
 
 @dataclass(frozen=True, slots=True)
 class StagePosition:
-    """Where an epoch stands: its stage, the stage's name, and the epoch at which the stage begins."""
+    """The stage that an epoch belongs to.
+
+    Attributes:
+        name: Name of the stage.
+        stage: Settings of the stage.
+        first_epoch: Epoch at which the stage begins, from 0.
+    """
 
     name: str
     stage: Stage
@@ -29,21 +32,21 @@ class StagePosition:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Stages of tuning, one after another.
+    """The stages of tuning, one after another.
 
     Attributes:
-        stages: Name to settings, in order; those without epochs are passed over.
+        stages: Settings of each stage by name, in order; stages without epochs are skipped.
     """
 
     stages: Mapping[str, Stage]
 
     @property
     def num_epochs(self) -> int:
-        """Epochs of all stages."""
+        """Number of epochs of all stages."""
         return sum(stage.epochs for stage in self.stages.values())
 
     def at_epoch(self, epoch: int) -> StagePosition:
-        """The stage that `epoch` belongs to; the last one from its end on."""
+        """Returns the stage that `epoch` belongs to; epochs after the end belong to the last stage."""
         first = 0
         position: StagePosition | None = None
         for name, stage in self.stages.items():
@@ -57,40 +60,47 @@ class StagePlan:
         return position
 
     def stage_names(self) -> list[str]:
-        """The name of the stage of each epoch."""
+        """Returns the stage name of each epoch."""
         return [name for name, stage in self.stages.items() for _ in range(stage.epochs)]
 
-    def trained_parts(self) -> tuple[str, ...]:
-        """Parts with a rate above 0 in any stage."""
+    def trained_components(self) -> tuple[str, ...]:
+        """Returns the components that have a learning rate above 0 in any stage."""
         return tuple(
-            part for part in PARTS if any(peak_rate(stage, part) > 0 for stage in self.stages.values() if stage.epochs)
+            component
+            for component in COMPONENTS
+            if any(peak_rate(stage, component) > 0 for stage in self.stages.values() if stage.epochs)
         )
 
-    def rate(self, part: str, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of `part` at an optimiser step, counted as if all epochs had had `steps_per_epoch`."""
+    def rate(self, component: str, step: int, steps_per_epoch: int) -> float:
+        """Returns the learning rate of a component.
+
+        Args:
+            component: One of `COMPONENTS`.
+            step: Optimiser step, counted as if every epoch had `steps_per_epoch`.
+            steps_per_epoch: Optimiser steps per epoch.
+        """
         position = self.at_epoch(step // steps_per_epoch)
         num_steps = position.stage.epochs * steps_per_epoch
         return cosine_rate(
             step - position.first_epoch * steps_per_epoch,
             num_steps,
-            peak=peak_rate(position.stage, part),
-            warmup_steps=min(
-                num_steps - 1, round(position.stage.warmup_ratio * num_steps)
-            ),  # the last step is at the end of the decay
+            peak=peak_rate(position.stage, component),
+            # The last step always belongs to the decay.
+            warmup_steps=min(num_steps - 1, round(position.stage.warmup_ratio * num_steps)),
             final_ratio=position.stage.final_lr_ratio,
         )
 
 
 class StageRates(LRScheduler):
-    """Gives each parameter group the rate that a `StagePlan` has for its `part`, one optimiser step after another.
+    """Sets the learning rate of each parameter group to the rate of its `component` in a `StagePlan`.
 
-    Its state is empty: a rate depends on nothing but the place in the stages, so `begin` sets those of a fresh and of a
-    resumed run. A place is an epoch and a step in it. The steps of earlier epochs do not count, as those may have had
-    other batches.
+    The scheduler has no state: a rate depends only on the epoch and the step in that epoch, so `begin` sets the rates
+    of a new run and of a resumed one. The number of steps in earlier epochs does not matter, because those epochs may
+    have had other batch sizes.
 
     Args:
-        optimizer: Each of its groups has a `part`.
-        plan: Stages and rates.
+        optimizer: Optimiser whose groups have a key `component`.
+        plan: Training stages and their learning rates.
     """
 
     def __init__(self, optimizer: Optimizer, plan: StagePlan) -> None:
@@ -98,12 +108,12 @@ class StageRates(LRScheduler):
         super().__init__(optimizer)
 
     def begin(self, epoch: int, step: int, steps_per_epoch: int) -> None:
-        """Sets the rates of the step to come.
+        """Sets the rates of the next step.
 
         Args:
-            epoch: Epoch of the step to come, from 0.
-            step: Optimiser steps already done in it.
-            steps_per_epoch: Optimiser steps of an epoch; not known before, as Lightning makes schedulers before
+            epoch: Epoch of the next step, from 0.
+            step: Optimiser steps already done in that epoch.
+            steps_per_epoch: Optimiser steps per epoch; unknown earlier, because Lightning creates schedulers before
                 loaders.
         """
         self.steps_per_epoch = steps_per_epoch
@@ -111,13 +121,14 @@ class StageRates(LRScheduler):
 
     @property
     def steps_left(self) -> int:
-        """Optimiser steps to the end of the last stage."""
+        """Optimiser steps until the end of the last stage."""
         return self.plan.num_epochs * self.steps_per_epoch - self.last_epoch
 
     def step(self, epoch: int | None = None) -> None:
-        """Goes to the next step, or to `epoch`, as torch calls a step.
+        """Advances to the next step, or to the step `epoch` (torch's name for it).
 
-        torch's own method warns where the optimiser has not stepped, as in float16, whose scaler skips the first steps.
+        This replaces torch's method, which warns if the optimiser has not stepped; the float16 scaler skips the first
+        steps.
         """
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._last_lr = self.get_lr()
@@ -125,22 +136,22 @@ class StageRates(LRScheduler):
             group["lr"] = rate
 
     def get_lr(self) -> list[Any]:
-        """The rates of the step to come; the optimiser's own before `begin`."""
+        """Returns the rates of the next step; before `begin`, the rates of the optimiser."""
         groups = self.optimizer.param_groups
         if self.steps_per_epoch == 0:
             return [group["lr"] for group in groups]
-        return [self.plan.rate(group["part"], self.last_epoch, self.steps_per_epoch) for group in groups]
+        return [self.plan.rate(group["component"], self.last_epoch, self.steps_per_epoch) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, so that a checkpoint holds no plan."""
+        """Returns an empty state, so that checkpoints hold no plan."""
         return {}
 
 
-def peak_rate(stage: Stage, part: str) -> float:
-    """The configured rate of a part in a stage; 0 where it is frozen."""
+def peak_rate(stage: Stage, component: str) -> float:
+    """Returns the configured learning rate of a component in a stage; 0 if it is frozen."""
     return {
         "encoder": stage.encoder_lr,
         "projector": stage.projector_lr,
         "adapter": stage.adapter_lr,
         "llm": stage.llm_lr,
-    }[part]
+    }[component]

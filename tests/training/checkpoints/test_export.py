@@ -249,9 +249,9 @@ def test_mistakes_are_told_before_the_base_is_read(
     make: Callable[..., Checkpoint], tmp_path: Path, moe_folder: Path
 ) -> None:
     path, _ = make()
-    with pytest.raises(UserError, match="--dtype int8 is none of bfloat16, float16, float32"):
+    with pytest.raises(UserError, match="--dtype int8 is unknown; choose one of bfloat16, float16, float32"):
         export(path, tmp_path / "out", dtype="int8")
-    with pytest.raises(UserError, match="--device gpu is no device"):
+    with pytest.raises(UserError, match="--device gpu is not a device"):
         export(path, tmp_path / "out", device="gpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="needs a CUDA device"):
@@ -286,7 +286,7 @@ def test_an_interrupted_export_leaves_nothing(
     def stop(*_: Any) -> None:
         raise error("no space left on device")
 
-    monkeypatch.setattr(exporting, "write_parts", stop)  # the weights are written by then
+    monkeypatch.setattr(exporting, "write_components", stop)  # the weights are written by then
     before = sorted(file.name for file in tmp_path.iterdir())
     with pytest.raises(SystemExit) as ended:
         main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out")])

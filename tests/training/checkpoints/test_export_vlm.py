@@ -12,7 +12,7 @@ from tests.thinned import thinned
 from tests.training.checkpoints.untrained import write_checkpoint
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.training.checkpoints.export import export, tell
+from vlmcap.training.checkpoints.export import describe_export, export
 from vlmcap.training.checkpoints.load import load_captioner
 
 
@@ -69,7 +69,7 @@ def test_a_whole_model(
     projector = next(t for n, t in state.items() if n.startswith("captioner.projector.") and t.ndim == 2)
     assert any(t.shape == projector.shape and torch.equal(t, projector) for t in model.state_dict().values())
     assert load_captioner(tmp_path / "out").caption(videos) == expected
-    assert found.class_name in tell(found)
+    assert found.class_name in describe_export(found)
 
 
 def test_a_trained_encoder_is_refused(llava_folder: Path, aihub_root: Path, tmp_path: Path) -> None:

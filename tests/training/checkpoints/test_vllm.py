@@ -174,7 +174,7 @@ def test_an_export_of_another_checkpoint_is_refused(
     torch.save(content, path)
     with pytest.raises(UserError, match=r"vllm_model=.*mine was exported from .* another checkpoint"):
         evaluate(with_engine(config, tmp_path / "out", vllm_model=str(tmp_path / "mine")), path)
-    with pytest.raises(UserError, match=r"is no folder of `vlmcap export`"):
+    with pytest.raises(UserError, match=r"was not written by `vlmcap export`"):
         evaluate(with_engine(config, tmp_path / "out", vllm_model=str(llm_folder)), path)
     assert not vllm.started
 

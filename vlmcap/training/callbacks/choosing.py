@@ -1,4 +1,4 @@
-"""Which of two validations is better, also where the metric that should say so has no value."""
+"""Compares two validations by a metric, or by the loss if the metric has no value."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-FALLBACK = "val/loss"  # every validation has it, and less is better
+FALLBACK = "val/loss"  # measured in every validation; lower is better
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a validation found.
+    """Scores of a validation.
 
     Attributes:
-        epoch: Epoch that was validated, from 0.
+        epoch: Validated epoch, from 0.
         step: Optimiser steps done.
-        monitor: Metric that is followed.
+        monitor: Monitored metric.
         scores: All metrics of the validation by name, such as "val/cider".
     """
 
@@ -30,39 +30,39 @@ class Score:
 
     @classmethod
     def of(cls, trainer: L.Trainer, monitor: str | None) -> Score:
-        """The score of the validation that has just ended."""
+        """Returns the scores of the validation that has just ended."""
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         return cls(trainer.current_epoch, trainer.global_step, monitor, scores)
 
     def value(self, name: str) -> float | None:
-        """A metric; None where it was not measured or is no number."""
+        """Returns the value of a metric, or None if it was not measured or is not finite."""
         value = self.scores.get(name, math.nan)
         return value if math.isfinite(value) else None
 
     def plain(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
+        """Returns plain data for a checkpoint."""
         return asdict(self)
 
 
 class Choice:
-    """Compares validations by a metric, and by the validation loss where one of the two has no value of it.
+    """Compares validations by a metric, or by the validation loss if the metric has no value in one of them.
 
     Args:
-        what: What follows the metric, for the sentence that says it does not.
+        what: What follows the metric, such as "early stopping"; named in the warning about the fallback.
         monitor: Name of the metric.
         mode: "min" or "max".
-        min_delta: By which a value must be better.
+        min_delta: Smallest difference that counts as better.
     """
 
     def __init__(self, what: str, monitor: str, mode: str, min_delta: float = 0.0) -> None:
         self.what, self.monitor, self.mode, self.min_delta = what, monitor, mode, min_delta
-        self._has_said = False
+        self._has_warned = False
 
     def is_better(self, score: Score, best: Score | None) -> bool:
-        """Whether a validation is better than the best one so far; the first one is."""
+        """Whether a validation is better than the best one so far; the first validation always is."""
         value = score.value(self.monitor)
         if value is None:
-            self.say_fallback(score.epoch)
+            self.warn_of_fallback(score.epoch)
         if best is None:
             return True
         best_value = best.value(self.monitor)
@@ -78,10 +78,10 @@ class Choice:
         return value < best - self.min_delta if mode == "min" else value > best + self.min_delta
 
     @rank_zero_only
-    def say_fallback(self, epoch: int) -> None:
-        """Says once that the metric has no value."""
-        if not self._has_said:
-            self._has_said = True
+    def warn_of_fallback(self, epoch: int) -> None:
+        """Warns, once, that the metric has no value."""
+        if not self._has_warned:
+            self._has_warned = True
             print(
                 f"Warning: {self.monitor} has no value after epoch {epoch + 1}; {self.what} follows {FALLBACK} "
                 "instead.",

@@ -1,4 +1,4 @@
-"""Captions generated in the loop, gathered over ranks, scored once over the corpus, and written down."""
+"""Gathers the captions of the validation and test loops over ranks, scores them as a corpus and writes them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vlmcap.metrics.torchmetrics import CaptionScore
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.progress import print_line
 from vlmcap.training.callbacks.scorer import LOOP_METRICS, CaptionScorer, Prediction, write_predictions
-from vlmcap.training.module import Validated
+from vlmcap.training.module import ValidationOutput
 from vlmcap.types import Batch, Clip
 
 
 def gather(captions: CaptionScore, clips: Iterable[Clip]) -> list[Prediction]:
-    """Returns the captions of all ranks, each clip once, in the order of ids; the texts travel, never logits.
+    """Returns the captions of all ranks, each clip once, sorted by id; only texts are exchanged, never logits.
 
     Args:
-        captions: The texts of this rank, with the ids of their clips.
+        captions: Captions of this rank, with the ids of their clips.
         clips: All clips that may have been captioned.
     """
     with captions.sync_context():
@@ -38,18 +38,18 @@ def log_scores(
     scores: Mapping[str, float],
     others: Mapping[str, float] | None = None,
 ) -> None:
-    """Gives scores to Lightning, whose callbacks find them in `trainer.callback_metrics`, and to the loggers.
+    """Logs scores to Lightning, whose callbacks find them in `trainer.callback_metrics`, and to the loggers.
 
-    The loggers are called directly: Lightning counts a step only after the validation at its end, and would log the
-    scores under the step before.
+    The loggers are called directly, because Lightning counts a step only after the validation at its end and would log
+    the scores under the previous step.
 
     Args:
-        trainer: Has the loggers.
-        pl_module: The module whose hook runs.
+        trainer: Trainer with the loggers.
+        pl_module: Module whose hook is running.
         scores: Values by name, the same on each rank.
         others: Values for the loggers alone.
     """
-    # In float64, as a callback should compare the very values that are written down.
+    # float64, so that callbacks compare exactly the values that are written to files.
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
     pl_module.log_dict(values, logger=False, batch_size=1)
     for logger in trainer.loggers:
@@ -60,11 +60,10 @@ class CaptionEvaluation(L.Callback):
     """Scores the captions that the validation or test loop generates.
 
     Args:
-        scorer: Scores a corpus of predictions.
-        clips: Split to its clips.
+        scorer: Scorer of a corpus of predictions.
+        clips: Clips of each split.
         folder: Folder of the prediction files.
-        monitor: Metric such as "val/meteor" that a checkpoint or early stopping follows, measured while training
-            whatever they cost.
+        monitor: Monitored metric, such as "val/meteor"; it is measured in every validation, even if it is slow.
     """
 
     def __init__(
@@ -77,14 +76,14 @@ class CaptionEvaluation(L.Callback):
         self.scorer, self.clips, self.folder = scorer, clips, folder
         extra = {monitor.removeprefix("val/")} & set(METRIC_NAMES) - set(LOOP_METRICS)
         self._loop_metrics = (*LOOP_METRICS, *sorted(extra))
-        self._captions = CaptionScore()  # gathers the corpus; `scorer` measures more of it than this metric does
+        self._captions = CaptionScore()  # only gathers the corpus; `scorer` computes the scores
         self._loss, self._labels = 0.0, 0
-        self.split = "test"  # what the test loop runs on
+        self.split = "test"  # the split that the test loop runs on
         self.scores: dict[str, float] = {}
         self.predictions: list[Prediction] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Puts the texts where the backend of the process group gathers them."""
+        """Moves the texts to the device on which the process group gathers them."""
         self._captions.to(trainer.strategy.root_device)
 
     def on_validation_batch_end(
@@ -96,8 +95,8 @@ class CaptionEvaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps captions and sums of the loss."""
-        assert isinstance(outputs, Validated)
+        """Collects captions and the loss of a batch."""
+        assert isinstance(outputs, ValidationOutput)
         self._loss += outputs.loss
         self._labels += outputs.num_labels
         if outputs.captions:
@@ -112,11 +111,11 @@ class CaptionEvaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps captions."""
+        """Collects the captions of a batch."""
         self._keep(batch, outputs)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Scores the captions of the validation clips and logs under `val/`."""
+        """Scores the captions of the validation clips and logs the scores under `val/`."""
         scores = self._score("val", self._loop_metrics, pl_module)
         scores["loss"] = self._mean_loss(trainer)
         if trainer.sanity_checking:
@@ -128,7 +127,7 @@ class CaptionEvaluation(L.Callback):
             )
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Scores the whole split with every metric and logs under its name."""
+        """Scores the full split with every metric and logs the scores under its name."""
         scores = self._score(self.split, None, pl_module)
         self._publish(trainer, pl_module, self.split, scores)
         if trainer.is_global_zero and self.predictions:
@@ -146,7 +145,7 @@ class CaptionEvaluation(L.Callback):
             return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device))
 
     def _mean_loss(self, trainer: L.Trainer) -> float:
-        """Mean loss over the label tokens of all ranks since the last call, in nats."""
+        """Returns the mean loss in nats over the label tokens of all ranks since the last call."""
         sums = torch.tensor([self._loss, self._labels], dtype=torch.float64)
         self._loss, self._labels = 0.0, 0
         if trainer.world_size > 1:

@@ -1,6 +1,6 @@
-"""The end of a run that has gone wrong: a loss or gradient that is no number, or a loss that ran off.
+"""Stops a run that diverges: on a loss or gradient that is not finite, or on a loss far above its best value.
 
-The batch of each optimiser step is kept small while it trains, and written down where the step went wrong.
+The guard keeps a small record of the batch of each optimiser step, and writes it to a file if the step diverges.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states
 from vlmcap.types import Batch, Clip
 
-_SMOOTHED = 10  # steps whose mean is the loss that the best one is sought of
-_LEAST_RISE = 1.0  # nats a token; a loss of 0.01 may well double
+_SMOOTHING_STEPS = 10  # steps that are averaged before a loss counts as the best one
+_MIN_RISE = 1.0  # nats per token above the best loss; a loss of 0.01 may double without harm
 
 
 @dataclass(slots=True)
 class MicroBatch:
-    """What a loss was computed of, without frames and features: the clips' files have those.
+    """A micro-batch and its loss, without frames and features, which can be read from the files of the clips.
 
     Attributes:
-        clips: In the order of rows.
-        input_ids: int64 (R, S).
-        labels: int64 (R, S), or None.
-        attention_mask: int64 (R, S).
-        loss: Summed, in nats; on the device until it is looked at.
-        num_labels: Tokens that the sum is over.
+        clips: Clips in the order of the batch.
+        input_ids: Token ids, int64 (R, S) with R rows of length S.
+        labels: Labels, int64 (R, S), or None.
+        attention_mask: Attention mask, int64 (R, S).
+        loss: Loss in nats, summed over label tokens; on the device until it is checked.
+        num_labels: Number of label tokens.
     """
 
     clips: tuple[Clip, ...]
@@ -54,13 +54,13 @@ class Window:
     """The micro-batches of one optimiser step.
 
     Attributes:
-        step: Optimiser steps before it.
-        epoch: From 0.
-        stage: Its name.
-        rates: Part to learning rate.
-        random: Every generator's state in front of its first micro-batch, as `random_states` has it.
-        batches: So far.
-        grad_norm: Before clipping, on the device.
+        step: Number of earlier optimiser steps.
+        epoch: Epoch, from 0.
+        stage: Name of the stage.
+        rates: Learning rate of each component.
+        random: Result of `random_states` before the first micro-batch.
+        batches: Micro-batches so far.
+        grad_norm: Gradient norm before clipping, on the device.
     """
 
     step: int
@@ -73,90 +73,91 @@ class Window:
 
     @property
     def loss(self) -> float:
-        """Nats a label token."""
+        """Mean loss in nats per label token."""
         return sum(float(batch.loss) for batch in self.batches) / max(
             1, sum(batch.num_labels for batch in self.batches)
         )
 
 
 class DivergenceGuard(L.Callback):
-    """Watches the loss of each micro-batch, for which the host waits once per step, and the gradients.
+    """Stops a run whose loss or gradients diverge.
 
-    A loss is looked at before the optimiser's step. The norm of the gradients is read with the next step's loss, when
-    it has long been computed, and before anything is saved: a step with a wrong gradient has then spoiled the weights,
-    but no checkpoint.
+    The loss is checked before the optimiser step, which makes the host wait for the device once per step. The gradient
+    norm is checked together with the loss of the next step, when it has long been computed, and before every save: a
+    step with a bad gradient may spoil the weights in memory, but no checkpoint.
 
     Args:
-        config: Factor, window and skips.
-        folder: Of the run; the batch goes to `diverged/` in it.
-        is_scaled: The run is in float16, whose scaler skips steps with wrong gradients.
+        config: Thresholds of the guard.
+        folder: Run folder; the batch is written to its subfolder `diverged/`.
+        is_scaled: Whether the run uses float16, whose scaler skips steps with overflowing gradients.
     """
 
     def __init__(self, config: GuardConfig, folder: Path, *, is_scaled: bool) -> None:
         self.config, self.folder, self.is_scaled = config, folder, is_scaled
         self._window: Window | None = None
-        self._stepped: Window | None = None  # of the last step, whose norm has not been looked at
-        self._recent: deque[float] = deque(maxlen=_SMOOTHED)
+        self._stepped: Window | None = None  # the last step, whose gradient norm is not checked yet
+        self._recent: deque[float] = deque(maxlen=_SMOOTHING_STEPS)
         self._best, self._high, self._skips = math.inf, 0, 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Notes what the loss is going to be computed of."""
+        """Records the micro-batch before its loss is computed."""
         assert isinstance(pl_module, CaptioningModule)
         if self._window is None:
             position = pl_module.plan.at_epoch(trainer.current_epoch)
-            rates = {group["part"]: float(group["lr"]) for group in pl_module.rate_groups()}
+            rates = {group["component"]: float(group["lr"]) for group in pl_module.rate_groups()}
             self._window = Window(trainer.global_step, trainer.current_epoch, position.name, rates, random_states())
         self._window.batches.append(MicroBatch(batch.clips, batch.input_ids, batch.labels, batch.attention_mask))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        """Keeps the loss of `training_step`."""
+        """Records the loss of `training_step`."""
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
         self._window.batches[-1].loss, self._window.batches[-1].num_labels = pl_module.last_loss
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Looks at the step before, then at this one's loss.
+        """Checks the gradients of the previous step, then the loss of this step.
 
         Raises:
-            DivergedError: One of them is wrong.
+            DivergedError: One of them has diverged.
         """
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
-        self.settle(trainer)
+        self.check_last_step(trainer)
         window = self._window
-        reason = self._judge(window)
+        reason = self._loss_problem(window)
         if (
             trainer.strategy.reduce_boolean_decision(reason is not None, all=False)
             if trainer.world_size > 1
             else reason
         ):
-            self._stop(trainer, window, reason or "the loss of another process went wrong")
+            self._stop(trainer, window, reason or "the loss of another process has diverged")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Ends the window after an optimiser step."""
+        """Closes the window after an optimiser step."""
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
         if pl_module.grad_norm is not None:
             self._window.grad_norm, pl_module.grad_norm = pl_module.grad_norm, None
             self._stepped, self._window = self._window, None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks at the last step before minutes go into captions."""
-        self.settle(trainer)
+        """Checks the last step before validation, which may take minutes."""
+        self.check_last_step(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Looks at the last step before it goes into a file, and counts it there, as Lightning has taken the state already."""
-        self.settle(trainer)
+        """Checks the last step before it is saved."""
+        self.check_last_step(trainer)
+        # Lightning has collected the callback states already, without the step that was just checked.
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
-    def settle(self, trainer: L.Trainer) -> None:
-        """Looks at the gradients of the last step.
+    def check_last_step(self, trainer: L.Trainer) -> None:
+        """Checks the gradients of the last step.
 
         Raises:
-            DivergedError: They are no numbers, and no scaler has skipped the step.
+            DivergedError: They are not finite and no scaler has skipped the step, or too many steps were skipped.
         """
         window, self._stepped = self._stepped, None
         if window is None:
@@ -171,18 +172,18 @@ class DivergenceGuard(L.Callback):
         if self._skips >= self.config.fp16_skips:
             self._stop(trainer, window, f"the gradients of {self._skips} steps in a row overflow in float16")
 
-    def _judge(self, window: Window) -> str | None:
-        """What is wrong with the loss of a step, if anything; under a scaler its gradients say it."""
+    def _loss_problem(self, window: Window) -> str | None:
+        """Returns what is wrong with the loss of a step, or None; with a scaler, the gradients are checked instead."""
         loss = window.loss
-        if not any(batch.num_labels for batch in window.batches):  # none of its clips could be read
+        if not any(batch.num_labels for batch in window.batches):  # no clip of the step could be read
             return None
         if not math.isfinite(loss):
             return None if self.is_scaled else f"the loss is {loss}"
-        is_high = loss > max(self.config.factor * self._best, self._best + _LEAST_RISE)
+        is_high = loss > max(self.config.factor * self._best, self._best + _MIN_RISE)
         self._high = self._high + 1 if is_high else 0
         self._recent.append(loss)
-        if len(self._recent) == _SMOOTHED:
-            self._best = min(self._best, sum(self._recent) / _SMOOTHED)
+        if len(self._recent) == _SMOOTHING_STEPS:
+            self._best = min(self._best, sum(self._recent) / _SMOOTHING_STEPS)
         if self._high < self.config.window:
             return None
         return f"the loss, {loss:.3g}, has been far above its best, {self._best:.3g}, for {self._high} steps"
@@ -192,34 +193,34 @@ class DivergenceGuard(L.Callback):
         target = self.folder / "diverged" / name
         write_window(window, reason, target, precision=str(trainer.precision))
         last = self.folder / "checkpoints" / "last.ckpt"
-        saved = "last.ckpt is of before" if last.is_file() else "no checkpoint was saved yet"
-        mend = "optim.max_grad_norm=0.3, a longer warm-up (tuning.warmup_ratio) or half the learning rates"
+        saved = "last.ckpt is from an earlier step" if last.is_file() else "no checkpoint was saved yet"
+        hint = "optim.max_grad_norm=0.3, a longer warm-up (tuning.warmup_ratio) or half the learning rates"
         if self.is_scaled:
-            mend = "a GPU with bfloat16 (hardware.precision=bf16), or " + mend
+            hint = "a GPU with bfloat16 (hardware.precision=bf16), or " + hint
         raise DivergedError(
             f"stopped at step {window.step + 1} ({window.stage}, epoch {window.epoch + 1}): {reason}; its batch is in "
-            f"{target}.json, "
-            f"{saved}; look at those clips, then try {mend}, or turn this check off by callbacks.guard.enabled=false"
+            f"{target}.json, and {saved}; look at those clips, then try {hint}, or turn this check off with "
+            "callbacks.guard.enabled=false"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Returns plain numbers."""
         return {"recent": list(self._recent), "best": self._best, "high": self._high, "skips": self._skips}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As saved."""
+        """Restores the result of `state_dict`."""
         self._recent.extend(state_dict["recent"])
         self._best, self._high, self._skips = state_dict["best"], state_dict["high"], state_dict["skips"]
 
 
 def write_window(window: Window, reason: str, target: Path, *, precision: str) -> None:
-    """`<target>.json` and `<target>.safetensors`: what to look at, and the tensors to do the step again.
+    """Writes `<target>.json`, a description of the step, and `<target>.safetensors`, the tensors to repeat it.
 
     Args:
-        window: Of the step.
-        reason: Why it is written.
-        target: Without suffix.
-        precision: Of the run, as Lightning calls it.
+        window: Micro-batches of the step.
+        reason: Why the run stopped.
+        target: Path without suffix.
+        precision: Lightning's name of the precision.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"random.cuda.{index}": state for index, state in enumerate(window.random["cuda"])}
@@ -233,13 +234,13 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
         "step": window.step + 1,
         "epoch": window.epoch + 1,
         "stage": window.stage,
-        "loss": _plain(window.loss),
-        "grad_norm": None if window.grad_norm is None else _plain(float(window.grad_norm)),
+        "loss": _as_json(window.loss),
+        "grad_norm": None if window.grad_norm is None else _as_json(float(window.grad_norm)),
         "rates": window.rates,
         "precision": precision,
         "batches": [
             {
-                "loss": _plain(float(batch.loss) / max(1, batch.num_labels)),
+                "loss": _as_json(float(batch.loss) / max(1, batch.num_labels)),
                 "label_tokens": batch.num_labels,
                 "shape": list(batch.input_ids.shape),
                 "clips": [
@@ -256,6 +257,6 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
         partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _plain(value: float) -> float | str:
-    """A number that JSON knows, or its name."""
+def _as_json(value: float) -> float | str:
+    """Returns a finite number as it is, and any other as text, because JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""What a run shows: tables of parts and of results, a bar, a line an epoch."""
+"""Console output of a run: tables of components and scores, the progress bar, and a line per epoch."""
 
 from __future__ import annotations
 
@@ -18,42 +18,49 @@ from vlmcap.terminal import LineClock, WorkLines
 from vlmcap.training.module import CaptioningModule
 
 
-def part_counts(
+def component_counts(
     captioner: VideoCaptioner, trained: Mapping[str, Mapping[str, object]], num_encoder_parameters: int
 ) -> dict[str, dict[str, int]]:
-    """Parameters of each part in all and trained, quantised weights counted by what they stand for.
+    """Counts all and trained parameters of each component; quantised weights count with their original size.
 
     Args:
-        captioner: The model, its encoder perhaps dropped.
-        trained: Part to trained parameters by name.
-        num_encoder_parameters: Of the encoder.
+        captioner: The model; its encoder is None if features are cached.
+        trained: Trained parameters by name, for each component.
+        num_encoder_parameters: Number of parameters of the encoder.
     """
     names = {name for parameters in trained.values() for name in parameters}
-    parts: dict[str, dict[str, int]] = {}
+    components: dict[str, dict[str, int]] = {}
     if captioner.encoder is None:
-        parts["encoder"] = {"parameters": num_encoder_parameters, "trained": 0}
+        components["encoder"] = {"parameters": num_encoder_parameters, "trained": 0}
     for name, parameter in captioner.named_parameters():
-        part = "adapters" if "lora_" in name else name.split(".")[0]
-        # bitsandbytes packs two 4-bit weights into a byte and remembers the shape.
+        component = "adapters" if "lora_" in name else name.split(".")[0]
+        # bitsandbytes packs two 4-bit weights into a byte and keeps the original shape.
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()
-        entry = parts.setdefault(part, {"parameters": 0, "trained": 0})
+        entry = components.setdefault(component, {"parameters": 0, "trained": 0})
         entry["parameters"] += count
         entry["trained"] += count if name in names else 0
-    return parts
+    return components
 
 
-def show_parts(
-    parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int, title: str, notes: Mapping[str, str]
+def show_components(
+    components: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int, title: str, notes: Mapping[str, str]
 ) -> None:
-    """Prints what is trained and what is frozen."""
+    """Prints a table of the components with their parameters, trained or frozen.
+
+    Args:
+        components: Result of `component_counts`.
+        num_visual_tokens: Visual tokens per clip.
+        title: Title of the table.
+        notes: Settings that are listed below the table, name to value.
+    """
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("part", "parameters", "trained", ""):
+    for column in ("component", "parameters", "trained", ""):
         table.add_column(column, justify="right" if column in ("parameters", "trained") else "left")
-    for name, entry in parts.items():
+    for name, entry in components.items():
         trained = f"{entry['trained']:,}" if entry["trained"] else "-"
         table.add_row(name, f"{entry['parameters']:,}", trained, "trained" if entry["trained"] else "frozen")
-    table.caption = f"{num_visual_tokens} visual tokens a clip" + "".join(
+    table.caption = f"{num_visual_tokens} visual tokens per clip" + "".join(
         f" · {key} {value}" for key, value in notes.items()
     )
     table.caption_justify = "left"
@@ -61,17 +68,17 @@ def show_parts(
 
 
 def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
-    """Prints the final scores of each split, beside them those with swapped videos, and below them those by category, where there are some.
+    """Prints the final scores of each split, with scores of swapped videos and by category if there are some.
 
     Args:
-        scores: Named `split/score`.
-        tokenizer: Name and version; no Korean score means anything without.
+        scores: Scores, named `split/score`.
+        tokenizer: Name and version of the tokeniser, without which Korean scores cannot be compared.
     """
     for split in dict.fromkeys(name.split("/")[0] for name in scores):
         own = {name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")}
         table = Table(title=f"{split} split, tokens by {tokenizer}", title_justify="left", title_style="bold")
         is_swapped = any(name.startswith("swapped/") for name in own)
-        for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
+        for column in ("score", "value", *(("videos swapped", "expected by chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in own.items():
             if name.startswith(("swapped/", "permuted/", "category/", "visual_reliance/")):
@@ -86,7 +93,7 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
 
 
 def score_label(name: str) -> str:
-    """What a score is called where people read it."""
+    """Returns the display name of a score."""
     kind, _, rest = name.partition("/")
     words = rest.replace("_", " ")
     groups = {
@@ -118,11 +125,11 @@ def _show_categories(split: str, scores: Mapping[str, float]) -> None:
 
 
 def _show_visual_reliance(split: str, scores: Mapping[str, float]) -> None:
-    """A row a score, a column a video."""
+    """Prints a table with one row per score and one column per video."""
     names = [name.removeprefix("visual_reliance/own/") for name in scores if name.startswith("visual_reliance/own/")]
     if not names:
         return
-    table = Table(title=f"{split} split, does it look?", title_justify="left", title_style="bold")
+    table = Table(title=f"{split} split, visual reliance", title_justify="left", title_style="bold")
     for column in ("score", "own video", "another clip's", "black"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for name in names:
@@ -145,17 +152,17 @@ _SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "f
 
 
 class RunProgress(L.Callback):
-    """Logs loss, speed and rates every few steps, and prints a line per epoch and, where there is no bar, now and then within it.
+    """Logs loss, speed and learning rates every few steps, and prints a line per epoch.
 
-    The metrics are logged with `log_dict`, so that any callback finds them in `trainer.callback_metrics`. The rows of
-    the loggers are written here, as Lightning's `LearningRateMonitor` writes its own: Lightning itself would count
-    steps from 0, leave out the last step of an epoch unless it is a multiple of `log_every_n_steps`, and round to
-    float32.
+    Without a progress bar, it also prints lines within an epoch. The metrics are logged with `log_dict`, so that any
+    callback finds them in `trainer.callback_metrics`. The loggers are called directly, as by Lightning's
+    `LearningRateMonitor`: Lightning itself would count steps from 0, leave out the last step of an epoch unless it is a
+    multiple of `log_every_n_steps`, and round to float32.
 
     Args:
         log_every_n_steps: Optimiser steps between log lines.
-        max_steps: At which the run stops, for the time left; -1 for the end of the last epoch.
-        clock: Seconds, by which lines within an epoch are printed where there is no bar.
+        max_steps: Step at which the run stops, or -1 for the end of the last epoch; used for the time left.
+        clock: Clock in seconds that decides when lines within an epoch are printed.
     """
 
     def __init__(
@@ -163,14 +170,14 @@ class RunProgress(L.Callback):
     ) -> None:
         self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
         self._clock, self._schedule = clock, LineClock(clock)
-        self._batches = WorkLines("", clock)  # of the loop that captions or measures now
+        self._batches = WorkLines("", clock)  # progress of the validation or test loop
         self._logged_step = -1
         self._started = 0.0
         self._first_step = 0
         self._last: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock of the run."""
         self._schedule = LineClock(self._clock)
         self._started, self._first_step, self._logged_step = (
             time.perf_counter(),
@@ -181,7 +188,7 @@ class RunProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Logs after every few optimiser steps and after the last of an epoch."""
+        """Logs every few optimiser steps and after the last step of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
         self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module))
         step = trainer.global_step
@@ -203,7 +210,7 @@ class RunProgress(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Prints how far validation is, now and then."""
+        """Prints the progress of validation from time to time."""
         self._report(trainer, "validation", batch_idx, trainer.num_val_batches[0])
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -219,7 +226,7 @@ class RunProgress(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Prints how far the captions of a split are, now and then."""
+        """Prints the progress of captioning a split from time to time."""
         self._report(trainer, "captioning", batch_idx, trainer.num_test_batches[dataloader_idx])
 
     def _report(self, trainer: L.Trainer, label: str, batch_idx: int, total: int | float) -> None:
@@ -233,7 +240,7 @@ class RunProgress(L.Callback):
             print_line(trainer, line())
 
     def _step_line(self, trainer: L.Trainer, pl_module: CaptioningModule) -> str:
-        """Stage and epoch, optimiser step, the metrics of the last log step or, before the first one, those so far, and the time left."""
+        """Returns stage, epoch, step, metrics and time left; before the first log step, the metrics so far."""
         position = pl_module.plan.at_epoch(trainer.current_epoch)
         number = trainer.current_epoch - position.first_epoch + 1
         items = [f"{name} {value}" for name, value in _shown_items(self._last or pl_module.read_log()).items()]
@@ -241,11 +248,11 @@ class RunProgress(L.Callback):
         return "  ".join([f"{position.name} {number}/{position.stage.epochs}", step, *items, self._time_left(trainer)])
 
     def bar_items(self) -> dict[str, str]:
-        """What a bar shows of the last metrics."""
+        """Returns the last metrics in the form that a progress bar shows."""
         return _shown_items(self._last)
 
     def seconds_left(self, trainer: L.Trainer) -> float:
-        """Expected seconds to the end, from the steps so far."""
+        """Estimates the seconds to the end of the run from the steps so far."""
         done, left = trainer.global_step - self._first_step, self._last_step(trainer) - trainer.global_step
         return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
 
@@ -259,32 +266,31 @@ class RunProgress(L.Callback):
         return "done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the epoch's line."""
+        """Prints the line of the epoch."""
         assert isinstance(pl_module, CaptioningModule)
         if not trainer.is_global_zero:
             return
         position = pl_module.plan.at_epoch(trainer.current_epoch)
         number = trainer.current_epoch - position.first_epoch + 1
-        is_scored = (trainer.current_epoch + 1) % (
-            trainer.check_val_every_n_epoch or 1
-        ) == 0  # otherwise the metrics are of an earlier epoch
+        # Without a validation in this epoch, the metrics are those of an earlier one.
+        is_scored = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         scores = trainer.callback_metrics if is_scored else {}
-        parts = [
+        items = [
             f"{position.name} {number}/{position.stage.epochs}",
             f"loss {self._last['train/loss']:.3f}" if self._last else "loss –",
         ]
         for name, label in _SHOWN.items():
             if name in scores:
-                parts.append(f"{label} {float(scores[name]):.3f}")
+                items.append(f"{label} {float(scores[name]):.3f}")
         if self._last:
-            parts.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
-        parts.append(self._time_left(trainer))
-        print_line(trainer, "  ".join(parts))
+            items.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
+        items.append(self._time_left(trainer))
+        print_line(trainer, "  ".join(items))
         self._schedule.postpone()
 
 
 def _shown_items(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Loss, highest rate and speed as a bar and a line show them."""
+    """Formats loss, highest learning rate and speed for the progress bar and for lines."""
     if not metrics:
         return {}
     rate = max(value for name, value in metrics.items() if name.startswith("train/lr_"))
@@ -293,10 +299,10 @@ def _shown_items(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 class TerminalBar(TQDMProgressBar):
-    """Lightning's bar with the loss, the highest rate, the speed, and the time left to the end of the run.
+    """Lightning's progress bar with loss, highest learning rate, speed, and the time left in the run.
 
     Args:
-        progress: Knows all of them.
+        progress: Callback that provides these values.
     """
 
     def __init__(self, progress: RunProgress) -> None:
@@ -306,7 +312,7 @@ class TerminalBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Lightning's numbers without the version, the metrics of the last log step, and the minutes left."""
+        """Returns Lightning's items without the version, the metrics of the last log step, and the minutes left."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         if trainer.training:

@@ -1,4 +1,4 @@
-"""`last.ckpt` and `best.ckpt`, written at one point of an epoch; whole or not at all."""
+"""Writes `last.ckpt` and `best.ckpt` atomically at the end of an epoch, and corrects the loop state in them."""
 
 from __future__ import annotations
 
@@ -21,47 +21,47 @@ from vlmcap.training.loggers.jsonl import JsonlLogger
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames.
+    """Writes a checkpoint beside its target and renames it.
 
-    Lightning's own writes in the system's temporary folder, and from there it may be a copy.
+    Lightning writes to the temporary folder of the system, from which a rename may become a copy.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves so that `path` holds the old content or the new one, whenever the process dies."""
+        """Saves a checkpoint so that `path` always holds either the old or the new content, even after a crash."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
-            if _is_full(checkpoint, partial):
+            if _runs_out_of_space(checkpoint, partial):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
 
-def _is_full(checkpoint: dict[str, Any], file: Path) -> bool:
-    """Saves, and says whether the disk had no room for it.
+def _runs_out_of_space(checkpoint: dict[str, Any], file: Path) -> bool:
+    """Saves a checkpoint, and returns whether the disk is full.
 
-    The error ends here, as its frames would keep the file open, and its room.
+    The error is not re-raised, because the frames of its traceback would keep the file open and the space taken.
     """
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
-        if "inline_container" not in str(error):  # what torch's writer says of a full disk
+        if "inline_container" not in str(error):  # torch's writer reports a full disk by this name
             raise
         return True
     return False
 
 
 class RunCheckpoints(Checkpoint):
-    """Keeps the last state of a run, and the best one by a metric.
+    """Keeps the last state of a run and the best one by a metric.
 
-    Both are written at the end of an epoch, when all callbacks have heard of its validation: the best state first, and
-    then the last one, so that no state says of the best one what is no longer true. The score of `best.ckpt` is read
-    from that file when a run resumes. Within epochs, the last state is also saved every few optimiser steps, and never
-    between the micro-batches of one step, whose gradients are in no checkpoint.
+    Both are written at the end of an epoch, after all callbacks have seen its validation. The best state is written
+    first, so that `last.ckpt` never refers to an outdated `best.ckpt`; a resumed run reads the best score from
+    `best.ckpt` itself. Within an epoch, the last state is also saved every few optimiser steps, but never between the
+    micro-batches of one step, because checkpoints hold no gradients.
 
     Args:
         folder: Run folder.
-        monitor: Metric that the best checkpoint follows, such as "val/cider"; None keeps no best checkpoint.
-        mode: "min" or "max", whichever is better.
-        every_n_steps: Optimiser steps between saves within an epoch; 0 saves at the end of epochs only.
+        monitor: Metric of the best checkpoint, such as "val/cider"; None keeps no best checkpoint.
+        mode: "min" if lower values are better, "max" if higher values are.
+        every_n_steps: Optimiser steps between saves within an epoch; 0 saves only at the end of epochs.
     """
 
     filename = "best"
@@ -80,11 +80,11 @@ class RunCheckpoints(Checkpoint):
 
     @property
     def best_path(self) -> Path:
-        """The best checkpoint; it is this run's where `best` is not None."""
+        """The best checkpoint; it belongs to this run if `best` is not None."""
         return self.folder / f"{self.filename}.ckpt"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Removes the checkpoints of an earlier run in this folder, which a fresh run must neither resume nor score."""
+        """Removes the checkpoints of an earlier run in this folder, which a new run must neither resume nor score."""
         if not self._is_resumed and trainer.is_global_zero:
             self.last_path.unlink(missing_ok=True)
             self.best_path.unlink(missing_ok=True)
@@ -92,18 +92,18 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves the last state if a step is done and due."""
+        """Saves the last state if an optimiser step is complete and a save is due."""
         done, step = batch_idx + 1, trainer.global_step
         is_step_done = done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches
         if self.every_n_steps and is_step_done and step % self.every_n_steps == 0 and step != self._saved_step:
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that the metrics are of the weights as they are."""
+        """Records that the metrics belong to the current weights."""
         self._is_validated = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the best state if this one is better, and then the last one."""
+        """Saves the best state if this one is better, and then the last state."""
         if self._is_validated and self._choice is not None:
             score = Score.of(trainer, self.monitor)
             if trainer.strategy.broadcast(self._choice.is_better(score, self.best)):
@@ -117,33 +117,33 @@ class RunCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.last_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The score of the best checkpoint, which its own file must hold."""
+        """Returns the score of the best checkpoint."""
         return {"best": None if self.best is None else self.best.plain()}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds how many lines of `metrics.jsonl` are of before."""
+        """Adds the number of lines in `metrics.jsonl`."""
         rows = [logger.num_rows for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
         checkpoint["callbacks"][self.state_key]["rows"] = rows[0] if rows else None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Finds out what `best.ckpt` holds, and drops the lines of `metrics.jsonl` that this run will write again."""
+        """Reads the score of `best.ckpt`, and drops the lines of `metrics.jsonl` that this run will write again."""
         self._is_resumed, self._saved_step = True, int(checkpoint["global_step"])
         source = Path(str(trainer.ckpt_path)).resolve().parent
         is_here, best = source == self.folder.resolve(), source / self.best_path.name
-        found = _best_of(best) if self.monitor is not None and best.is_file() else None
+        found = _read_best_score(best) if self.monitor is not None and best.is_file() else None
         if found is not None and found.step > self._saved_step:
             if not is_here:
-                found = None  # of a run that this one branches off from
+                found = None  # from the part of the other run that this run does not continue
             elif trainer.is_global_zero:
                 print(
-                    f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is "
+                    f"best.ckpt is from step {found.step}, after this checkpoint; it is kept until a validation is "
                     "better."
                 )
         self.best = trainer.strategy.broadcast(found)
         if not trainer.is_global_zero:
             return
         if not is_here:
-            self.best_path.unlink(missing_ok=True)  # of another run
+            self.best_path.unlink(missing_ok=True)  # left by another run
         if not is_here and self.best is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.best_path) as partial:
@@ -151,29 +151,31 @@ class RunCheckpoints(Checkpoint):
         rows = checkpoint["callbacks"].get(self.state_key, {}).get("rows")
         for logger in trainer.loggers:
             if is_here and rows is not None and isinstance(logger, JsonlLogger):
-                logger.cut_to(rows)
+                logger.truncate_to(rows)
 
 
-def _best_of(path: Path) -> Score | None:
-    """The score that a best checkpoint says it has."""
+def _read_best_score(path: Path) -> Score | None:
+    """Returns the score that is saved in a best checkpoint."""
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     held = content.get("callbacks", {}).get(RunCheckpoints.__qualname__, {}).get("best")
     return None if held is None else Score(**held)
 
 
 class StepLimit(Callback):
-    """Stops after some optimiser steps. Lightning's own limit makes it lose count of epochs when such a run is resumed.
+    """Stops after a number of optimiser steps.
+
+    Lightning's own `max_steps` makes it lose count of epochs when such a run is resumed.
 
     Args:
-        max_steps: In all, those before a resume included; -1 for no limit.
+        max_steps: Optimiser steps in total, including those before a resume; -1 for no limit.
     """
 
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops a resumed run that has nothing left to do but, perhaps, a validation."""
-        if not getattr(pl_module, "owes_validation", False):
+        """Stops a resumed run that has no step left, unless a validation is pending."""
+        if not getattr(pl_module, "needs_validation", False):
             self._check(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
@@ -181,7 +183,7 @@ class StepLimit(Callback):
         self._check(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops behind a validation that was left of the run before."""
+        """Stops after a validation that the interrupted run had left."""
         self._check(trainer)
 
     def _check(self, trainer: L.Trainer) -> None:
@@ -190,32 +192,32 @@ class StepLimit(Callback):
 
 
 def run_checkpoints(trainer: L.Trainer) -> RunCheckpoints:
-    """The callback of a training run that keeps its checkpoints."""
+    """Returns the callback that keeps the checkpoints of a training run."""
     return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoints))
 
 
 def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
-    """The callback that keeps the last state, and the best one by `monitor`.
+    """Builds the callback that keeps the last state and the best one by `monitor`.
 
     Args:
         folder: Run folder.
-        config: Names the metric.
+        config: Run configuration, with the monitored metric.
     """
     every_n_steps = config.trainer.checkpoint_every_n_steps or 0
     return [RunCheckpoints(folder, monitor=config.monitor, mode=config.monitor_mode, every_n_steps=every_n_steps)]
 
 
-def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
-    """Makes the state of Lightning's loop say where the run stands, and nothing of how it came there.
+def normalize_loop_state(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
+    """Sets the state of Lightning's loop to the position of the run, independent of the hook that saves.
 
-    Its own counts differ with the callback that saves: an epoch counts as done where a run stops inside it, and as not
-    done after its last batch. Resumed from the latter, Lightning forgets to count the start of the next epoch, and a
-    second resume trains an epoch too many.
+    Lightning's own counts depend on the hook: an epoch counts as complete if a run stops inside it, and as incomplete
+    after its last batch. After resuming from the latter, Lightning does not count the start of the next epoch, so a
+    second resume would train one epoch too many.
 
     Args:
-        loop: The state, changed in place.
-        epoch: The epoch of the last batch.
-        next_epoch: That of the batch to come.
+        loop: State of the fit loop, changed in place.
+        epoch: Epoch of the last batch.
+        next_epoch: Epoch of the next batch.
         step: Optimiser steps done.
     """
     for count in loop["epoch_progress"].values():
@@ -225,17 +227,17 @@ def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) ->
         for count in (batches["total"], batches["current"]):
             count["completed"] = count["processed"]
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its
+    # The loader state of torchdata is not needed: Lightning reads it only inside an epoch, and it ties a run to its
     # number of workers.
     loop["state_dict"].pop("combined_loader", None)
 
 
-def reopen_epoch(loop: dict[str, Any], epoch: int, step: int) -> None:
-    """Makes the state that `settle_loop` left say that an epoch is trained and that its validation is to be repeated.
+def request_validation(loop: dict[str, Any], epoch: int, step: int) -> None:
+    """Changes the state of `normalize_loop_state` so that a trained epoch is validated again.
 
     Args:
-        loop: The state, changed in place.
-        epoch: The epoch whose validation is missing.
+        loop: State of the fit loop, changed in place.
+        epoch: Epoch whose validation is missing.
         step: Optimiser steps done.
     """
     for count in loop["epoch_progress"].values():
@@ -243,5 +245,5 @@ def reopen_epoch(loop: dict[str, Any], epoch: int, step: int) -> None:
     validation = loop["epoch_loop.val_loop.batch_progress"]
     validation["total"].update(ready=1, started=1, processed=0, completed=0)
     validation["current"].update(ready=0, started=0, processed=0, completed=0)
-    # Lightning counts the last step of an epoch after the validation behind it.
+    # Lightning counts the last step of an epoch only after its validation.
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1

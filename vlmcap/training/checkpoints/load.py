@@ -1,4 +1,4 @@
-"""Checkpoints of ours: read safely, checked against a model, and turned back into a captioner, all without Lightning."""
+"""Reads checkpoints safely, checks them against a model, and loads captioners from them, all without Lightning."""
 
 from __future__ import annotations
 
@@ -24,54 +24,55 @@ if TYPE_CHECKING:
 
     from vlmcap.models.captioner import VideoCaptioner
 
-# An exported folder holds, beside the model's own files, a folder with what the model's class does not know. It is a
-# folder because vLLM reads every `*.safetensors` beside config.json as weights of the model.
+# An exported folder has a subfolder for everything that the model's class in transformers does not know. It cannot be
+# beside config.json, because vLLM reads every `*.safetensors` there as weights of the model.
 EXPORT_FOLDER, EXPORT_CONFIG, EXPORT_ORIGIN = "vlmcap", "config.yaml", "origin.json"
-EXPORT_PARTS = ("projector", "encoder")  # a file each, the second only where the encoder was trained
+EXPORT_COMPONENTS = ("projector", "encoder")  # one file each; the second only if the encoder was trained
 
 
 def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None = None) -> VideoCaptioner:
-    """A captioner from a checkpoint alone, ready for `caption(paths)`.
+    """Loads a captioner from a checkpoint, ready for `caption(paths)`.
 
     Args:
         checkpoint: File that train.py wrote, or folder that `vlmcap export` wrote.
-        overrides: Dotted keys to values, such as {"llm.max_new_tokens": 200}.
+        overrides: Values that replace those of the checkpoint's configuration, by dotted key, such as
+            {"llm.max_new_tokens": 200}.
 
     Raises:
-        UserError: The checkpoint or one of its bases is missing or is another one.
+        UserError: The checkpoint or one of its base checkpoints is missing or has changed.
     """
     silence_libraries()
     content = read_checkpoint(checkpoint)
     config = single_process(saved_config(content["vlmcap"]["config"], overrides))
     if config.evaluation.engine is Engine.vllm:
-        raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
+        raise UserError("evaluation.engine=vllm works in evaluate.py only; leave it out here")
     assembly = assemble(describe_model(with_caption_plan(config)), is_fresh=False)
     load_weights(assembly, content, config)
     return assembly.captioner.to(device_of(config)).eval()
 
 
 def single_process(config: Config) -> Config:
-    """The configuration for one process alone: evaluation, captioning and export read any run's checkpoint."""
+    """Returns the configuration for a single process, in which evaluation, captioning and export run."""
     hardware = dataclasses.replace(config.hardware, devices=1)
     trainer = dataclasses.replace(config.trainer)
     trainer.strategy, trainer.num_nodes = Strategy.auto, 1
     return dataclasses.replace(config, hardware=hardware, trainer=trainer)
 
 
-# --- what is in a checkpoint ------------------------------------------------------------------------------------------
+# --- content of a checkpoint ------------------------------------------------------------------------------------------
 
 
 def checkpoint_identity(config: Config, sources: BaseCheckpoints) -> dict[str, Any]:
-    """What every checkpoint says of itself, as plain data."""
-    bases = {part: base.as_dict() for part, base in sources.bases.items()}
+    """Returns what every checkpoint holds about its run: configuration, base checkpoints and plugins."""
+    bases = {component: base.as_dict() for component, base in sources.bases.items()}
     return {"config": to_plain(config), "bases": bases, "plugins": plugins_of(config)}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's plain data and tensors; pickled code is refused. A folder of `vlmcap export` is read as one.
+    """Reads plain data and tensors of a checkpoint or of a folder of `vlmcap export`; pickled code is refused.
 
     Raises:
-        UserError: No such file, not a checkpoint of ours, or one with parts of a plugin that is not loaded.
+        UserError: The file does not exist, is not a checkpoint of vlmcap, or needs a plugin that is not loaded.
     """
     import pickle
 
@@ -83,12 +84,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
         there = sorted(str(found) for found in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})
-        mend = f"there is {', '.join(there)}" if there else "give a .ckpt file under the checkpoints/ folder of a run"
-        raise UserError(f"checkpoint {file} {'is a folder' if file.is_dir() else 'does not exist'}; {mend}")
+        hint = f"there is {', '.join(there)}" if there else "give a .ckpt file under the checkpoints/ folder of a run"
+        raise UserError(f"checkpoint {file} {'is a folder' if file.is_dir() else 'does not exist'}; {hint}")
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
+        raise UserError(f"{file} is not a checkpoint that can be read safely: {first_line(error)}") from error
     if not isinstance(content, dict) or "vlmcap" not in content:
         raise UserError(
             f"{file} was not written by vlmcap's train.py; give a .ckpt file under the checkpoints/ folder of a run"
@@ -98,23 +99,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_export(path: Path) -> bool:
-    """Whether `vlmcap export` wrote this folder."""
+    """Whether `vlmcap export` wrote the folder."""
     return (path / EXPORT_FOLDER / EXPORT_CONFIG).is_file()
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """Where the weights of an export come from."""
+    """Reads the origin of an export: the checkpoint, its base checkpoints and plugins."""
     origin: dict[str, Any] = json.loads((folder / EXPORT_FOLDER / EXPORT_ORIGIN).read_text(encoding="utf-8"))
     return origin
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """An exported folder as `read_checkpoint` gives a checkpoint.
-
-    Plain data, and the tensors that are not in the model.
+    """Reads an exported folder in the form of a checkpoint: plain data, and the tensors outside of the base model.
 
     Raises:
-        UserError: Its files cannot be read.
+        UserError: A file cannot be read.
     """
     from omegaconf import OmegaConf
     from safetensors import SafetensorError
@@ -123,10 +122,10 @@ def read_export(folder: Path) -> dict[str, Any]:
     beside = folder / EXPORT_FOLDER
     weights: dict[str, Tensor] = {}
     try:
-        for part in EXPORT_PARTS:
-            file = beside / f"{part}.safetensors"
+        for component in EXPORT_COMPONENTS:
+            file = beside / f"{component}.safetensors"
             weights |= (
-                {f"captioner.{part}.{name}": tensor for name, tensor in load_file(file).items()}
+                {f"captioner.{component}.{name}": tensor for name, tensor in load_file(file).items()}
                 if file.is_file()
                 else {}
             )
@@ -139,64 +138,66 @@ def read_export(folder: Path) -> dict[str, Any]:
         "checkpoint": str(folder.resolve()),
         "revision": None,
     }
-    bases = {part: base for part, base in origin["bases"].items() if part == "encoder"}  # the other one is this folder
+    # The other base checkpoint is this folder itself.
+    bases = {component: base for component, base in origin["bases"].items() if component == "encoder"}
     return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}
 
 
-# --- what a checkpoint has to fit -------------------------------------------------------------------------------------
+# --- checks of a checkpoint against a model ---------------------------------------------------------------------------
 
 
 def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config) -> None:
-    """Puts a checkpoint's trained weights into a model of the same configuration.
+    """Loads the trained weights of a checkpoint into a model of the same configuration.
 
     Raises:
-        UserError: The model is of another architecture or stands on another base.
+        UserError: The model has another architecture or other base checkpoints.
     """
-    from vlmcap.training.sharding import load_whole_weights
+    from vlmcap.training.sharding import load_full_weights
 
     check_base_checkpoints(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
     check_weights(content["state_dict"], trained_parameters(assembly.captioner, StagePlan(config.tuning.stages)))
     weights = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
-    load_whole_weights(assembly.captioner, weights)
+    load_full_weights(assembly.captioner, weights)
 
 
 def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:
-    """Part to the parameters that some stage trains, by their names in `captioner`."""
-    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.trained_parts()}
+    """Returns, for each component, the parameters that some stage trains, by their names in `captioner`."""
+    components: dict[str, dict[str, nn.Parameter]] = {component: {} for component in plan.trained_components()}
     named = dict(captioner.named_parameters())
     has_encoder_adapters = any(name.startswith("encoder.") and "lora_" in name for name in named)
     for name, parameter in named.items():
         is_adapter = "lora_" in name
         if name.startswith("encoder."):
-            part = "encoder" if is_adapter == has_encoder_adapters else ""
+            component = "encoder" if is_adapter == has_encoder_adapters else ""
         elif name.startswith("projector."):
-            part = "projector"
+            component = "projector"
         else:
-            part = "adapter" if is_adapter else "llm"
-        if part in parts:
-            parts[part][name] = parameter
-    for part, parameters in parts.items():
+            component = "adapter" if is_adapter else "llm"
+        if component in components:
+            components[component][name] = parameter
+    for component, parameters in components.items():
         if not parameters:
             raise UserError(
-                f"tuning gives the {part} a learning rate, but the model has no such part; choose another tuning=NAME"
+                f"tuning gives the {component} a learning rate, but the model has no such component; choose another "
+                "tuning=NAME"
             )
-    return parts
+    return components
 
 
 def check_base_checkpoints(saved: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]) -> None:
-    """`UserError` if a frozen base differs in content from the one that the checkpoint was trained on."""
-    for part, base in saved.items():
-        now = present.get(part)
+    """Raises a `UserError` if a base checkpoint differs from the one that the checkpoint was trained on."""
+    for component, base in saved.items():
+        now = present.get(component)
         if now is not None and now["sha256"] != base["sha256"]:
             raise UserError(
-                f"the checkpoint was trained on the {part} {base['name']} (sha256 {base['sha256'][:12]}), "
-                f"but {part}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set {part}.checkpoint to the "
-                "former"
+                f"the checkpoint was trained on the {component} {base['name']} (sha256 {base['sha256'][:12]}), "
+                f"but {component}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set "
+                f"{component}.checkpoint to the former"
             )
 
 
 def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-    """`UserError` unless names and shapes of the saved weights are those of the trained parameters."""
+    """Raises a `UserError` unless the saved weights have the names and shapes of the trained parameters."""
     shapes = {f"captioner.{name}": tuple(p.shape) for parameters in trained.values() for name, p in parameters.items()}
     for name in sorted(shapes.keys() ^ saved.keys()):
         where = "the model lacks" if name in saved else "the checkpoint lacks"
@@ -208,6 +209,5 @@ def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str
         if tuple(saved[name].shape) != shape:
             raise UserError(
                 f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} "
-                "here; "
-                "use the encoder, projector, llm and tuning of its run"
+                "here; use the encoder, projector, llm and tuning of its run"
             )

@@ -1,4 +1,4 @@
-"""A trained model put together for captions: its language model here, or in vLLM."""
+"""Assembles a trained model for captioning, with its language model in this process or in vLLM."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 
 def assemble_trained(config: Config, checkpoint: Path, clips: Mapping[str, Sequence[Clip]]) -> tuple[Config, Assembly]:
-    """The model of a checkpoint with its trained weights, and the configuration that it then has.
+    """Assembles the model of a checkpoint with its trained weights.
 
     Args:
-        config: Of the checkpoint, with overrides.
-        checkpoint: File of a run, or folder of `vlmcap export`.
-        clips: Split name to clips, whose features are prepared.
+        config: Configuration of the checkpoint, with overrides.
+        checkpoint: Checkpoint file of a run, or folder of `vlmcap export`.
+        clips: Clips of each split, whose features are prepared.
+
+    Returns:
+        The configuration of the assembled model, which differs from `config` in vLLM, and the model.
 
     Raises:
-        UserError: A part is missing, does not fit, or cannot be had in vLLM.
+        UserError: A component is missing, does not fit, or is not supported in vLLM.
     """
     if config.evaluation.engine is Engine.vllm:
         return _assemble_on_vllm(config, checkpoint, clips)
@@ -41,7 +44,7 @@ def assemble_trained(config: Config, checkpoint: Path, clips: Mapping[str, Seque
 
 
 def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequence[Clip]]) -> tuple[Config, Assembly]:
-    """Encoder and projector here, the merged language model in vLLM, which is started when the clips are encoded."""
+    """Assembles encoder and projector here, and starts the merged language model in vLLM after clips are encoded."""
     import torch
 
     from vlmcap.models.vllm.captioner import TokenEmbeddings, VllmCaptioner
@@ -49,11 +52,10 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
 
     if config.is_pretrained_vlm:
         raise UserError(
-            f"evaluation.engine=vllm takes prompts of embeddings, which are not all that model={config.model.name} "
-            "needs; "
-            "set evaluation.engine=native, or serve the folder of `vlmcap export` by vLLM itself"
+            f"evaluation.engine=vllm passes prompts as embeddings, which are not enough for model={config.model.name}; "
+            "set evaluation.engine=native, or serve the folder of `vlmcap export` with vLLM itself"
         )
-    sampling_arguments(generation_settings(config), [])  # refuses before anything is loaded
+    sampling_arguments(generation_settings(config), [])  # raises before anything is loaded
     check_vllm(config.evaluation.vllm_python)
     folder = merged_folder(config, checkpoint)
     config = as_exported(config, folder)
@@ -63,7 +65,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     assembly = assemble(spec, features, is_fresh=False, llm=TokenEmbeddings(folder, dtype))
     load_weights(assembly, read_export(folder), config)
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what encoding left is vLLM's
+        torch.cuda.empty_cache()  # returns the memory of encoding, which vLLM needs
     arguments = engine_arguments(
         folder,
         config.evaluation,
@@ -76,12 +78,10 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
 
 
 def merged_folder(config: Config, checkpoint: Path) -> Path:
-    """The exported folder of a checkpoint.
-
-    That of `evaluation.vllm_model`, or one under `paths.cache_dir`, made on first use.
+    """Returns the exported folder of a checkpoint: `evaluation.vllm_model`, or a cached one in `paths.cache_dir`.
 
     Raises:
-        UserError: The folder is of another checkpoint, or cannot be made.
+        UserError: The folder belongs to another checkpoint, or cannot be written.
     """
     from vlmcap.data.get_or_create import get_or_create
     from vlmcap.training.checkpoints.export import checkpoint_sha256, write_export
@@ -99,7 +99,7 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
         _check_export(Path(given), checkpoint, sha256)
         return Path(given)
     dtype = dtype_of(config.hardware.precision)
-    # The template is in the folder too, and may have been given on the command line.
+    # The folder also holds the chat template, which the command line may have changed.
     template = hashlib.sha256((config.llm.chat_template or "").encode()).hexdigest()
     name = f"{sha256[:16]}-{template[:8]}-{str(dtype).removeprefix('torch.')}"
 
@@ -110,15 +110,15 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
 
 
 def _check_export(folder: Path, checkpoint: Path, sha256: str) -> None:
-    """`UserError` unless the folder is an export of the checkpoint."""
+    """Raises a `UserError` unless the folder is an export of the checkpoint."""
     if not is_export(folder):
         raise UserError(
-            f"evaluation.vllm_model={folder} is no folder of `vlmcap export`; name one, or leave it out to make one"
+            f"evaluation.vllm_model={folder} was not written by `vlmcap export`; give an exported folder, or leave it "
+            "out to export one"
         )
     origin = read_origin(folder)
     if origin["checkpoint_sha256"] != sha256:
         raise UserError(
-            f"evaluation.vllm_model={folder} was exported from {origin['checkpoint']}, which is another checkpoint "
-            f"than {checkpoint}; "
-            "name the folder of this one, or leave it out to make one"
+            f"evaluation.vllm_model={folder} was exported from {origin['checkpoint']}, not from {checkpoint}; give the "
+            "folder of this checkpoint, or leave it out to export one"
         )

@@ -1,4 +1,4 @@
-"""Checkpoints and predictions as W&B artifacts, and which run made and used them."""
+"""Logs checkpoints and predictions as W&B artifacts, with the runs that wrote and used them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vlmcap.training.loggers.identity import folder_of, known_ids
 
 
 def log_run_files(run: Any, config: Config, folder: Path) -> None:
-    """Sends the chosen checkpoint and the final predictions of a training run.
+    """Logs the configured checkpoint and the final predictions of a training run.
 
     Args:
-        run: Of W&B.
-        config: Says what is sent, and how much at most.
-        folder: Of the run.
+        run: W&B run.
+        config: Run configuration, which decides what is logged and its largest size.
+        folder: Run folder.
     """
     kind = _settings(config).log_checkpoints
     chosen = folder / "checkpoints" / f"{kind.name}.ckpt"
@@ -26,17 +26,15 @@ def log_run_files(run: Any, config: Config, folder: Path) -> None:
 
 
 def use_checkpoint(run: Any, config: Config, checkpoint: Path) -> None:
-    """Says that an evaluation read a checkpoint.
+    """Records that an evaluation used a checkpoint.
 
-    The artifact of its training run where that sent it, found by name and content.
-
-    An artifact of the same name and content is the same version for W&B, so that neither the server nor the network is
-    needed to name it.
+    If the training run has logged the checkpoint, the evaluation refers to that artifact. For W&B, an artifact with the
+    same name and content is the same version, so this needs neither the server nor the network.
 
     Args:
-        run: Of W&B, the evaluation's.
-        config: Of the evaluation.
-        checkpoint: The file.
+        run: W&B run of the evaluation.
+        config: Configuration of the evaluation.
+        checkpoint: Checkpoint file.
     """
     if (
         _settings(config).log_checkpoints is LoggedCheckpoint["none"]
@@ -46,24 +44,24 @@ def use_checkpoint(run: Any, config: Config, checkpoint: Path) -> None:
         return
     trained_by = known_ids(folder_of(checkpoint)).get("wandb")
     artifact = _checkpoint_artifact(trained_by or f"{checkpoint.stem}-{run.id}", checkpoint, config)
-    if run.offline:  # `use_artifact` asks the server; this notes the use for `wandb sync`
+    if run.offline:  # `use_artifact` needs the server; this records the use for `wandb sync`
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     else:
         run.use_artifact(artifact)
 
 
 def log_evaluation_files(run: Any, folder: Path) -> None:
-    """Sends predictions and scores of an evaluation."""
+    """Logs predictions and scores of an evaluation."""
     _log_predictions(run, [folder / "predictions.jsonl", folder / "metrics.json"])
 
 
 def _checkpoint_artifact(owner: str, file: Path, config: Config) -> Any:
     import wandb
 
-    parts = config.component_names | {"tuning": config.tuning.name, "seed": config.seed}
+    components = config.component_names | {"tuning": config.tuning.name, "seed": config.seed}
     description = "Trained weights and optimiser state; no frozen weights."
-    artifact = wandb.Artifact(f"checkpoint-{owner}", type="model", description=description, metadata=parts)
-    artifact.add_file(str(file), name="captioner.ckpt", policy="immutable")  # read where it lies, not copied
+    artifact = wandb.Artifact(f"checkpoint-{owner}", type="model", description=description, metadata=components)
+    artifact.add_file(str(file), name="captioner.ckpt", policy="immutable")  # uploaded in place, without a copy
     return artifact
 
 
@@ -84,7 +82,8 @@ def _is_small(file: Path, config: Config) -> bool:
     mib, most = file.stat().st_size / 2**20, _settings(config).max_artifact_mib
     if mib > most:
         print(
-            f"W&B: {file.name} of {mib:,.0f} MiB is not sent; logger.max_artifact_mib={most} is the limit.", flush=True
+            f"W&B: {file.name} has {mib:,.0f} MiB and is not uploaded; the limit is logger.max_artifact_mib={most}.",
+            flush=True,
         )
     return mib <= most
 

@@ -1,4 +1,4 @@
-"""The ids that loggers gave to a run, kept in its folder so that a resumed run goes on with its records there."""
+"""Keeps the ids that loggers assign to a run in its folder, so that a resumed run continues its records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "logger.json"
 
 
 def known_ids(folder: Path) -> dict[str, str]:
-    """The ids of the run in a folder by the logger's kind, such as `{"wandb": "x1y2z3"}`; empty where none is kept."""
+    """Returns the ids of the run in a folder by kind of logger, such as `{"wandb": "x1y2z3"}`; it may be empty."""
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -24,14 +24,12 @@ def known_ids(folder: Path) -> dict[str, str]:
 
 
 def ids_to_resume(config: Config, folder: Path, step: int | None) -> dict[str, str]:
-    """The ids that a starting run goes on with.
-
-    Those in its folder, if it resumes a checkpoint of that folder, and else none.
+    """Returns the ids that a starting run continues: those in its folder if it resumes a checkpoint from there.
 
     Args:
         config: Run configuration.
-        folder: The run's folder.
-        step: Step of the checkpoint that the run resumes from; None for a run from the start.
+        folder: Run folder.
+        step: Step of the checkpoint that the run resumes from; None for a new run.
     """
     if step is None:
         return {}
@@ -40,13 +38,13 @@ def ids_to_resume(config: Config, folder: Path, step: int | None) -> dict[str, s
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint."""
+    """Returns the folder of the run that wrote a checkpoint."""
     return checkpoint.resolve().parent.parent
 
 
 @rank_zero_only
 def keep_ids(folder: Path, ids: Mapping[str, str]) -> None:
-    """Writes the ids of a starting run in place of those of an earlier one."""
+    """Writes the ids of a starting run, which replace those of an earlier one."""
     if not ids:
         (folder / FILE).unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, which every run has."""
+"""The logger of `metrics.jsonl`, which every run has."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vlmcap.files import replacing
 
 
 class JsonlLogger(Logger):
-    """Appends one object a log step to a file: `step`, `epoch`, and the metrics.
+    """Appends one JSON object per log step to a file: `step`, `epoch`, and the metrics.
 
     Args:
-        path: The file; its folder must exist.
+        path: Path of the file; its folder must exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,20 +26,20 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The file's stem."""
+        """Stem of the file name."""
         return self.path.stem
 
     @property
     def version(self) -> str:
-        """Nothing is versioned: a run folder is one run."""
+        """Empty, because a run folder holds a single run."""
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` has them."""
+        """Does nothing, because `config.yaml` holds the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One line; the write is one call, so that a kill tears at most the last line."""
+        """Appends one line in a single write, so that a crash damages at most the last line."""
         values = dict(metrics)
         epoch = values.pop("epoch", None)
         record = {
@@ -52,24 +52,21 @@ class JsonlLogger(Logger):
 
     @property
     def num_rows(self) -> int:
-        """Lines so far."""
+        """Number of lines in the file."""
         if not self.path.is_file():
             return 0
         with self.path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def cut_to(self, num_rows: int) -> None:
-        """Keeps the first lines, which a checkpoint knew of: a resumed run writes later ones of the same step again."""
+    def truncate_to(self, num_rows: int) -> None:
+        """Keeps the lines that existed when a checkpoint was saved; a resumed run writes the later ones again."""
         if self.num_rows > num_rows:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             with replacing(self.path) as partial:
                 partial.write_text("".join(lines[:num_rows]), encoding="utf-8")
 
-    def cut_after(self, step: int) -> list[dict[str, Any]]:
-        """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again.
-
-        Returns the others.
-        """
+    def drop_after(self, step: int) -> list[dict[str, Any]]:
+        """Drops lines after `step` and a damaged last line, and returns the kept rows; a resumed run repeats them."""
         if not self.path.is_file():
             return []
         kept: list[tuple[str, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""Which loggers a run has, and their end."""
+"""Builds the loggers of a run, and finishes them."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from vlmcap.training.loggers.wandb_run import end_wandb, wandb_logger
 
 
 def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: int | None) -> list[Logger]:
-    """The loggers of a training run.
+    """Builds the loggers of a training run.
+
+    A run that resumes a checkpoint of its own folder continues the records that `logger.json` names; any other run
+    starts new ones.
 
     Args:
-        config: Names the kind.
+        config: Run configuration, with the kind of logger.
         plain: The resolved configuration as plain data.
-        folder: Of the run.
-        step: Of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped. A run that
-            resumes a checkpoint of its own folder goes on with the records that `logger.json` names, any other one
-            begins new ones.
+        folder: Run folder.
+        step: Step of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped.
 
     Raises:
-        UserError: The package of the kind is not installed.
+        UserError: The package of the logger is not installed.
     """
     known = ids_to_resume(config, folder, step)
-    extra = _extra_loggers(
-        config, plain, folder, "train", known, step
-    )  # refuses before a file of an earlier run is cut
+    # First, so that a missing package raises before the files of an earlier run are changed.
+    extra = _extra_loggers(config, plain, folder, "train", known, step)
     jsonl, rows = JsonlLogger(folder / "metrics.jsonl"), []
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         is_outside = any(isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) for logger in extra)
         keep_ids(folder, known | ({config.logger.kind: str(extra[0].version)} if is_outside else {}))
-        rows = jsonl.cut_after(step if step is not None else -1)
+        rows = jsonl.drop_after(step if step is not None else -1)
     if isinstance(config.logger, CsvConfig):
         extra = [csv_logger(folder, rows)]
     return [jsonl, *extra]
 
 
 def make_evaluation_loggers(config: Config, plain: Mapping[str, Any], folder: Path) -> list[Logger]:
-    """The loggers of an evaluation, whose own file is `metrics.json`."""
+    """Builds the loggers of an evaluation, which writes `metrics.json` in place of `metrics.jsonl`."""
     return _extra_loggers(config, plain, folder, "eval", {}, None)
 
 
@@ -69,13 +69,13 @@ def _extra_loggers(
 
 @rank_zero_only
 def end_loggers(loggers: Sequence[Logger], config: Config, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Gives the numbers of a whole training run and its files to the loggers that have a place for them, and ends them.
+    """Logs the summary and the files of a training run to the loggers that support them, and finishes all loggers.
 
     Args:
-        loggers: Of the run.
-        config: Of the run.
-        folder: Of the run, which has its checkpoints and predictions.
-        summary: The content of `summary.json`.
+        loggers: Loggers of the run.
+        config: Run configuration.
+        folder: Run folder, with checkpoints and predictions.
+        summary: Content of `summary.json`.
     """
     numbers = flat_summary(summary)
     for logger in loggers:
@@ -83,11 +83,10 @@ def end_loggers(loggers: Sequence[Logger], config: Config, folder: Path, summary
             logger.experiment.summary.update(numbers)
             log_run_files(logger.experiment, config, folder)
         elif not isinstance(logger, JsonlLogger | CSVLogger):
-            costs = {
-                name: float(value) for name, value in numbers.items() if name not in summary["scores"]
-            }  # scores they have already
+            # The scores are logged already.
+            costs = {name: float(value) for name, value in numbers.items() if name not in summary["scores"]}
             logger.log_metrics(costs, step=int(summary["steps"]))
-        if isinstance(logger, TensorBoardLogger):  # its table of runs; by other names, as it puts a point at step 0
+        if isinstance(logger, TensorBoardLogger):  # hparams table; it adds a point at step 0, so names must differ
             logger.log_hyperparams(
                 factors(config),
                 {f"final/{name}": numbers[name] for name in (*FINAL_SCORES, PEAK_MEMORY) if name in numbers},
@@ -99,7 +98,7 @@ def end_loggers(loggers: Sequence[Logger], config: Config, folder: Path, summary
 def end_evaluation_loggers(
     loggers: Sequence[Logger], config: Config, folder: Path, checkpoint: Path, scores: Mapping[str, float]
 ) -> None:
-    """Gives the scores, the predictions and the checkpoint they are of to the loggers that have a place for them, and ends them."""
+    """Logs scores, predictions and checkpoint of an evaluation to the loggers that support them, and finishes them."""
     trained_by = known_ids(folder_of(checkpoint))
     for logger in loggers:
         if isinstance(logger, MLFlowLogger) and "mlflow" in trained_by:

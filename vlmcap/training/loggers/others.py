@@ -1,4 +1,4 @@
-"""CSV, TensorBoard and MLflow by Lightning's loggers, and trackio by one of ours, as Lightning has none."""
+"""Lightning's loggers for CSV, TensorBoard and MLflow, and a logger for trackio, which Lightning lacks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from vlmcap.training.loggers.wandb_run import group_name, run_name, run_tags
 
 
 def csv_logger(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Logger:
-    """`metrics.csv`, which begins with the rows of `metrics.jsonl` that a resumed run keeps.
+    """Builds the logger of `metrics.csv`.
 
-    Lightning starts the file again.
+    Lightning overwrites the file, so it is first filled with the rows of `metrics.jsonl` that a resumed run keeps.
 
     Args:
-        folder: The run's folder.
-        rows: Rows to begin with.
+        folder: Run folder.
+        rows: Rows to start with.
     """
     logger = CSVLogger(folder, name="", version="", prefix="")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")  # it says that earlier rows will be lost
+        # Lightning warns that earlier rows will be lost, but they are written again below.
+        warnings.filterwarnings("ignore", "Experiment logs directory")
         _ = logger.experiment
     for row in rows:
         logger.log_metrics(
@@ -41,14 +42,12 @@ def csv_logger(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Logger:
 
 
 def tensorboard_logger(folder: Path, step: int | None, *, is_training: bool) -> Logger:
-    """Event files under `tensorboard/`.
+    """Builds the logger of event files under `tensorboard/`.
 
     Args:
-        folder: The run's folder.
-        step: Step that the run resumes from, beyond which earlier events no longer count; None for a run from the
-            start.
-        is_training: Whether events in the folder are those of an earlier start of the run, which are removed where it
-            starts again.
+        folder: Run folder.
+        step: Step that the run resumes from; TensorBoard hides later events of the earlier process. None for a new run.
+        is_training: Whether this is a training run; a new training run removes the event files of an earlier one.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -62,13 +61,13 @@ def tensorboard_logger(folder: Path, step: int | None, *, is_training: bool) -> 
 
 
 def mlflow_logger(config: Config, folder: Path, job_type: str, known_id: str | None) -> Logger:
-    """A run of MLflow: on MLFLOW_TRACKING_URI, or under `mlruns/` of the run's folder.
+    """Builds the logger of an MLflow run: on MLFLOW_TRACKING_URI, or under `mlruns/` of the run folder.
 
     Args:
         config: Run configuration.
-        folder: The run's folder.
+        folder: Run folder.
         job_type: "train" or "eval".
-        known_id: Id of the run that is resumed; a new one begins where the store has no such run.
+        known_id: Id of the MLflow run to resume; a new run starts if the store has no such run.
 
     Raises:
         UserError: MLflow is not installed.
@@ -88,9 +87,9 @@ def mlflow_logger(config: Config, folder: Path, job_type: str, known_id: str | N
 
 @rank_zero_only
 def _reopened_params(address: str, run_id: str) -> dict[str, str] | None:
-    """The parameters of a run, which MLflow lets nobody change, after marking it as running.
+    """Marks an MLflow run as running and returns its parameters, which MLflow does not allow to change.
 
-    None where there is no such run.
+    Returns None if there is no such run.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -108,13 +107,13 @@ def _reopened_params(address: str, run_id: str) -> dict[str, str] | None:
 
 
 class TrackioLogger(Logger):
-    """A run of trackio, which keeps it on this computer.
+    """Logger of a trackio run, which trackio stores on this computer.
 
     Args:
-        config: Names the project.
+        config: Run configuration, with the name of the project.
         plain: The resolved configuration as plain data.
         job_type: "train" or "eval".
-        known_id: Name of the run that is resumed.
+        known_id: Name of the run to resume.
 
     Raises:
         UserError: trackio is not installed.
@@ -133,44 +132,41 @@ class TrackioLogger(Logger):
         import trackio
 
         run = trackio.init(project=self._project, name=self._name, group=group, config=config, resume=resume)
-        self._name = run.name  # another one where the project has a run of this name
+        self._name = run.name  # differs if the project already has a run of this name
 
     @property
     def name(self) -> str:
-        """The project."""
+        """Name of the project."""
         return self._project
 
     @property
     def version(self) -> str:
-        """The run's name."""
+        """Name of the run."""
         return self._name
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run began with them."""
+        """Does nothing, because the run was created with its settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """The metrics of a step."""
+        """Logs the metrics of a step."""
         import trackio
 
         trackio.log(dict(metrics), step=step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Nothing at the end of a loop: those of fitting and of each test follow each other in a run.
-
-        `end` is the end.
-        """
+        """Does nothing, because a run has several loops (fit and tests); `end` finishes the run."""
 
     @rank_zero_only
     def end(self) -> None:
-        """Ends the run, when all is written."""
+        """Finishes the run after everything is logged."""
         import trackio
 
         trackio.finish()
 
 
-def require_package(name: str, mend: str) -> None:
-    """`UserError` unless a module can be imported."""
+def require_package(name: str, hint: str) -> None:
+    """Raises a `UserError` with an installation hint unless a package is installed."""
     if find_spec(name) is None:
-        raise UserError(f"logger={name} needs the package {name}, which is not installed: {mend}")
+        raise UserError(f"logger={name} needs the package {name}, which is not installed: {hint}")

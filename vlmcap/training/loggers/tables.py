@@ -1,4 +1,4 @@
-"""A table of clips with thumbnails for W&B, bounded in size."""
+"""Logs tables of clips with thumbnails to W&B, up to a maximum size."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vlmcap.training.callbacks.evaluation import CaptionEvaluation
 from vlmcap.training.callbacks.scorer import Prediction
 
 COLUMNS = ("id", "frames", "prediction", "reference")
-NUM_FRAMES = 4  # of a thumbnail
+NUM_FRAMES = 4  # frames in a thumbnail
 
 
 class WandbTable(L.Callback):
-    """Sends a table of clips with thumbnails, predictions and references to W&B after validations and at the end.
+    """Logs a table of clips with thumbnails, predictions and references to W&B after validations and at the end.
 
     Args:
-        evaluation: Holds the predictions.
-        config: Rows of the table, size and quality of thumbnails, how often, and how many MiB a run may send.
+        evaluation: Callback that holds the predictions.
+        config: Number of rows, size and quality of thumbnails, frequency, and maximum MiB per run.
     """
 
     def __init__(self, evaluation: CaptionEvaluation, config: WandbConfig) -> None:
@@ -38,7 +38,7 @@ class WandbTable(L.Callback):
         self._is_full = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the table, where it is due."""
+        """Logs the table if it is due."""
         if not trainer.sanity_checking:
             self._validations += 1
             if (self._validations - 1) % self.config.table_every_n_validations == 0:
@@ -57,7 +57,8 @@ class WandbTable(L.Callback):
         if self.sent_bytes + size > self.config.max_media_mib * 2**20:
             if not self._is_full:
                 print(
-                    f"W&B: no more tables of captions; logger.max_media_mib={self.config.max_media_mib} is reached.",
+                    "W&B: no more tables of captions are uploaded, because the limit "
+                    f"logger.max_media_mib={self.config.max_media_mib} is reached.",
                     flush=True,
                 )
             self._is_full = True
@@ -69,7 +70,7 @@ class WandbTable(L.Callback):
                 logger.log_table(key, columns=list(COLUMNS), data=table, step=trainer.global_step)
 
     def _size(self, rows: Sequence[Prediction]) -> int:
-        """Bytes of thumbnails and texts; W&B adds some hundred bytes a row."""
+        """Returns the bytes of thumbnails and texts; W&B adds some hundred bytes per row."""
         texts = sum(len(json.dumps([row.clip.id, row.text, row.clip.captions[0]])) + 512 for row in rows)
         return texts + sum(len(self._thumbnail(row) or b"") for row in rows)
 
@@ -87,7 +88,7 @@ class WandbTable(L.Callback):
         return table
 
     def _thumbnail(self, row: Prediction) -> bytes | None:
-        """Four frames side by side as JPEG, or None where the video cannot be read; made once a clip."""
+        """Returns frames side by side as JPEG, or None if the video cannot be read; cached per clip."""
         if row.clip.id not in self._thumbnails:
             self._thumbnails[row.clip.id] = _strip(
                 row.clip.video, self.config.thumbnail_height, self.config.jpeg_quality

@@ -1,4 +1,4 @@
-"""A run in Weights & Biases, online or not."""
+"""A run in Weights & Biases, online or offline."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from vlmcap.config import Config, TrackioConfig, WandbConfig
 from vlmcap.config.names import factors
 
-_OWN: dict[str, str | None] = {"run": None, "data": None}  # what an earlier job of this process left
+# Id of the run and data folder that this process has set; a sweep runs several jobs in one process.
+_PROCESS_STATE: dict[str, str | None] = {"run": None, "data": None}
 
 
 def wandb_logger(
     config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known_id: str | None = None
 ) -> Logger:
-    """Runs group by encoder and language model, or by whole model, without a click.
+    """Builds the W&B logger, with runs grouped by encoder and language model, or by pretrained VLM.
 
-    Group, tags and factors say what differs.
-
-    The configuration has the factors under one word each, as an agent of a W&B sweep sets them too, and all of it under
-    `settings`.
+    The W&B configuration holds the factors of comparison under one word each, as an agent of a W&B sweep sets them, and
+    the full configuration under `settings`.
 
     Args:
-        config: Of the run.
+        config: Run configuration.
         plain: The same as plain data.
-        folder: Of the run.
+        folder: Run folder.
         job_type: "train" or "eval".
-        known_id: Id of the run that is resumed; offline, another segment with it is written. WANDB_RUN_ID takes
+        known_id: Id of the W&B run to resume; offline, this writes another segment with the same id. WANDB_RUN_ID takes
             precedence.
     """
     import wandb
 
-    end_wandb(exit_code=1)  # a job of a sweep that failed would else take in what this one logs
+    end_wandb(exit_code=1)  # otherwise this run would continue the W&B run of a failed job of a sweep
     settings = config.logger
     assert isinstance(settings, WandbConfig)
     reason = offline_reason(settings.offline)
@@ -44,7 +43,7 @@ def wandb_logger(
         print(
             f"W&B: offline, {reason}; `wandb sync {folder / 'wandb'}/offline-run-*` uploads the run later.", flush=True
         )
-        _stage_beside(folder)
+        _stage_in_run_folder(folder)
     logger = WandbLogger(
         project=settings.project,
         entity=settings.entity,
@@ -59,7 +58,7 @@ def wandb_logger(
         config=factors(config) | {"settings": dict(plain)},
     )
     run = logger.experiment
-    _OWN["run"] = run.id if isinstance(run, wandb.Run) else None  # only rank 0 has one
+    _PROCESS_STATE["run"] = run.id if isinstance(run, wandb.Run) else None  # only rank 0 has one
     return logger
 
 
@@ -69,50 +68,50 @@ def run_name(config: Config) -> str:
 
 
 def group_name(config: Config) -> str:
-    """What is compared as one: all projectors, tunings and seeds of an encoder and a language model."""
+    """Returns the group of a run: all projectors, tunings and seeds of one encoder and one language model."""
     given = config.logger.group if isinstance(config.logger, WandbConfig | TrackioConfig) else None
-    return given or "+".join(name for part, name in config.component_names.items() if part != "projector")
+    return given or "+".join(name for component, name in config.component_names.items() if component != "projector")
 
 
 def run_tags(config: Config) -> list[str]:
-    """Parts and settings, each as `group=name`."""
+    """Returns components and settings as tags `group=name`."""
     named = config.component_names | {group: getattr(config, group).name for group in ("tuning", "hardware", "data")}
-    return [f"{group}={name}"[:64] for group, name in named.items()]  # W&B takes no longer ones
+    return [f"{group}={name}"[:64] for group, name in named.items()]  # W&B limits tags to 64 characters
 
 
 def end_wandb(exit_code: int = 0) -> None:
-    """Ends the run that this process began, if there is one: another `wandb.init` would else go on with it."""
-    if _OWN["run"] is None:  # so that a run without W&B does not import it
+    """Finishes the W&B run of this process, if there is one; otherwise the next `wandb.init` would continue it."""
+    if _PROCESS_STATE["run"] is None:  # avoids importing wandb in runs without it
         return
     import wandb
 
-    if wandb.run is not None and wandb.run.id == _OWN["run"]:
+    if wandb.run is not None and wandb.run.id == _PROCESS_STATE["run"]:
         wandb.finish(exit_code=exit_code)
-        wandb.teardown()  # the next one reads its own WANDB_DATA_DIR
-    _OWN["run"] = None
+        wandb.teardown()  # so that the next run reads its own WANDB_DATA_DIR
+    _PROCESS_STATE["run"] = None
 
 
 def offline_reason(is_asked: bool) -> str | None:
-    """Why W&B goes offline, or None when it can be reached."""
+    """Returns why W&B is used offline, or None if it can be reached."""
     if is_asked:
-        return "as logger.offline says"
+        return "because logger.offline=true"
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return f"as WANDB_MODE={os.environ['WANDB_MODE']} says"
+        return f"because WANDB_MODE={os.environ['WANDB_MODE']}"
     import wandb
 
     settings = wandb.Settings()
     if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        return "as there is no API key (`wandb login` makes one)"
+        return "because there is no API key (run `wandb login`)"
     host = str(settings.base_url).split("//")[-1].split("/")[0]
     name, _, port = host.partition(":")
     try:
         socket.create_connection((name, int(port or 443)), timeout=3).close()
     except OSError:
-        return f"as {name} cannot be reached"
+        return f"because {name} cannot be reached"
     return None
 
 
-def _stage_beside(folder: Path) -> None:
-    """Puts what an offline run will upload into its folder, and not into the home of this computer, unless the user said where."""
-    if os.environ.get("WANDB_DATA_DIR") in (None, _OWN["data"]):
-        _OWN["data"] = os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())
+def _stage_in_run_folder(folder: Path) -> None:
+    """Stages the files that an offline run will upload in the run folder, unless the user has set WANDB_DATA_DIR."""
+    if os.environ.get("WANDB_DATA_DIR") in (None, _PROCESS_STATE["data"]):
+        _PROCESS_STATE["data"] = os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())

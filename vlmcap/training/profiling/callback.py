@@ -1,7 +1,7 @@
-"""Where a training step's time goes: a few steps are timed by their parts, and the next few are traced.
+"""Profiles training: a few steps are timed part by part, and the next few steps are traced.
 
-On a GPU the timed steps wait for the device at each border, as kernels run later than they are called. That takes away
-what the processor and the device do at the same time, so a timed step is slower than others.
+On a GPU, timed steps synchronise with the device between parts, because kernels run asynchronously. Host and device
+then no longer overlap, so a timed step is slower than others.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from vlmcap.data.loading.datamodule import CaptionDataModule
 
 TRACE = "trace.json.gz"
-_MAX_WORKERS = 256  # of one loader; the rest share the last row and may lose a clip of each other's
+_MAX_WORKERS = 256  # workers per loader; further ones share the last counter and may overwrite each other
 T_co = TypeVar("T_co", covariant=True)
 
 
 class TimedDataset(Dataset[T_co]):
-    """A map-style data set that adds up how long reading takes.
+    """A map-style data set that measures how long reading takes.
 
     Args:
         dataset: The data set to read.
-        totals: (W, 2) seconds and clips by worker, in memory that workers share with the main process.
+        totals: Seconds and clips by worker, (W, 2), in memory that workers share with the main process.
     """
 
     def __init__(self, dataset: Dataset[T_co], totals: torch.Tensor) -> None:
@@ -53,41 +53,41 @@ class TimedDataset(Dataset[T_co]):
         started = time.perf_counter()
         sample = self.dataset[key]
         worker = get_worker_info()
-        row = self.totals[0 if worker is None else min(worker.id, _MAX_WORKERS - 1)]  # each worker has its own: no lock
+        row = self.totals[0 if worker is None else min(worker.id, _MAX_WORKERS - 1)]  # one row per worker needs no lock
         row[0] += time.perf_counter() - started
         row[1] += 1
         return sample
 
 
 def read_seconds(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Returns the mean seconds per clip of what was read while the timed steps ran.
+    """Returns the mean seconds per clip that was read during the timed steps.
 
-    Workers read ahead, so those are clips of later steps; where they had read all before, it is the mean of the whole
-    run until then.
+    Workers read ahead, so these are clips of later steps. If all clips were read before, it is the mean of the run so
+    far.
 
     Args:
-        before: (2,) seconds and clips before the timed steps.
-        after: (2,) seconds and clips after them.
+        before: Seconds and clips before the timed steps, (2,).
+        after: Seconds and clips after the timed steps, (2,).
     """
     seconds, clips = (after - before if after[1] > before[1] else after).tolist()
     return float(seconds) / max(1.0, float(clips))
 
 
 class StepProfile(L.Callback):
-    """Times and traces a few steps and all evaluations; prints and writes at the end of training.
+    """Times a few steps and all evaluations, traces a few more steps, and reports at the end of training.
 
     Args:
-        settings: Which steps are timed and traced.
-        folder: Folder of `steps.json`, `steps.png` and `trace.json.gz`; made when there is something to write.
+        settings: Steps to time and to trace.
+        folder: Folder of `steps.json`, `steps.png` and `trace.json.gz`; created when there is something to write.
     """
 
     def __init__(self, settings: ProfileConfig, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.profiler = PartProfiler(self._before_fetch)
         self.read_totals = torch.zeros(_MAX_WORKERS, 2, dtype=torch.float64).share_memory_()
-        self._reads = (torch.zeros(2), torch.zeros(2))  # seconds and clips before the timed steps and after them
+        self._reads = (torch.zeros(2), torch.zeros(2))  # seconds and clips before and after the timed steps
         self._module: CaptioningModule | None = None
-        self._stage = "before"  # of the present step: before, TIMED, TRACED, PLAIN or over
+        self._stage = "before"  # stage of the current step: before, TIMED, TRACED, PLAIN or over
         self._trace: profile | None = None
         self._is_traced = False
         self._handles: list[RemovableHandle] = []
@@ -96,7 +96,7 @@ class StepProfile(L.Callback):
     def watching(
         self, make_dataset: Callable[[Sequence[Clip]], Dataset[Sample | Skipped]], clips: Sequence[Clip]
     ) -> Callable[[Sequence[Clip]], Dataset[Sample | Skipped]]:
-        """Returns a maker of data sets in place of `make_dataset` that times reads of `clips`, those of training."""
+        """Wraps `make_dataset` so that reads of the training clips `clips` are timed."""
 
         def make(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
             dataset = make_dataset(chosen)
@@ -107,7 +107,7 @@ class StepProfile(L.Callback):
     # --- hooks of Lightning
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Counts steps from here."""
+        """Starts to count steps."""
         assert isinstance(pl_module, CaptioningModule)
         self._module, self._start = pl_module, trainer.global_step
         self.profiler.device = pl_module.device
@@ -125,7 +125,7 @@ class StepProfile(L.Callback):
             self._clips += len(batch) + len(batch.skipped)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A step ends before an evaluation, and what the device still computes of it is not evaluation."""
+        """Ends the step and waits for the device, so that its remaining work does not count as evaluation."""
         self.profiler.end()
         self.profiler.wait_for_device()
         self.profiler.begin(EVALUATION)
@@ -133,7 +133,7 @@ class StepProfile(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Captions of a batch begin; its loss counts with them."""
+        """Starts the part of captions, which includes the loss of the batch."""
         self.profiler.start("captions")
 
     def on_validation_batch_end(
@@ -145,26 +145,26 @@ class StepProfile(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Captions of a batch are written."""
+        """Ends the part of captions."""
         self.profiler.stop("captions")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """An evaluation ends."""
+        """Ends an evaluation."""
         self.profiler.end()
         self._evaluations += 1
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What the end of an epoch takes belongs to no step."""
+        """Ends the step, because the work at the end of an epoch belongs to none."""
         self.profiler.end()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints and writes what there is."""
+        """Prints and writes the report."""
         self._enter("over")
         if trainer.is_global_zero:
             self._report(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """A run that breaks leaves no trace of the steps it was in."""
+        """Discards the open section and trace of a failed run."""
         self.profiler.end()
         if self._trace is not None:
             self._trace.stop()
@@ -175,12 +175,12 @@ class StepProfile(L.Callback):
 
     @property
     def _done(self) -> int:
-        """Steps of this process."""
+        """Optimiser steps of this process."""
         assert self._module is not None
         return self._module.trainer.global_step - self._start
 
     def _before_fetch(self) -> None:
-        """A step may end here and another begin."""
+        """Ends a step and begins the next one, if the next batch belongs to another step."""
         number = self._done + 1
         if number != self._number:  # otherwise another micro-batch of the same step
             self._number = number
@@ -189,13 +189,13 @@ class StepProfile(L.Callback):
             self.profiler.begin(self._stage)
 
     def _stage_of(self, number: int) -> str:
-        """Returns what is done with a step, counted from 1."""
+        """Returns the stage of a step, counted from 1."""
         first, timed, traced = self.settings.first_step, self.settings.num_steps, self.settings.trace_steps
         ends = {"before": first, TIMED: first + timed, TRACED: first + timed + traced}
         return next((stage for stage, end in ends.items() if number < end), PLAIN)
 
     def _enter(self, stage: str) -> None:
-        """Goes from one stage to the next, if it is another."""
+        """Ends the current section, and changes to another stage if it differs."""
         self.profiler.end()
         before, self._stage = self._stage, stage
         if before == stage:
@@ -209,7 +209,7 @@ class StepProfile(L.Callback):
             self._reads = self.read_totals.sum(dim=0), self._reads[1]
             self._handles = hook_modules(self._module.captioner, self.profiler)
         elif stage == TRACED:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it says on stderr that it starts and stops
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences its messages on stderr at start and stop
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._trace = profile(activities=activities)
             self._trace.start()
@@ -218,7 +218,7 @@ class StepProfile(L.Callback):
                 handle.remove()
 
     def _write_trace(self) -> None:
-        """Ends the trace, and writes it in the first process."""
+        """Stops the trace, and writes it in the first process."""
         assert self._trace is not None and self._module is not None
         self._trace.stop()
         if self._module.trainer.is_global_zero:
@@ -235,7 +235,7 @@ class StepProfile(L.Callback):
         num_steps = min(self._done + 1 - self.settings.first_step, self.settings.num_steps)
         if num_steps < 1:
             first = self.settings.first_step
-            print(f"No profile, as the run ended before its step {first} did; lower callbacks.profile.first_step.")
+            print(f"No profile: the run ended before step {first} did; lower callbacks.profile.first_step.")
             return
         times = self._times(trainer, num_steps)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -243,8 +243,7 @@ class StepProfile(L.Callback):
         show_times(times)
         draw_times(times, self.folder / "steps.png")
         if self.settings.trace_steps and not self._is_traced:
-            fix = "lower callbacks.profile.num_steps"
-            print(f"No profile/trace.json.gz, as the run ended with the timed steps or before; {fix}.")
+            print("No profile/trace.json.gz: the run ended before a traced step; lower callbacks.profile.num_steps.")
         for logger in trainer.loggers:
             logger.log_metrics(times.metrics() | {"epoch": trainer.current_epoch}, step=trainer.global_step)
 
@@ -256,7 +255,7 @@ class StepProfile(L.Callback):
         decode_s = read_seconds(*self._reads) * self._clips / num_steps
         if num_workers:
             del parts["decode"]
-        else:  # read in this process, while it waits for the batch
+        else:  # clips are read in this process, within the wait for the batch
             parts["decode"], parts["wait"] = decode_s, parts["wait"] - decode_s
         if is_cached:
             del parts["vision"]
@@ -282,7 +281,7 @@ class StepProfile(L.Callback):
 
 
 def step_profile(config: Config, data: CaptionDataModule, folder: Path) -> StepProfile | None:
-    """Returns the callback that times steps, and has it time the reads of training data; None where nobody asked."""
+    """Builds the callback that times steps and reads of training data, or returns None if it is disabled."""
     if not config.callbacks.profile.enabled:
         return None
 

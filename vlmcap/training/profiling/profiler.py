@@ -1,6 +1,6 @@
-"""Seconds by part of a step and of an evaluation.
+"""Measures the seconds of each part of a step and of an evaluation.
 
-Lightning's profiler names what its loop does, and hooks name the parts of the model.
+The actions of Lightning's profiler mark the parts of the loop, and hooks mark the components of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlmcap.models.llm.adapt import base_model
 from vlmcap.training.profiling.report import AROUND_LABELS, LABELS
 
 TIMED, TRACED, PLAIN, EVALUATION = "timed", "traced", "plain", "evaluation"
-# Section to the parts that are told apart in it; the first one stands for what is in no other.
+# Parts of each section; the first one collects the time outside of all others.
 _SECTIONS: dict[str, tuple[str, ...]] = {
     TIMED: ("other", *LABELS),
     TRACED: ("other", *LABELS),
@@ -31,40 +31,40 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     EVALUATION: ("rest", *AROUND_LABELS),
 }
 _FETCH = "[_TrainingEpochLoop].train_dataloader_next"
-_ACTIONS = {  # Lightning's names of its actions, as patterns, to our parts
+_ACTIONS = {  # pattern of Lightning's action names -> part
     re.escape(_FETCH): "wait",
     r"\[Strategy\].*\.batch_to_device": "transfer",
     r"\[Strategy\].*\.training_step": "other",
     r"\[Strategy\].*\.backward": "backward",
     r"\[LightningModule\].*\.optimizer_zero_grad": "optimiser",
-    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # forward and backward inside are parts of their own
+    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # without forward and backward inside, which are own parts
     r"\[Callback\]CaptionEvaluation\.on_validation_epoch_end": "scores",
 }
 
 
 @functools.cache
 def part_of(action: str) -> str | None:
-    """Returns the part that an action belongs to, or None; the name of a part is an action too."""
+    """Returns the part that an action belongs to, or None; the name of a part is also an action."""
     if action in LABELS or action in AROUND_LABELS:
         return action
     return next((part for pattern, part in _ACTIONS.items() if re.fullmatch(pattern, action)), None)
 
 
 class PartProfiler(Profiler):
-    """A profiler of Lightning that charges each moment to the innermost open part, so that parts add up to the whole.
+    """A Lightning profiler that attributes time to the innermost open part, so that parts add up to the total.
 
-    Outside of sections, which are steps and evaluations, nothing is measured. In a traced section each part is a span
-    of torch's profiler as well.
+    Only sections, which are steps and evaluations, are measured. In a traced section, each part is also a span of
+    torch's profiler.
 
     Args:
-        on_fetch: Called before a training batch is fetched, where a step may begin.
-        now: Clock, in seconds from any start.
+        on_fetch: Callback before a training batch is fetched, where a step may begin.
+        now: Clock in seconds.
 
     Attributes:
-        seconds: Section to part to seconds, without the parts inside it.
-        wall: Section to seconds from its beginnings to its ends.
-        section: The present section, or None.
-        device: Timed sections wait for this device at each border, as kernels run later than they are called.
+        seconds: Seconds by section and part, without the parts nested in it.
+        wall: Total seconds by section.
+        section: The current section, or None.
+        device: Device that timed sections synchronise with between parts, because kernels run asynchronously.
     """
 
     def __init__(self, on_fetch: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
@@ -78,14 +78,14 @@ class PartProfiler(Profiler):
         self._begun = self._last = 0.0
 
     def begin(self, section: str) -> None:
-        """Begins a section; the present one ends."""
+        """Ends the current section, and begins another one."""
         self.end()
         self.section = section
         self._begun = self._last = self._now()
         self._open.append((section, _SECTIONS[section][0], self._span("step")))
 
     def end(self) -> None:
-        """Ends the present section with all that is open in it, if there is one."""
+        """Ends the current section, if there is one, with all open parts."""
         if self.section is not None:
             self._charge()
             self._close(0)
@@ -93,7 +93,7 @@ class PartProfiler(Profiler):
             self.section = None
 
     def start(self, action_name: str) -> None:
-        """Opens a part, if the action is one of the section."""
+        """Opens a part if the action belongs to one of the current section."""
         if action_name == _FETCH:
             self._on_fetch()
         part = part_of(action_name)
@@ -102,7 +102,7 @@ class PartProfiler(Profiler):
             self._open.append((action_name, part, self._span(part)))
 
     def stop(self, action_name: str) -> None:
-        """Closes the action with all that is open in it; what began outside of the section is not known."""
+        """Closes an action with all parts nested in it; actions from outside of the section are ignored."""
         for index in range(len(self._open) - 1, 0, -1):
             if self._open[index][0] == action_name:
                 self._charge()
@@ -110,7 +110,7 @@ class PartProfiler(Profiler):
                 break
 
     def wait_for_device(self) -> None:
-        """Waits until the device has done all that it was given."""
+        """Waits until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -129,7 +129,7 @@ class PartProfiler(Profiler):
         return record_function(f"vlmcap: {name}").__enter__() if self.section == TRACED else None
 
     def _close(self, index: int) -> None:
-        """Closes what is open from an index on."""
+        """Closes the open parts from an index on."""
         while len(self._open) > index:
             _, _, span = self._open.pop()
             if span is not None:
@@ -139,7 +139,7 @@ class PartProfiler(Profiler):
 def hook_modules(captioner: VideoCaptioner, profiler: PartProfiler) -> list[RemovableHandle]:
     """Hooks encoder, projector, language model and its head, and returns the handles that remove the hooks.
 
-    What comes between the end of the language model and the end of the training step is the loss, and so is the head.
+    The head, and the time between the end of the language model and the end of the training step, count as the loss.
     """
     llm: Any = base_model(captioner.llm)
     hooked: list[tuple[nn.Module | None, str]] = [

@@ -1,4 +1,4 @@
-"""What a profile says: a table, `steps.json`, and a picture."""
+"""Reports a profile as a table, as `steps.json` and as a figure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from vlmcap.files import replacing
 
-# In the order of a step; the names are those in steps.json and, with "profile/" before and "_s" behind, those of the
-# loggers.
+# Parts in the order of a step, with their labels. steps.json uses the names, and loggers use `profile/<name>_s`.
 LABELS = {
     "decode": "decode",
     "wait": "wait for data",
@@ -33,23 +32,23 @@ AROUND_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds an optimiser step, as means over the timed steps.
+    """Seconds per optimiser step, as means over the timed steps.
 
     Attributes:
-        device: Where the model is.
-        first_step: The first timed step, from 1, of this process.
-        num_steps: Timed steps.
-        clips: A step.
-        num_workers: Of the training loader.
-        is_cached: Clips are read as features, so that no encoder runs and "decode" is reading those.
-        step_s: By two readings of the clock a stretch of steps, apart from those of the parts.
-        parts: Names of `LABELS` to seconds in the main process; "decode" is there only without workers.
-        worker_decode_s: Reading the clips of a step, added over workers, which do it beside the step; None without
-            workers.
-        evaluation: Names of `AROUND_LABELS` to seconds a step: those of a mean evaluation over the steps from one to
-            the next.
-        plain_step_s: A step after those that were timed and traced; None where the run ended before.
-        trace: Name of the trace's file, or None.
+        device: Type of the model's device.
+        first_step: First timed step of this process, from 1.
+        num_steps: Number of timed steps.
+        clips: Clips per step.
+        num_workers: Number of workers of the training loader.
+        is_cached: Whether clips are read as cached features; no encoder runs then, and "decode" reads the features.
+        step_s: Seconds per step, measured independently of the parts.
+        parts: Seconds in the main process by name in `LABELS`; "decode" is included only without workers.
+        worker_decode_s: Seconds in which workers read the clips of a step, summed over workers, in parallel to the
+            step; None without workers.
+        evaluation: Seconds per step by name in `AROUND_LABELS`: a mean evaluation, divided by the steps between two of
+            them.
+        plain_step_s: Seconds of a step that is neither timed nor traced; None if the run ended before one.
+        trace: File name of the trace, or None.
     """
 
     device: str
@@ -67,18 +66,18 @@ class StepTimes:
 
     @property
     def total_s(self) -> float:
-        """A step with its share of evaluation."""
+        """Seconds of a step with its share of evaluation."""
         return self.step_s + sum(self.evaluation.values())
 
     def rows(self) -> list[tuple[str, float]]:
-        """Names and seconds of the parts and of evaluation.
+        """Returns names and seconds of all parts and of evaluation.
 
-        They add up to `total_s`, but for what the clock itself took.
+        They add up to `total_s`, except for the overhead of the clock.
         """
         return [(name, self.parts[name]) for name in LABELS if name in self.parts] + [*self.evaluation.items()]
 
     def metrics(self) -> dict[str, float]:
-        """The figures for loggers."""
+        """Returns the metrics for loggers."""
         values = {
             f"profile/{name if name in LABELS else f'evaluation_{name}'}_s": seconds for name, seconds in self.rows()
         }
@@ -88,7 +87,7 @@ class StepTimes:
 
 
 def label(times: StepTimes, name: str) -> str:
-    """What a part is called where people read it."""
+    """Returns the display name of a part."""
     if name == "decode" and times.is_cached:
         return "read features"
     return LABELS.get(name) or AROUND_LABELS[name]
@@ -100,7 +99,7 @@ def show_times(times: StepTimes) -> None:
     from rich.table import Table
 
     table = Table(title="Where a step's time goes", title_justify="left", title_style="bold")
-    for column in ("part", "seconds a step", "share"):
+    for column in ("part", "seconds per step", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for name, seconds in times.rows():
         table.add_row(label(times, name), f"{seconds:.4f}", f"{seconds / times.total_s:.1%}")
@@ -113,7 +112,7 @@ def show_times(times: StepTimes) -> None:
 
 
 def notes(times: StepTimes) -> list[str]:
-    """What stands beside the sum, a line each."""
+    """Returns the notes below the table, one per line."""
     last = times.first_step + times.num_steps - 1
     steps = f"step {last}" if times.num_steps == 1 else f"steps {times.first_step} to {last}"
     found = [f"Means of {steps}, {times.clips:g} clips each, on {times.device}."]
@@ -121,15 +120,15 @@ def notes(times: StepTimes) -> list[str]:
         what = "read features" if times.is_cached else "decoded"
         workers = "a worker" if times.num_workers == 1 else f"{times.num_workers} workers"
         found.append(
-            f"Beside the step, and not in its sum, {workers} {what} for {times.worker_decode_s:.4f} s a step, added up."
+            f"In parallel to each step, not in the sum, {workers} {what} for {times.worker_decode_s:.4f} s in total."
         )
     if times.plain_step_s is not None:
-        found.append(f"A later step, not timed: {times.plain_step_s:.4f} s.")
+        found.append(f"A later step without timing took {times.plain_step_s:.4f} s.")
     return found
 
 
 def write_times(times: StepTimes, path: Path) -> None:
-    """`steps.json`, whole or not at all."""
+    """Writes `steps.json` atomically."""
     content: dict[str, Any] = asdict(times) | {"total_s": times.total_s}
     content["shares"] = {name: seconds / times.total_s for name, seconds in times.rows()}
     with replacing(path) as partial:
@@ -137,7 +136,7 @@ def write_times(times: StepTimes, path: Path) -> None:
 
 
 def draw_times(times: StepTimes, path: Path) -> None:
-    """A bar a part as a PNG, whole or not at all."""
+    """Draws one bar per part and writes the PNG atomically."""
     from matplotlib.figure import Figure  # slow to import, and only a profiled run needs it
 
     rows = times.rows()[::-1]
@@ -146,6 +145,6 @@ def draw_times(times: StepTimes, path: Path) -> None:
     bars = axes.barh([label(times, name) for name, _ in rows], [seconds for _, seconds in rows], color="#3b6ea5")
     axes.bar_label(bars, [f"{seconds:.3f} s, {seconds / times.total_s:.0%}" for _, seconds in rows], padding=3)
     axes.margins(x=0.25)
-    axes.set_xlabel("seconds a step")
+    axes.set_xlabel("seconds per step")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
