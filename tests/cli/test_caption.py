@@ -132,9 +132,9 @@ def test_what_is_passed_over_is_said(
     captured = capsys.readouterr()
     assert captioner.asked == ["a.mp4"]
     assert captured.err.splitlines()[:3] == [
-        "3 files with other endings were passed over: .srt, no ending",
-        "3 hidden files or folders were passed over",
-        f"3 entries that cannot be opened were passed over: {tmp_path}/lost.mp4, {tmp_path}/pipe.mp4, {tmp_path}/self",
+        "3 files with other endings were skipped: .srt, no ending",
+        "3 hidden files or folders were skipped",
+        f"3 entries that cannot be opened were skipped: {tmp_path}/lost.mp4, {tmp_path}/pipe.mp4, {tmp_path}/self",
     ]
 
 
@@ -181,15 +181,15 @@ def test_archives_count_as_folders(
     ]
     assert "error" in rows_of(output)[0]
     err = capsys.readouterr().err
-    assert "1 file with another ending was passed over: .txt" in err
-    assert "1 hidden file or folder was passed over" in err
+    assert "1 file with another ending was skipped: .txt" in err
+    assert "1 hidden file or folder was skipped" in err
     assert find_videos([tmp_path / "clips.zip"]).videos == [row["video"] for row in rows_of(output)[1:]]
 
 
 def test_paths_that_hold_no_video(tmp_path: Path) -> None:
     (tmp_path / "._a.mp4").touch()
     (tmp_path / "a.srt").touch()
-    with pytest.raises(UserError, match=r"holds no video .*\.srt; 1 hidden file or folder was passed over"):
+    with pytest.raises(UserError, match=r"holds no video .*\.srt; 1 hidden file or folder was skipped"):
         find_videos([tmp_path])
     with pytest.raises(UserError, match=r"missing\.mp4 does not exist"):
         find_videos([tmp_path / "missing.mp4"])
@@ -281,7 +281,7 @@ def test_a_bad_clip_is_a_row_and_tried_again(
     assert ends(tmp_path / "clips", "--output", output) == 2
     assert names_of(output) == ["a", "b", "bad", "c", "d", "e"]
     assert rows_of(output)[2] == {"video": str(bad), "error": "it is broken"}
-    line = f"Error: 1 of 6 files could not be read, first: {bad} (it is broken); 5 captioned, 0 skipped, 1 failed: {output}"
+    line = f"Error: 1 of 6 files could not be read; the first is {bad} (it is broken); 5 captioned, 0 skipped, 1 failed: {output}"
     assert capsys.readouterr().err.splitlines()[-1] == line
     assert ends(tmp_path / "clips", "--output", output, "--resume") == 2
     assert names_of(output) == ["a", "b", "c", "d", "e", "bad"]
@@ -319,7 +319,7 @@ def test_a_file_of_something_else_is_left_alone(
         labels.write_text(content)
         for more in ([], ["--resume"]):
             assert ends(*clips, "--output", labels, *more) == 2
-            assert "holds something else than captions" in capsys.readouterr().err
+            assert "holds something other than captions" in capsys.readouterr().err
             assert labels.read_text() == content
 
 

@@ -131,7 +131,7 @@ def test_features_are_built_listed_and_pruned(
     assert "freed" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()] == [keys[1]]
     cli.main(["cache", "prune", "--all", where])  # this process built them, so they are in use
-    assert f"Kept, as a running program has them open: {keys[1]}" in capsys.readouterr().out
+    assert f"Kept because a running program uses them: {keys[1]}" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "cache" / "features" / keys[1] / ".users")  # as if it had ended
     cli.main(["cache", "prune", "--max-gib", "0", where])
     assert not (tmp_path / "cache" / "features" / keys[1]).exists()

@@ -75,16 +75,17 @@ def test_the_terminal_says_what_is_wrong(checked: tuple[str, Path], tokenizer: A
     printed = " ".join(checked[0].split())
     assert "Clips or labels that cannot be used: 2" in printed
     assert "train2" in printed and "torn" in printed
-    assert "that look alike in different splits, so that scores would be too good: 1" in printed
+    assert "Groups of similar clips in different splits, which would make scores too good: 1" in printed
     assert "train/train0 = val/val0" in printed
     assert f"2 × {REPEATED}" in printed
     row = re.search(r"train" + r" │ +(\d+)" * 7, checked[0])
     assert row is not None
     characters = [len(caption) for caption in CAPTIONS["train"]]
     tokens = [len(tokenizer(caption, add_special_tokens=False)["input_ids"]) + 1 for caption in CAPTIONS["train"]]
-    cut = sum(count > LIMIT for count in tokens)
-    assert 0 < cut < 3
-    expected = [3, 3, round(sum(characters) / 3), max(characters), round(sum(tokens) / 3), max(tokens), cut]
+    num_truncated = sum(count > LIMIT for count in tokens)
+    assert 0 < num_truncated < 3
+    mean_characters, mean_tokens = round(sum(characters) / 3), round(sum(tokens) / 3)
+    expected = [3, 3, mean_characters, max(characters), mean_tokens, max(tokens), num_truncated]
     assert [int(cell) for cell in row.groups()] == expected
 
 
@@ -100,7 +101,7 @@ def test_the_page_shows_pictures_and_escapes_captions(checked: tuple[str, Path])
 def test_captions_alone_need_no_video(spoilt_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data=aihub", f"data.root={spoilt_root}", f"paths.cache_dir={tmp_path}"]
     main(["data", "check", *overrides, "--captions-only", "--output", str(tmp_path / "p.html")])
-    assert "look alike" not in capsys.readouterr().out
+    assert "similar" not in capsys.readouterr().out
     assert "data:image/jpeg" not in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ def test_a_language_model_is_described_and_ready(
         "class": "Qwen3ForCausalLM (qwen3)",
         "context": "512 tokens",
         "license": "apache-2.0",
-        "captions": "own",
+        "decoding engine": "native",
     }.items():
         assert text in table[name]
     assert "<|im_end|> <|endoftext|>" in table["end tokens"]

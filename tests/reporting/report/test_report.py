@@ -278,7 +278,7 @@ def test_the_command(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["missing"], "missing is no folder"),
         (["{sweep}", "--metric", "val/cidr"], "--metric val/cidr is in none of the runs"),
         (["{sweep}", "--clips", "-1"], "--clips must be 0 or more"),
-        (["{sweep}", "--output", "{file}"], "cannot be made a folder"),
+        (["{sweep}", "--output", "{file}"], "cannot be created"),
         (["{sweep}", "--tokenizer", "mecab"], "Unknown tokenizer 'mecab'"),
     ],
 )
