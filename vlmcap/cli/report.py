@@ -13,10 +13,10 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.locks import claimed_folder
 from vlmcap.reporting.report.analysis import Wanted, analyse
-from vlmcap.reporting.report.data import Report
 from vlmcap.reporting.report.folders import find_runs, read_run
-from vlmcap.reporting.report.page import pictures_of, report_page
+from vlmcap.reporting.report.page import read_all_frames, report_page
 from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
+from vlmcap.reporting.report.records import Report
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown, show_report
 from vlmcap.terminal import transient_bar
 
@@ -66,7 +66,7 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
 
 def _write(report: Report, output: Path) -> None:
     with transient_bar("Reading videos", len(report.clips)) as advance:
-        pictures = pictures_of(report.clips, advance=advance)
+        pictures = read_all_frames(report.clips, advance=advance)
     _write_text(output / "index.html", report_page(report, pictures))
     # The byte order mark lets spreadsheets read Korean.
     _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmcap.reporting.report.data import (
+from vlmcap.reporting.report.records import (
     CaptionRow,
     CategoryRow,
     ClipRow,
@@ -64,12 +64,12 @@ def make_run(name: str, group: str, factors: dict[str, Any], score: float | None
 
 
 def make_group(
-    name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_level: bool = False
+    name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_tied: bool = False
 ) -> GroupRow:
-    """A line of the leaderboard with the means of its runs; `is_level` is as of the data, the best included."""
+    """A line of the leaderboard with the means of its runs; `is_tied` is as of the data, the best included."""
     done = [run for run in runs if METRIC in run.scores]
     means = {key: sum(run.scores[key] for run in done) / len(done) for key in (METRIC, "val/bleu_4")} if done else {}
-    p_value = 0.4 if is_level else 0.0005
+    p_value = 0.4 if is_tied else 0.0005
     difference = (
         Difference(means[METRIC] - 3, means[METRIC] - 3.3, means[METRIC] - 2.7, "clips and seeds", p_value, p_value)
         if done
@@ -94,7 +94,7 @@ def make_group(
         over="clips and seeds" if done else "",
         difference=None if is_best else difference,
         is_best=is_best,
-        is_level=is_level or is_best,
+        is_tied=is_tied or is_best,
         costs=costs,
     )
 
@@ -155,7 +155,7 @@ def make_report(
                 own[0].id, "g2", factors, own[0].scores[METRIC], is_collapsed=True, warnings=["all captions are alike"]
             )
         runs += own
-        groups.append(make_group(f"g{place}", factors, own, is_best=place == 0, is_level=place == 1))
+        groups.append(make_group(f"g{place}", factors, own, is_best=place == 0, is_tied=place == 1))
     lost = {"encoder": "clip", "projector": HOSTILE}
     failed = make_run("rx0", "gx", lost, None)
     finished = list(runs)

@@ -11,7 +11,7 @@ import pytest
 from vlmcap.compose import read_yaml
 from vlmcap.errors import UserError
 from vlmcap.reporting.report.captions import read_captions
-from vlmcap.reporting.report.folders import MOST_POINTS, RunFolder, find_runs, read_course, read_run
+from vlmcap.reporting.report.folders import MAX_POINTS, RunFolder, find_runs, read_curves, read_run
 
 
 def copied(sweep: Path, folder: Path, number: int = 0) -> Path:
@@ -152,11 +152,11 @@ def test_long_courses_are_thinned(tmp_path: Path) -> None:
             for step in range(1, 1001)
         )
     )
-    course = read_course(path, [])
-    assert course.keys() == {"train/loss", "train/lr_x"}
-    assert len(course["train/loss"]) <= MOST_POINTS + 1
-    assert course["train/loss"][0][0] == 1
-    assert course["train/loss"][-1] == (1000, 0.001)
+    curves = read_curves(path, [])
+    assert curves.keys() == {"train/loss", "train/lr_x"}
+    assert len(curves["train/loss"]) <= MAX_POINTS + 1
+    assert curves["train/loss"][0][0] == 1
+    assert curves["train/loss"][-1] == (1000, 0.001)
 
 
 def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:

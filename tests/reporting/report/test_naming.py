@@ -71,7 +71,7 @@ def test_keys_are_told_apart_by_as_much_as_it_takes() -> None:
 
 
 def test_a_whole_model_has_no_parts_of_its_own() -> None:
-    whole = run({"model": {"name": "qwen2_5_vl_7b"}, "encoder": {"name": "own"}, "llm": {"name": "own"}})
+    whole = run({"model": {"name": "qwen2_5_vl_7b"}, "encoder": {"name": "native"}, "llm": {"name": "native"}})
     runs = [run({"model": {"name": "assembled"}}), whole]
     assert [group_name(one, find_factors(runs)) for one in runs] == ["clip + a", "qwen2_5_vl_7b"]
 

@@ -23,10 +23,10 @@ from vlmcap.reporting.report.page import (
     FULL,
     MAX_POINTS,
     SCRIPTS,
-    Pictures,
-    clip_pictures,
+    ClipFrames,
     page_data,
-    pictures_of,
+    read_all_frames,
+    read_clip_frames,
     report_page,
 )
 
@@ -158,7 +158,7 @@ def test_twenty_runs_of_forty_long_captions_are_below_five_megabytes() -> None:
         dataclasses.replace(run, curve={f"train/{n}": steps for n in range(6)}, config=keys | run.config)
         for run in report.runs
     ]
-    pictures = {clip.id: Pictures(("A" * 9000,) * 4) for clip in clips}
+    pictures = {clip.id: ClipFrames(("A" * 9000,) * 4) for clip in clips}
     page = report_page(dataclasses.replace(report, clips=clips, runs=runs), pictures)
     assert len(page.encode()) < 5_000_000
 
@@ -167,7 +167,7 @@ def test_twenty_runs_of_forty_long_captions_are_below_five_megabytes() -> None:
 
 
 def test_pictures_of_a_clip_are_small_jpegs(video: Path) -> None:
-    found = clip_pictures(str(video), num_frames=3)
+    found = read_clip_frames(str(video), num_frames=3)
     assert found.reason == ""
     assert len(found.frames) == 3
     for frame in found.frames:
@@ -181,21 +181,21 @@ def test_pictures_of_a_clip_are_small_jpegs(video: Path) -> None:
 def test_a_video_that_cannot_be_shown_is_told(tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    assert clip_pictures(str(tmp_path / "lost.mp4")) == Pictures(
+    assert read_clip_frames(str(tmp_path / "lost.mp4")) == ClipFrames(
         reason="lost.mp4 cannot be read: there is no such file"
     )
-    assert "broken.mp4" in clip_pictures(str(broken)).reason
-    assert "no video" in clip_pictures("").reason
+    assert "broken.mp4" in read_clip_frames(str(broken)).reason
+    assert "no video" in read_clip_frames("").reason
     archive = tmp_path / "clips.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("other.mp4", b"x")
-    assert clip_pictures(f"zip://lost.mp4::{archive}").reason
+    assert read_clip_frames(f"zip://lost.mp4::{archive}").reason
 
 
 def test_pictures_are_bounded(video: Path) -> None:
     clips = make_report(num_clips=4, videos=[str(video)] * 4).clips
-    assert [bool(one.frames) for one in pictures_of(clips, max_clips=2).values()] == [True, True, False, False]
-    few = pictures_of(clips, max_bytes=1)
+    assert [bool(one.frames) for one in read_all_frames(clips, max_clips=2).values()] == [True, True, False, False]
+    few = read_all_frames(clips, max_bytes=1)
     assert [one.reason for one in few.values()] == ["", FULL, FULL, FULL]
 
 
@@ -204,7 +204,8 @@ def test_pictures_and_reasons_reach_the_page() -> None:
     own = dataclasses.replace(report.clips[2], thumbnails=["own"])
     report = dataclasses.replace(report, clips=[*report.clips[:2], own])
     data = page_data(
-        report, {"clip_000": Pictures(("AAAA",)), "clip_001": Pictures(reason="lost"), "clip_002": Pictures(("BBBB",))}
+        report,
+        {"clip_000": ClipFrames(("AAAA",)), "clip_001": ClipFrames(reason="lost"), "clip_002": ClipFrames(("BBBB",))},
     )
     assert [(clip["thumbnails"], clip["picture_note"]) for clip in data["clips"]] == [
         (["AAAA"], ""),

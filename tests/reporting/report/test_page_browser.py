@@ -86,7 +86,7 @@ def test_words_say_what_the_numbers_mean(browser: Browser) -> None:
     assert said[:3] == [
         "The best score.",
         "No difference that these clips and seeds can show.",
-        "Worse by more than chance explains.",
+        "Significantly worse.",
     ]
     assert browser.texts(".board tbody tr:nth-child(3) td.number")[1] == "< 0.001"
     assert browser.run("document.querySelectorAll('.board svg.bar rect').length") == 5, (

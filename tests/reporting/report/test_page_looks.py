@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, NEEDS_BROWSER]
 
 
 def test_all_is_said_in_korean_and_remembered(browser: Browser, page_file: Path) -> None:
-    english = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .quiet"))
+    english = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .muted"))
     browser.click("#language")
     assert browser.run("document.documentElement.lang") == "ko"
     assert browser.run("document.activeElement.id") == "language"
@@ -23,7 +23,7 @@ def test_all_is_said_in_korean_and_remembered(browser: Browser, page_file: Path)
     assert "이 클립과 시드로는 차이를 보일 수 없습니다." in browser.texts("td.verdict")
     assert browser.texts(".notes li") == ["구간은 클립 선택을 고려합니다."]
     words = browser.run("Object.values(WORDS).filter((pair) => pair[0] !== pair[1]).map((pair) => pair[0])")
-    left = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .quiet")) & english
+    left = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .muted")) & english
     assert left & set(words) == {"English"} & left
     browser.open_kept(page_file, "#language", "document.documentElement.lang", "ko")
     browser.click("#language")
@@ -51,8 +51,8 @@ def test_text_stands_out_from_what_is_behind_it(browser: Browser, scheme: str) -
     browser.run(f"setTheme({scheme!r})")
     pairs = [
         ("text", "back"),
-        ("quiet", "back"),
-        ("quiet", "raised"),
+        ("muted", "back"),
+        ("muted", "raised"),
         ("text", "tint"),
         ("accent", "tint"),
         ("same", "back"),

@@ -19,8 +19,8 @@ from vlmcap.demo.grammar import FACTS
 from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
 from vlmcap.reporting.report.analysis import Wanted, analyse
-from vlmcap.reporting.report.data import Report
 from vlmcap.reporting.report.folders import find_runs, read_run
+from vlmcap.reporting.report.records import Report
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown
 from vlmcap.training.callbacks.scorer import Prediction
 
@@ -46,7 +46,7 @@ def test_the_leaderboard(report: Report) -> None:
     assert report.factors == ["encoder", "projector", "llm"]
     best, *others = report.groups
     assert best.name == "siglip2 + mlp + qwen3_4b"
-    assert (best.is_best, best.is_level, best.difference, best.seeds) == (True, True, None, [0, 1])
+    assert (best.is_best, best.is_tied, best.difference, best.seeds) == (True, True, None, [0, 1])
     runs = {run.id: run for run in report.runs}
     assert best.scores["val/cider"] == pytest.approx(sum(runs[name].scores["val/cider"] for name in best.runs) / 2)
     assert best.over == "clips and seeds"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vlmcap.reporting.report.data import Difference, GroupRow, Note, Report, config_difference
+from vlmcap.reporting.report.records import Difference, GroupRow, Note, Report, config_difference
 
 
 def test_a_report_becomes_json() -> None:
