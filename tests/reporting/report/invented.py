@@ -1,4 +1,4 @@
-"""A report invented for tests of its page: every field filled, hostile text where people write text."""
+"""A synthetic report for tests of its page, with every field filled and hostile text in all texts of users."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_run(name: str, group: str, factors: dict[str, Any], score: float | None
 def make_group(
     name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_tied: bool = False
 ) -> GroupRow:
-    """A line of the leaderboard with the means of its runs; `is_tied` is as of the data, the best included."""
+    """A group with the means of its runs."""
     done = [run for run in runs if METRIC in run.scores]
     means = {key: sum(run.scores[key] for run in done) / len(done) for key in (METRIC, "val/bleu_4")} if done else {}
     p_value = 0.4 if is_tied else 0.0005
@@ -100,10 +100,7 @@ def make_group(
 
 
 def make_clips(runs: Sequence[RunRow], count: int, videos: Sequence[str] = ()) -> list[ClipRow]:
-    """Clips, of which the first caption is hostile and the last is empty.
-
-    `videos` are those of the first ones, others are not there.
-    """
+    """Makes clips; the first one has a hostile and an empty caption, and only the first ones have existing `videos`."""
     rows = []
     for index in range(count):
         texts = [f"파란 연 {number} 개가 하늘에 천천히 움직인다. 클립{index:03d}" for number in range(len(runs))]
@@ -139,10 +136,7 @@ def make_report(
     seeds: int = 2,
     encoders: Sequence[str] = ("siglip2", "dinov3", "clip"),
 ) -> Report:
-    """Encoders by seeds, each a little worse than the one before, the second level with the best.
-
-    And a job that failed.
-    """
+    """Makes a report of encoders by seeds, in descending order of scores, the second tied with the best, one failed."""
     runs, groups = [], []
     for place, encoder in enumerate(encoders):
         factors = {"encoder": encoder, "projector": "mlp"}
@@ -184,5 +178,5 @@ def make_report(
             for name in ("바다", HOSTILE)
         ],
         clips=make_clips(finished, num_clips, videos),
-        notes=[Note("Intervals allow for the choice of clips.", "구간은 클립 선택을 고려합니다.")],
+        notes=[Note("Intervals account for the choice of clips.", "구간은 클립 선택을 고려합니다.")],
     )
