@@ -281,7 +281,8 @@ def test_a_bad_clip_is_a_row_and_tried_again(
     assert ends(tmp_path / "clips", "--output", output) == 2
     assert names_of(output) == ["a", "b", "bad", "c", "d", "e"]
     assert rows_of(output)[2] == {"video": str(bad), "error": "it is broken"}
-    line = f"Error: 1 of 6 files could not be read; the first is {bad} (it is broken); 5 captioned, 0 skipped, 1 failed: {output}"
+    line = f"Error: 1 of 6 files could not be read; the first is {bad} (it is broken); "
+    line += f"5 captioned, 0 skipped, 1 failed: {output}"
     assert capsys.readouterr().err.splitlines()[-1] == line
     assert ends(tmp_path / "clips", "--output", output, "--resume") == 2
     assert names_of(output) == ["a", "b", "c", "d", "e", "bad"]

@@ -172,7 +172,7 @@ def test_a_picture_of_no_table_is_refused(tmp_path: Path, capsys: pytest.Capture
 def test_every_command_takes_overrides_and_a_folder_of_yaml_files(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A key of another program is refused by name before anything is done, so that it was read, and so is a folder that is not there."""
+    """Overrides are read: an unknown key is refused before anything is done, and so is a folder that does not exist."""
     needed = {
         "cache": ["cache", "info"],
         "data": ["data", "check"],

@@ -142,7 +142,7 @@ SWEPT = [
 
 
 def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """The command line that W&B's agent makes of a sweep and a run's values, by its own code where that is not a part of the agent."""
+    """Returns the command of a run as W&B's agent builds it, with W&B's own code where it is accessible."""
     from wandb.sdk.launch.sweeps import utils
 
     made = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})

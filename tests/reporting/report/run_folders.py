@@ -1,4 +1,4 @@
-"""Writes run folders like those of `train.py` without training: synthetic captions with real configurations and scores."""
+"""Writes run folders like those of `train.py`: synthetic captions with real configurations and scores."""
 
 from __future__ import annotations
 

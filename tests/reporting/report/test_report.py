@@ -221,7 +221,7 @@ def test_a_single_run_and_runs_without_any_score(sweep: Path, tmp_path: Path) ->
     assert "nothing to compare it with" in conclusion(found)
     assert found.effects == found.fronts == []
     shutil.copytree(sweep / "8", tmp_path / "8")
-    with pytest.raises(UserError, match="none of the 1 runs has a score yet; .*says: the plan needs 31"):
+    with pytest.raises(UserError, match=r"none of the 1 runs has a score yet; .*says: the plan needs 31"):
         report_of(tmp_path)
 
 
