@@ -1,6 +1,6 @@
-"""`vlmcap caption`: which files it finds, and an output that outlives whatever ends it.
+"""`vlmcap caption`: the files that it finds, and an output that survives every way of stopping.
 
-With a model: tests/training/test_real_path.py.
+tests/training/test_real_path.py runs it with a model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from vlmcap.types import Clip, Skipped
 
 
 class FakeCaptioner:
-    """Captions a clip with its name.
-
-    Keeps what it was asked for, fails on names with `bad`, and stops at `stop_at` with `error`.
-    """
+    """Captions a clip with its name; fails on names with `bad`, and raises `error` at index `stop_at`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -305,7 +302,7 @@ def test_an_unfinished_file_is_not_lost_without_resume(
     caption(*clips[:2], "--output", output)
     before = output.read_bytes()
     assert ends(*clips, "--output", output) == 2
-    assert "has 2 rows of an earlier command, and lacks 3 of these 5 files: add --resume" in capsys.readouterr().err
+    assert "has 2 rows of an earlier command and lacks 3 of these 5 files: add --resume" in capsys.readouterr().err
     assert output.read_bytes() == before
     caption(*clips[:2], "--output", output)  # a finished one is written again, as ever
     assert captioner.asked == ["a.mp4", "b.mp4"] * 2

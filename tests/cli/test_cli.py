@@ -1,7 +1,4 @@
-"""`vlmcap`: arguments, files, and mistakes that end in one line and exit code 2.
-
-Captioning itself: tests/training/test_real_path.py.
-"""
+"""`vlmcap`: arguments, files, and mistakes, which end in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -113,7 +110,7 @@ def test_features_are_built_listed_and_pruned(
     for part in (*keys, "int8", "float16", "4 uniform", "11", "kB", "RMS"):
         assert part in out, part
     cli.main(["cache", "verify", where])
-    assert capsys.readouterr().out.startswith("22 clips in ")
+    assert capsys.readouterr().out.startswith("All 22 clips in ")
     shard = next((tmp_path / "cache" / "features" / keys[0]).glob("[0-9]*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(SystemExit) as ended:

@@ -32,7 +32,7 @@ def picture(seed: int) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def broken_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with a training clip in the validation split, a broken video, a broken label and a repeated caption."""
+    """A data set with a training clip in the validation split, a broken video and label, and a repeated caption."""
     root = tmp_path_factory.mktemp("broken")
     for split, captions in CAPTIONS.items():
         for part in ("videos", "labels"):

@@ -1,4 +1,4 @@
-"""`vlmcap doctor llm.checkpoint=…`: a table of what the checkpoint is, a clear last line, and the exit code."""
+"""`vlmcap doctor llm.checkpoint=…`: the table of a checkpoint, the verdict in the last line, and the exit code."""
 
 from __future__ import annotations
 
