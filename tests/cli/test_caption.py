@@ -203,9 +203,9 @@ def test_rows_are_there_as_clips_are_done(
     assert ends(*clips, "--output", output) == 130
     assert names_of(output) == ["a", "b"]
     err = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        err == f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; the same command with --resume goes on "
-        "from there"
+    assert err == (
+        f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; "
+        "the same command with --resume continues from there"
     )
     with output.open("a", encoding="utf-8") as file:
         file.write('{"video": "c.mp4", "predi')
