@@ -33,7 +33,7 @@ gpu: ## run the acceptance checks on a GPU, under eight minutes (ARGS="--only de
 
 models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
-	$(BIN)/python -m tools.model_table --measured .parity.xml
+	$(BIN)/python -m tools.model_page --measured .parity.xml
 	@rm -f .parity.xml; echo "docs/models.md is current."
 
 keys: $(STAMP) ## write docs/keys.md out of the dataclasses of the configuration

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from tools.import_graph import ROOT, Import, all_imports, find_circle, our_files, read_imports
+from tools.import_graph import ROOT, Import, all_imports, find_cycle, native_files, read_imports
 
 BASE = {"types", "errors", "files", "locks", "terminal", "libraries", "determinism"}
 PARTS = {"models", "data", "metrics"}
@@ -145,13 +145,13 @@ def library_errors(imports: Iterable[Import]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def imports() -> list[Import]:
-    files = our_files()
+    files = native_files()
     assert "vlmcap" in files, "the package is not where this test looks for it"
     return all_imports(files)
 
 
 def test_every_module_has_a_place() -> None:
-    strangers = [module for module in our_files() if part_of(module) not in MAY_IMPORT]
+    strangers = [module for module in native_files() if part_of(module) not in MAY_IMPORT]
     assert not strangers, f"say in MAY_IMPORT what these may import: {strangers}"
 
 
@@ -166,7 +166,7 @@ def test_libraries_stay_in_their_place(imports: list[Import]) -> None:
 
 
 def test_no_circle(imports: list[Import]) -> None:
-    circle = find_circle(imports)
+    circle = find_cycle(imports)
     assert not circle, " -> ".join(circle)
 
 
@@ -274,5 +274,5 @@ def test_a_circle_is_caught(last: str) -> None:
         "vlmcap.data.b": "def f():\n    from . import c",
         "vlmcap.data.c": last,
     }
-    circle = find_circle(i for m, s in sources.items() for i in read_imports(m, s, modules))
+    circle = find_cycle(i for m, s in sources.items() for i in read_imports(m, s, modules))
     assert circle == ["vlmcap.data.a", "vlmcap.data.b", "vlmcap.data.c", "vlmcap.data.a"]

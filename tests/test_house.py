@@ -74,7 +74,7 @@ def test_functions_are_short() -> None:
     assert {
         "train.py",
         "evaluate.py",
-        "tools/model_table.py",
+        "tools/model_page.py",
         "vlmcap/__init__.py",
         "vlmcap/training/run.py",
     } <= files.keys()

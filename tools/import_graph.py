@@ -1,10 +1,10 @@
-"""Reads the imports of the package, and prints what they amount to.
+"""Reads the imports of the package and prints statistics.
 
-    python -m tools.import_graph           modules, arrows, circles, imports inside functions, lines
-    python -m tools.import_graph --single  and the modules that one other module imports
+    python -m tools.import_graph           count modules, edges, cycles, imports inside functions, lines
+    python -m tools.import_graph --single  also list the modules with a single importer
 
-Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and
-*typing* (under `if TYPE_CHECKING:`). tests/test_architecture.py holds the directions.
+There are three kinds of imports: *eager* (executed when the module is imported), *lazy* (inside a function) and
+*typing* (under `if TYPE_CHECKING:`). tests/test_architecture.py checks their directions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["eager", "lazy", "typing"]
 
 @dataclass(frozen=True)
 class Import:
-    """`module` imports `target`; for `from a import b`, target is `a.b` where that is a module of ours, else `a`."""
+    """`module` imports `target`; for `from a import b`, the target is `a.b` if that is a native module, else `a`."""
 
     module: str
     target: str
@@ -31,14 +31,14 @@ class Import:
 
 
 def is_type_checking(test: ast.expr) -> bool:
-    """Whether the condition of an `if` is `TYPE_CHECKING`."""
+    """Returns whether the condition of an `if` is `TYPE_CHECKING`."""
     return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
         isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
     )
 
 
 def statements(node: ast.AST, kind: Kind = "eager") -> Iterator[tuple[ast.AST, Kind]]:
-    """Every node below `node`, with the kind that an import there would have."""
+    """Yields every node below `node` with the kind that an import there has."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and is_type_checking(child.test):
             for branch, inner in ((child.body, "typing"), (child.orelse, kind)):
@@ -56,7 +56,7 @@ def statements(node: ast.AST, kind: Kind = "eager") -> Iterator[tuple[ast.AST, K
 
 
 def targets(node: ast.AST, package: str, modules: set[str]) -> list[str]:
-    """The modules that one statement imports; `package` is where a relative import starts."""
+    """Returns the modules that a statement imports; relative imports start at `package`."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -77,13 +77,13 @@ def targets(node: ast.AST, package: str, modules: set[str]) -> list[str]:
 
 
 def read_imports(module: str, source: str, modules: set[str], *, is_package: bool = False) -> list[Import]:
-    """The imports of one file, in the order of its lines.
+    """Returns the imports of one file in the order of its lines.
 
     Args:
-        module: Dotted name of the file.
-        source: Its text.
-        modules: Names of our modules, by which `from a import b` is told apart from `from a.b import c`.
-        is_package: The file is an `__init__.py`, where a relative import starts at the package itself.
+        module: Dotted name of the module.
+        source: Source text of the module.
+        modules: Names of the native modules, which show whether `b` in `from a import b` is a module.
+        is_package: Whether the file is an `__init__.py`, whose relative imports start at the package itself.
     """
     package = module if is_package else module.rpartition(".")[0]
     found = [
@@ -95,7 +95,7 @@ def read_imports(module: str, source: str, modules: set[str], *, is_package: boo
 
 
 def graph_of(imports: Iterable[Import]) -> dict[str, set[str]]:
-    """Module -> the other modules that it imports."""
+    """Returns the set of other modules that each module imports."""
     graph: dict[str, set[str]] = {}
     for i in imports:
         if i.target != i.module:
@@ -103,8 +103,8 @@ def graph_of(imports: Iterable[Import]) -> dict[str, set[str]]:
     return graph
 
 
-def find_circle(imports: Iterable[Import]) -> list[str]:
-    """One circle of imports of any kind as a path whose ends are equal, or an empty list."""
+def find_cycle(imports: Iterable[Import]) -> list[str]:
+    """Returns one cycle of imports of any kind as a path that ends where it begins, or an empty list."""
     graph = graph_of(imports)
     done: set[str] = set()
 
@@ -114,19 +114,19 @@ def find_circle(imports: Iterable[Import]) -> list[str]:
         if module in done:
             return []
         for target in sorted(graph.get(module, ())):
-            if circle := walk(target, [*path, module]):
-                return circle
+            if cycle := walk(target, [*path, module]):
+                return cycle
         done.add(module)
         return []
 
     for module in sorted(graph):
-        if circle := walk(module, []):
-            return circle
+        if cycle := walk(module, []):
+            return cycle
     return []
 
 
-def our_files(root: Path = ROOT) -> dict[str, Path]:
-    """Module name -> file, for the package and the two programs."""
+def native_files(root: Path = ROOT) -> dict[str, Path]:
+    """Returns the file of each module of the package and of the two programs."""
     files = {}
     for path in sorted((root / "vlmcap").rglob("*.py")):
         names = path.relative_to(root).with_suffix("").parts
@@ -135,7 +135,7 @@ def our_files(root: Path = ROOT) -> dict[str, Path]:
 
 
 def all_imports(files: dict[str, Path]) -> list[Import]:
-    """Every import of the files, those of other packages included."""
+    """Returns all imports of the files, including those of other packages."""
     return [
         i
         for module, path in files.items()
@@ -146,34 +146,30 @@ def all_imports(files: dict[str, Path]) -> list[Import]:
 
 
 def main() -> None:
-    """Prints the figures of a checkout."""
+    """Prints the statistics of a checkout."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.import_graph", description="Count the imports between our modules."
+        prog="python -m tools.import_graph", description="Count the imports between the modules of the package."
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, such as one of an earlier commit")
-    parser.add_argument("--single", action="store_true", help="list the modules that one other module imports")
+    parser.add_argument("--single", action="store_true", help="list the modules with a single importer")
     options = parser.parse_args()
-    files = our_files(options.root)
+    files = native_files(options.root)
     lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in files.items()}
     imports = all_imports(files)
-    ours = [i for i in imports if i.target in files]
-    graph = graph_of(ours)
+    native = [i for i in imports if i.target in files]
+    graph = graph_of(native)
     importers: dict[str, set[str]] = {}
-    for module, targets_of in graph.items():
-        for target in targets_of:
+    for module, imported in graph.items():
+        for target in imported:
             importers.setdefault(target, set()).add(module)
     single = {module: next(iter(others)) for module, others in importers.items() if len(others) == 1}
-    circle = find_circle(ours)
-    print(f"{len(files)} modules, {sum(lines.values())} lines, {sum(map(len, graph.values()))} arrows")
-    print(f"circle: {' -> '.join(circle)}" if circle else "no circle")
-    print(
-        f"{sum(i.kind == 'lazy' for i in imports)} imports inside functions, {sum(i.kind == 'lazy' for i in ours)} of "
-        "them of our modules"
-    )
-    print(
-        f"{len(single)} modules have one importer, {sum(lines[module] < 80 for module in single)} of them under 80 "
-        "lines"
-    )
+    cycle = find_cycle(native)
+    num_lazy, num_lazy_native = (sum(i.kind == "lazy" for i in some) for some in (imports, native))
+    print(f"{len(files)} modules, {sum(lines.values())} lines, {sum(map(len, graph.values()))} edges")
+    print(f"cycle: {' -> '.join(cycle)}" if cycle else "no cycle")
+    print(f"{num_lazy} imports inside functions, {num_lazy_native} of them of modules of the package")
+    num_small = sum(lines[module] < 80 for module in single)
+    print(f"{len(single)} modules have a single importer, {num_small} of them under 80 lines")
     for module in sorted(single) if options.single else ():
         print(f"  {lines[module]:4} lines  {module} <- {single[module]}")
 

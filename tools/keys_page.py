@@ -1,9 +1,9 @@
-"""Writes docs/keys.md, the reference of every key, out of the dataclasses of `vlmcap.config`.
+"""Writes docs/keys.md, the reference of all configuration keys, from the dataclasses of `vlmcap.config`.
 
     python -m tools.keys_page            write the page
-    python -m tools.keys_page --check    exit with 1 when it is not current
+    python -m tools.keys_page --check    exit with code 1 if the page is outdated
 
-A key's text is the comment behind its field or, where there is none, the comment lines right above it.
+The description of a key is the comment behind its field, or else the comment lines directly above it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from tools.model_page import markdown_table
+from tools.model_tables import markdown_table
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
 
@@ -33,11 +33,12 @@ HEAD = """# Keys
 
 <!-- Made by `python -m tools.keys_page`; edit the dataclasses under vlmcap/config/ instead. -->
 
-Every key, as `python train.py KEY=VALUE` takes it. A YAML file under `conf/` may give another value than the default that
-stands here; `python train.py --cfg job …` shows what holds for a command. Where a group has kinds, what all of them have comes
-first, and any other key stands at the kinds that read it; beside another kind it is refused. *→ key* is a default that follows
-another key, *required* one that a file or the command line must give, and *only with* what to set for a key to be read.
-[conf/README.md](../conf/README.md) says how the files work together. What stands under `llm.suggested` is for files alone.
+All keys of `python train.py KEY=VALUE`. The files under `conf/` may set other values than the defaults listed here;
+`python train.py --cfg job …` shows the values of a command. If a group has kinds, the keys of all kinds come first,
+and every other key is listed with the kinds that read it; it is refused with any other kind. *→ key* is a default
+that follows another key, *required* means that a file or the command line must set the key, and *only with* names the
+setting that makes a key effective. [conf/README.md](../conf/README.md) explains how the files work together. Keys
+under `llm.suggested` are for files only.
 
 """
 
@@ -53,16 +54,16 @@ class Key:
 
     @property
     def row(self) -> tuple[str, str, str, str]:
-        """Its cells."""
+        """Cells of the row."""
         return f"`{self.path}`", self.type, self.default, self.text
 
 
 def page() -> str:
-    """The whole page, as it should be now."""
+    """Returns the current text of the page."""
     hints = get_type_hints(Config)
     groups = [name for name in hints if is_dataclass(hints[name])]
     single = [key for key in keys(Config, "") if key.path not in groups and key.path.partition(".")[0] not in groups]
-    sections = ["## Of the whole run\n\n" + markdown_table(HEADER, [key.row for key in single])]
+    sections = ["## Whole run\n\n" + markdown_table(HEADER, [key.row for key in single])]
     for group in groups:
         kinds = SCHEMAS.get(group)
         sections.append(_kinds_section(group, hints[group], kinds) if kinds else _plain_section(group, hints[group]))
@@ -70,17 +71,17 @@ def page() -> str:
 
 
 def keys(schema: type, prefix: str) -> Iterator[Key]:
-    """The keys of a dataclass and of those inside it, in the order of its fields.
+    """Yields the keys of a dataclass and of nested dataclasses, in the order of the fields.
 
     Args:
-        schema: Such as `LoraConfig`.
-        prefix: In front of each name, such as "tuning.lora."; empty for none.
+        schema: Dataclass, such as `LoraConfig`.
+        prefix: Prefix of each key, such as "tuning.lora."; may be empty.
     """
     hints, texts = get_type_hints(schema), comments(schema)
     for known in fields(schema):
         path, kind = f"{prefix}{known.name}", hints[known.name]
         if is_dataclass(kind):
-            yield from _inside(known, kind, f"{path}.")
+            yield from _nested_keys(known, kind, f"{path}.")
             continue
         settings = [f"{prefix}{setting}" for setting in known.metadata.get("setting", "").split()]
         note = f"only with `{' '.join(settings)}`" if settings else ""
@@ -88,9 +89,9 @@ def keys(schema: type, prefix: str) -> Iterator[Key]:
 
 
 def comments(schema: type) -> dict[str, str]:
-    """Field name to the comment behind it or above it, inherited ones included."""
+    """Returns the comment behind or above each field by its name, including inherited fields."""
     found: dict[str, str] = {}
-    for owner in reversed([one for one in schema.__mro__ if is_dataclass(one)]):
+    for owner in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
         lines = inspect.getsource(owner).splitlines()
         tree = ast.parse(inspect.cleandoc("\n".join(lines))).body[0]
         assert isinstance(tree, ast.ClassDef)
@@ -117,13 +118,13 @@ def _comment(lines: Sequence[str], node: ast.AnnAssign) -> str:
     return " ".join(above)
 
 
-def _inside(known: Field[Any], kind: type, prefix: str) -> Iterator[Key]:
-    """The keys of a dataclass in a field, with the values that this field begins with."""
-    own = known.default_factory() if known.default_factory is not NO_DEFAULT else kind()
+def _nested_keys(known: Field[Any], kind: type, prefix: str) -> Iterator[Key]:
+    """Yields the keys of a nested dataclass, with the defaults of the field that holds it."""
+    default = known.default_factory() if known.default_factory is not NO_DEFAULT else kind()
     for key in keys(kind, prefix):
-        value = getattr(own, key.path.removeprefix(prefix), NO_DEFAULT)
-        is_other = value is not NO_DEFAULT and "→" not in key.default and "required" not in key.default
-        yield Key(key.path, key.type, _shown(value), key.text) if is_other else key
+        value = getattr(default, key.path.removeprefix(prefix), NO_DEFAULT)
+        has_value = value is not NO_DEFAULT and "→" not in key.default and "required" not in key.default
+        yield Key(key.path, key.type, _shown(value), key.text) if has_value else key
 
 
 def _plain_section(group: str, schema: type) -> str:
@@ -133,7 +134,7 @@ def _plain_section(group: str, schema: type) -> str:
 
 
 def _kinds_section(group: str, base: type, kinds: Mapping[str, type]) -> str:
-    """What all kinds have, and then of each kind what it has besides or has otherwise."""
+    """Returns a table of the keys that all kinds share, and a table per kind of its other or different keys."""
     common = [key for key in keys(base, f"{group}.") if key.path != f"{group}.kind"]
     title = f"## `{group}`\n\n{_intro(base)}\n\n"
     parts = [title + markdown_table(HEADER, [key.row for key in common])]
@@ -149,9 +150,9 @@ def _intro(schema: type) -> str:
 
 
 def _type(kind: Any) -> str:
-    """Such as "number or null", or the names of an enum."""
+    """Returns the name of a type, such as "number or null", or the member names of an enum."""
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_type(one) for one in get_args(kind))
+        return " or ".join(_type(member) for member in get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(f"`{member.name}`" for member in kind)
     if get_origin(kind) is list:
@@ -162,7 +163,7 @@ def _type(kind: Any) -> str:
         str: "text",
         bool: "true, false",
         types.NoneType: "null",
-        Any: "see the text",
+        Any: "see description",
     }[kind]
 
 
@@ -176,7 +177,7 @@ def _default(known: Field[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a YAML file has it."""
+    """Returns a value as written in a YAML file."""
     if value is NO_DEFAULT or (isinstance(value, str) and value == MISSING):
         return "required"
     if value == "":
@@ -189,12 +190,12 @@ def _shown(value: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/keys.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
     text = page()
     if not parser.parse_args(arguments).check:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.name} is not current; run python -m tools.keys_page", file=sys.stderr)
+        print(f"docs/{PAGE.name} is outdated; run python -m tools.keys_page", file=sys.stderr)
         return 1
     return 0
 

@@ -1,203 +1,158 @@
-"""The page of every encoder, projector, language model, whole model and GPU that `conf/` names, as Markdown."""
+"""Writes docs/models.md, the page of all models and hardware profiles in `conf/`.
+
+    python -m tools.model_page                  write the page
+    python -m tools.model_page --check          exit with code 1 if the page is outdated
+    python -m tools.model_page --measured FILE  first read the parity errors from a JUnit file
+
+The errors come from the tests: a parity test calls pytest's `record_property("parity:encoder:clip", error)`, and
+`pytest -o junit_family=xunit1 --junit-xml=FILE tests/models` writes all recorded errors; earlier ones are dropped.
+"""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import torch
-import transformers
-from torch import nn
 
-from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, PretrainedVlmConfig, ProjectorConfig
-from vlmcap.models.encoders import VisionEncoder
+from tools import model_tables as tables
+from vlmcap.assembly.components import encoder_options, projector_sizes
+from vlmcap.compose import CUSTOM, compose
+from vlmcap.config import Config, PretrainedVlmConfig
+from vlmcap.config_files import group_choices
+from vlmcap.demo.prepare import TINY_ENCODERS
+from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
-from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
-from vlmcap.terminal import grouped
+from vlmcap.models.projectors import ProjectorSizes
 
-Row = Sequence[str]
-NONE = "–"
-PARITY_HEADER = ("status", "parity test", "error")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, PARITY = DOCS / "models.md", DOCS / "parity.json"
+HEAD = """# Models
 
+<!-- Made by `python -m tools.model_page`; edit the YAML files under conf/ instead. -->
 
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """One comparison with the reference implementation.
+All names that each group accepts. Sizes and context lengths come from the checkpoints' configurations, built in the
+named class without weights and without a download. A parity test builds the class with tiny random weights, loads them
+like a checkpoint, and compares the output with the reference implementation; *error* is the largest absolute
+difference that it measured. Published weights were not used for it. Licenses are a first hint and were not all checked
+at the source: read the checkpoint's page before you use it.
 
-    Attributes:
-        test: `path::name` of the test.
-        error: Largest absolute difference that it measured.
-    """
+"""
+NOT_OFFERED = """## Not offered
 
-    test: str
-    error: float
-
-
-def read_parity(file: Path) -> dict[str, Parity]:
-    """What `encoder:clip`, `llm:qwen3` and their like measured; empty without the file."""
-    if not file.is_file():
-        return {}
-    return {key: Parity(**value) for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
+| checkpoint | reason |
+| --- | --- |
+| kakaocorp/kanana-1.5-2.1b-instruct-2505 | 24 heads of 128 at width 1 792, which transformers' Llama class refuses |
+| naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, -Vision-Instruct-3B | vision-language models with remote code |
+| LGAI-EXAONE/EXAONE-3.5-* | remote code, no class in transformers |
+"""
 
 
-def markdown_table(header: Row, rows: Iterable[Row]) -> str:
-    """A table whose cells are given as Markdown; a `|` in them is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-ENCODER_HEADER = (
-    "name",
-    "checkpoint",
-    "class",
-    "parameters",
-    "width",
-    "visual tokens a frame",
-    "license",
-    *PARITY_HEADER,
-)
-
-
-def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
-    """Of one encoder.
-
-    Args:
-        config: Its settings.
-        encoder: Built from them, weights not needed.
-        parity: All measured errors.
-    """
-    whole = known_model_config(config.checkpoint)
-    vision = getattr(whole, "vision_config", whole)
-    tower = _without_weights("AutoModel", vision)
-    up_to = "at most " if len(encoder.possible_grids(1)) > 1 else ""
-    return (
-        f"`{config.name}`",
-        _link(config.checkpoint),
-        f"`{type(tower).__name__}`",
-        _millions(tower),
-        str(encoder.embed_dim),
-        f"{up_to}{encoder.num_patches}",
-        _licence(config.license, config.gate),
-        *_parity(parity, f"encoder:{vision.model_type}"),
+def page() -> str:
+    """Returns the current text of the page."""
+    parity = tables.read_parity(PARITY)
+    configs = list(_configurations())
+    encoders = [(config.encoder, _encoder(config)) for config in _distinct(configs, "encoder")]
+    vlms = [config.model for config in _distinct(configs, "model") if isinstance(config.model, PretrainedVlmConfig)]
+    sections = {
+        "Encoders": (tables.ENCODER_HEADER, [tables.encoder_row(*encoder, parity) for encoder in encoders]),
+        "Projectors": (
+            tables.PROJECTOR_HEADER,
+            [
+                tables.projector_row(config.projector, _example(config), parity)
+                for config in _distinct(configs, "projector")
+            ],
+        ),
+        "Language models": (
+            tables.LLM_HEADER,
+            [tables.llm_row(config.llm, parity) for config in _distinct(configs, "llm")],
+        ),
+        "Pretrained VLMs": (tables.MODEL_HEADER, [tables.model_row(vlm, parity) for vlm in vlms]),
+        "Hardware": (
+            tables.HARDWARE_HEADER,
+            [tables.hardware_row(config.hardware) for config in _distinct(configs, "hardware")],
+        ),
+    }
+    body = "\n".join(
+        f"## {title}\n\n{tables.markdown_table(header, rows)}" for title, (header, rows) in sections.items()
     )
+    return f"{HEAD}{body}\n{NOT_OFFERED}"
 
 
-PROJECTOR_HEADER = ("name", "parameters, 1 024 → 4 096", "tokens of 8 frames of 24 × 24 patches", *PARITY_HEADER)
+def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
+    """Reads the test and the error of every `parity:` property in a JUnit file of pytest.
 
-
-def projector_row(config: ProjectorConfig, sizes: ProjectorSizes, parity: Mapping[str, Parity]) -> Row:
-    """Of one projector.
-
-    Args:
-        config: Its settings.
-        sizes: Those of the example: widths 1 024 and 4 096, 8 frames of 24 × 24 patches.
-        parity: All measured errors.
+    If a name was recorded more than once, the largest error counts.
     """
+    found: dict[str, dict[str, str | float]] = {}
+    for case in ElementTree.parse(file).iter("testcase"):
+        for recorded in case.iter("property"):
+            name, error = recorded.attrib["name"], recorded.attrib["value"]
+            key = name.removeprefix("parity:")
+            if key != name and float(error) >= found.get(key, {"error": -1.0})["error"]:  # type: ignore[operator]
+                found[key] = {
+                    "test": f"{case.attrib['file']}::{case.attrib['name'].partition('[')[0]}",
+                    "error": float(error),
+                }
+    return dict(sorted(found.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes or checks the page; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.model_page", description="Write docs/models.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="JUnit file with the errors that parity tests recorded"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.measured:
+        PARITY.write_text(json.dumps(read_measured(chosen.measured), indent=2) + "\n", encoding="utf-8")
+    text = page()
+    if chosen.check:
+        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"docs/{PAGE.name} is outdated; run python -m tools.model_page", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _names(group: str) -> list[str]:
+    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, CUSTOM, "assembled")]
+
+
+def _configurations() -> Iterator[Config]:
+    """Yields configurations that contain every name of every group, with several groups each, as composing is slow."""
+    groups = ("encoder", "projector", "llm", "hardware")
+    for chosen in itertools.zip_longest(*map(_names, groups)):
+        names = [f"{group}={name}" for group, name in zip(groups, chosen, strict=True) if name]
+        yield compose([*names, "hardware.frame_stack=1"])  # hardware=cpu would stack the frames of the example
+    for name in _names("model"):
+        yield compose([f"model={name}"])
+
+
+def _distinct(configs: Sequence[Config], group: str) -> list[Config]:
+    """Returns one configuration for each name of a group, in their order."""
+    first = {getattr(config, group).name: config for config in reversed(configs)}
+    return [first[name] for name in _names(group)]
+
+
+def _encoder(config: Config) -> VisionEncoder:
     with torch.device("meta"):
-        projector = build_projector(config, sizes)
-    tokens = grouped(count_tokens(config, sizes, sizes.num_frames))
-    return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind}"))
+        return build_encoder(known_model_config(config.encoder.checkpoint), encoder_options(config))
 
 
-LLM_HEADER = ("name", "checkpoint", "class", "parameters", "width", "layers", "context", "license", *PARITY_HEADER)
+def _example(config: Config) -> ProjectorSizes:
+    """Returns the sizes of the example in the header of the projectors' table."""
+    encoder = SimpleNamespace(embed_dim=1024, grid=(24, 24), possible_grids=lambda num_frames: [(8, 24, 24)])
+    return projector_sizes(config, encoder, out_dim=4096, num_prompt_tokens=32)
 
 
-def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
-    """Of one language model."""
-    known = known_model_config(config.checkpoint)
-    model = _without_weights("AutoModelForCausalLM", known)
-    return (
-        f"`{config.name}`",
-        _link(config.checkpoint),
-        f"`{type(model).__name__}`",
-        _millions(model),
-        str(known.hidden_size),
-        str(known.num_hidden_layers),
-        grouped(known.max_position_embeddings),
-        _licence(config.license, config.gate),
-        *_parity(parity, f"llm:{known.model_type}"),
-    )
-
-
-MODEL_HEADER = ("name", "checkpoint", "class", "parameters", "visual tokens", "license", *PARITY_HEADER)
-
-
-def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
-    """Of one whole model."""
-    known = known_model_config(config.checkpoint)
-    model = _without_weights("AutoModelForImageTextToText", known)
-    return (
-        f"`{config.name}`",
-        _link(config.checkpoint),
-        f"`{type(model).__name__}`",
-        _millions(model),
-        _whole_model_tokens(known),
-        _licence(config.license, config.gate),
-        *_parity(parity, f"model:{config.kind}"),
-    )
-
-
-HARDWARE_HEADER = (
-    "name",
-    "GiB",
-    "precision",
-    "weights",
-    "attention",
-    "clips a step",
-    "frames",
-    "image size",
-    "checkpointing",
-)
-
-
-def hardware_row(config: HardwareConfig) -> Row:
-    """Of one GPU."""
-    return (
-        f"`{config.name}`",
-        f"{config.memory_gib:g}",
-        config.precision.name,
-        config.quantization.name,
-        config.attention,
-        f"{config.batch_size} × {config.accumulate_grad_batches}",
-        str(config.num_frames),
-        "the encoder's" if config.image_size is None else str(config.image_size),
-        "yes" if config.gradient_checkpointing else "no",
-    )
-
-
-def _without_weights(auto_class: str, config: Any) -> nn.Module:
-    with torch.device("meta"):
-        model: nn.Module = getattr(transformers, auto_class).from_config(config)
-    return model
-
-
-def _whole_model_tokens(config: Any) -> str:
-    vision = config.vision_config
-    if hasattr(vision, "spatial_merge_size"):
-        side = vision.patch_size * vision.spatial_merge_size
-        return f"one for {side} × {side} pixels of {vision.temporal_patch_size} frames"
-    side = vision.image_size // vision.patch_size // config.spatial_pool_stride
-    return f"{side * side} a frame"
-
-
-def _parity(parity: Mapping[str, Parity], key: str) -> Row:
-    if found := parity.get(key):
-        return "tested at tiny size", f"`{found.test}`", f"{found.error:.0e}".replace("e-0", "e-")
-    return "tested by its properties" if key.startswith("projector:") else "not compared yet", NONE, NONE
-
-
-def _licence(license: str, gate: str | None) -> str:
-    name = license or gate or NONE
-    return f"{name}; gated: accept it on the checkpoint's page" if gate else name
-
-
-def _link(checkpoint: str) -> str:
-    return f"[{checkpoint}](https://huggingface.co/{checkpoint})"
-
-
-def _millions(module: nn.Module) -> str:
-    millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
-    return f"{millions:.1f} M" if millions < 1000 else f"{grouped(round(millions))} M"
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,13 +23,13 @@ def explain(error: Exception) -> str:
     first = text.splitlines()[0].strip().rstrip(".")
     if hint := foreign_key(name):
         return hint
-    missing_group = re.search(r"Could not find '([^']+)/([^/']+)'", text)
-    if missing_group:
-        group, choice = missing_group.groups()
-        choices = ", ".join(group_choices(group))
-        return f"{group}={choice} does not exist; " + (
-            f"choose one of {choices}" if choices else f"{group} is not a group, so leave {group}={choice} out"
-        )
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, choice = missing.groups()
+        if hint := foreign_key(f"{group}={choice}"):  # given in a YAML file; on the command line it is refused earlier
+            return hint
+        if choices := ", ".join(group_choices(group)):
+            return f"there is no {group} named '{choice}'; choose {group}= one of {choices}"
+        return f"{group}={choice} does not exist, and there are no files under {group}/; remove it"
     if override := getattr(error, "override", None):  # it could not be parsed
         key, _, value = override.partition("=")
         if not value:

@@ -1,6 +1,6 @@
-"""What Hydra looks for in the namespace package `hydra_plugins`.
+"""Plugins that Hydra finds in its namespace package `hydra_plugins`.
 
-The sweeper of `train.py -m`, and the folder of `--config-dir`.
+They are the sweeper of `train.py -m`, and the configuration search path with the folder of `--config-dir`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class OwnConfigDir(SearchPathPlugin):
-    """Puts the folder of `--config-dir` in front of ours."""
+class UserConfigDir(SearchPathPlugin):
+    """Puts the folder of `--config-dir` before the built-in one."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Adds it, where there is one."""
+        """Adds the user's folders of configuration files to the search path."""
         from vlmcap.config_files import config_dirs
 
         for folder in reversed(config_dirs()[:-1]):
@@ -26,22 +26,22 @@ class OwnConfigDir(SearchPathPlugin):
 
 
 class Sweep(Sweeper):
-    """Runs a sweep as the group `sweep` of the configuration says it.
+    """Runs a sweep with the settings in the group `sweep` of the configuration.
 
     Args:
-        max_batch_size: Of Hydra's own sweeper, and not used.
-        params: Overrides in front of those of the command line, as of Hydra's own sweeper.
+        max_batch_size: Argument of Hydra's basic sweeper; not used.
+        params: Overrides that precede those of the command line, like those of Hydra's basic sweeper.
     """
 
     def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keeps what jobs are started with."""
+        """Stores the context, the task and the configuration that jobs are started with."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Runs the jobs that the arguments name, and exits with 1 if one came to nothing."""
+        """Runs the jobs that the arguments describe; exits with code 1 if one of them gives no result."""
         from vlmcap.overrides import read_overrides
         from vlmcap.sweeping.sweep import run_sweep
 

@@ -84,7 +84,7 @@ def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(
     main(["check-plugin", plugin_file(tmp_path, "my_gated", GATED), "projector.expansion=3"])
     told = capsys.readouterr().out
     assert told.count("projector=gated") == 8
-    assert "All 8 hold." in told
+    assert "All 8 checks passed." in told
     bad = GATED.replace('"gated"', '"lame"').replace(LINE, LINE[:-1] + "[:, :, ::2]\n")
     with pytest.raises(SystemExit) as exit_:
         main(["check-plugin", plugin_file(tmp_path, "my_lame", bad)])

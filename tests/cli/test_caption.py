@@ -1,6 +1,6 @@
-"""`vlmcap caption`: which files it finds, and an output that outlives whatever ends it.
+"""`vlmcap caption`: the files that it finds, and an output that survives every way of stopping.
 
-With a model: tests/training/test_real_path.py.
+tests/training/test_real_path.py runs it with a model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from vlmcap.types import Clip, Skipped
 
 
 class FakeCaptioner:
-    """Captions a clip with its name.
-
-    Keeps what it was asked for, fails on names with `bad`, and stops at `stop_at` with `error`.
-    """
+    """Captions a clip with its name; fails on names with `bad`, and raises `error` at index `stop_at`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -132,9 +129,9 @@ def test_what_is_passed_over_is_said(
     captured = capsys.readouterr()
     assert captioner.asked == ["a.mp4"]
     assert captured.err.splitlines()[:3] == [
-        "3 files with other endings were passed over: .srt, no ending",
-        "3 hidden files or folders were passed over",
-        f"3 entries that cannot be opened were passed over: {tmp_path}/lost.mp4, {tmp_path}/pipe.mp4, {tmp_path}/self",
+        "3 files with other endings were skipped: .srt, no ending",
+        "3 hidden files or folders were skipped",
+        f"3 entries that cannot be opened were skipped: {tmp_path}/lost.mp4, {tmp_path}/pipe.mp4, {tmp_path}/self",
     ]
 
 
@@ -181,15 +178,15 @@ def test_archives_count_as_folders(
     ]
     assert "error" in rows_of(output)[0]
     err = capsys.readouterr().err
-    assert "1 file with another ending was passed over: .txt" in err
-    assert "1 hidden file or folder was passed over" in err
+    assert "1 file with another ending was skipped: .txt" in err
+    assert "1 hidden file or folder was skipped" in err
     assert find_videos([tmp_path / "clips.zip"]).videos == [row["video"] for row in rows_of(output)[1:]]
 
 
 def test_paths_that_hold_no_video(tmp_path: Path) -> None:
     (tmp_path / "._a.mp4").touch()
     (tmp_path / "a.srt").touch()
-    with pytest.raises(UserError, match=r"holds no video .*\.srt; 1 hidden file or folder was passed over"):
+    with pytest.raises(UserError, match=r"holds no video .*\.srt; 1 hidden file or folder was skipped"):
         find_videos([tmp_path])
     with pytest.raises(UserError, match=r"missing\.mp4 does not exist"):
         find_videos([tmp_path / "missing.mp4"])
@@ -206,9 +203,9 @@ def test_rows_are_there_as_clips_are_done(
     assert ends(*clips, "--output", output) == 130
     assert names_of(output) == ["a", "b"]
     err = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        err == f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; the same command with --resume goes on "
-        "from there"
+    assert err == (
+        f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; "
+        "the same command with --resume continues from there"
     )
     with output.open("a", encoding="utf-8") as file:
         file.write('{"video": "c.mp4", "predi')
@@ -281,7 +278,8 @@ def test_a_bad_clip_is_a_row_and_tried_again(
     assert ends(tmp_path / "clips", "--output", output) == 2
     assert names_of(output) == ["a", "b", "bad", "c", "d", "e"]
     assert rows_of(output)[2] == {"video": str(bad), "error": "it is broken"}
-    line = f"Error: 1 of 6 files could not be read, first: {bad} (it is broken); 5 captioned, 0 skipped, 1 failed: {output}"
+    line = f"Error: 1 of 6 files could not be read; the first is {bad} (it is broken); "
+    line += f"5 captioned, 0 skipped, 1 failed: {output}"
     assert capsys.readouterr().err.splitlines()[-1] == line
     assert ends(tmp_path / "clips", "--output", output, "--resume") == 2
     assert names_of(output) == ["a", "b", "c", "d", "e", "bad"]
@@ -304,7 +302,7 @@ def test_an_unfinished_file_is_not_lost_without_resume(
     caption(*clips[:2], "--output", output)
     before = output.read_bytes()
     assert ends(*clips, "--output", output) == 2
-    assert "has 2 rows of an earlier command, and lacks 3 of these 5 files: add --resume" in capsys.readouterr().err
+    assert "has 2 rows of an earlier command and lacks 3 of these 5 files: add --resume" in capsys.readouterr().err
     assert output.read_bytes() == before
     caption(*clips[:2], "--output", output)  # a finished one is written again, as ever
     assert captioner.asked == ["a.mp4", "b.mp4"] * 2
@@ -319,7 +317,7 @@ def test_a_file_of_something_else_is_left_alone(
         labels.write_text(content)
         for more in ([], ["--resume"]):
             assert ends(*clips, "--output", labels, *more) == 2
-            assert "holds something else than captions" in capsys.readouterr().err
+            assert "holds something other than captions" in capsys.readouterr().err
             assert labels.read_text() == content
 
 

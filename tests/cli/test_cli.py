@@ -1,7 +1,4 @@
-"""`vlmcap`: arguments, files, and mistakes that end in one line and exit code 2.
-
-Captioning itself: tests/training/test_real_path.py.
-"""
+"""`vlmcap`: arguments, files, and mistakes, which end in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -113,7 +110,7 @@ def test_features_are_built_listed_and_pruned(
     for part in (*keys, "int8", "float16", "4 uniform", "11", "kB", "RMS"):
         assert part in out, part
     cli.main(["cache", "verify", where])
-    assert capsys.readouterr().out.startswith("22 clips in ")
+    assert capsys.readouterr().out.startswith("All 22 clips in ")
     shard = next((tmp_path / "cache" / "features" / keys[0]).glob("[0-9]*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(SystemExit) as ended:
@@ -131,7 +128,7 @@ def test_features_are_built_listed_and_pruned(
     assert "freed" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()] == [keys[1]]
     cli.main(["cache", "prune", "--all", where])  # this process built them, so they are in use
-    assert f"Kept, as a running program has them open: {keys[1]}" in capsys.readouterr().out
+    assert f"Kept because a running program uses them: {keys[1]}" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "cache" / "features" / keys[1] / ".users")  # as if it had ended
     cli.main(["cache", "prune", "--max-gib", "0", where])
     assert not (tmp_path / "cache" / "features" / keys[1]).exists()
@@ -172,7 +169,7 @@ def test_a_picture_of_no_table_is_refused(tmp_path: Path, capsys: pytest.Capture
 def test_every_command_takes_overrides_and_a_folder_of_yaml_files(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A key of another program is refused by name before anything is done, so that it was read, and so is a folder that is not there."""
+    """Overrides are read: an unknown key is refused before anything is done, and so is a folder that does not exist."""
     needed = {
         "cache": ["cache", "info"],
         "data": ["data", "check"],

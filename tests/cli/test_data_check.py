@@ -1,4 +1,4 @@
-"""`vlmcap data check` finds what would spoil a run, and its page opens without network, script errors or injected markup."""
+"""`vlmcap data check` finds problems of a data set, and its page needs no network and has no injected markup."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def picture(seed: int) -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="module")
-def spoilt_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of the training split again in the validation split, one video and one label broken, a caption given twice."""
-    root = tmp_path_factory.mktemp("spoilt")
+def broken_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with a training clip in the validation split, a broken video and label, and a repeated caption."""
+    root = tmp_path_factory.mktemp("broken")
     for split, captions in CAPTIONS.items():
         for part in ("videos", "labels"):
             (root / split / part).mkdir(parents=True)
@@ -52,15 +52,15 @@ def spoilt_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checked(spoilt_root: Path, llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What the command printed, and its page."""
+def checked(broken_root: Path, llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Output of the command, and its page."""
     from contextlib import redirect_stdout
     from io import StringIO
 
     folder, printed = tmp_path_factory.mktemp("check"), StringIO()
     overrides = [
         "data=aihub",
-        f"data.root={spoilt_root}",
+        f"data.root={broken_root}",
         "llm=qwen3_8b",
         f"llm.checkpoint={llm_folder}",
         f"llm.max_caption_tokens={LIMIT}",
@@ -71,20 +71,21 @@ def checked(spoilt_root: Path, llm_folder: Path, tmp_path_factory: pytest.TempPa
     return printed.getvalue(), folder / "page.html"
 
 
-def test_the_terminal_says_what_is_wrong(checked: tuple[str, Path], tokenizer: Any) -> None:
+def test_the_terminal_lists_problems(checked: tuple[str, Path], tokenizer: Any) -> None:
     printed = " ".join(checked[0].split())
     assert "Clips or labels that cannot be used: 2" in printed
     assert "train2" in printed and "torn" in printed
-    assert "that look alike in different splits, so that scores would be too good: 1" in printed
+    assert "Groups of similar clips in different splits, which would make scores too good: 1" in printed
     assert "train/train0 = val/val0" in printed
     assert f"2 × {REPEATED}" in printed
     row = re.search(r"train" + r" │ +(\d+)" * 7, checked[0])
     assert row is not None
     characters = [len(caption) for caption in CAPTIONS["train"]]
     tokens = [len(tokenizer(caption, add_special_tokens=False)["input_ids"]) + 1 for caption in CAPTIONS["train"]]
-    cut = sum(count > LIMIT for count in tokens)
-    assert 0 < cut < 3
-    expected = [3, 3, round(sum(characters) / 3), max(characters), round(sum(tokens) / 3), max(tokens), cut]
+    num_truncated = sum(count > LIMIT for count in tokens)
+    assert 0 < num_truncated < 3
+    mean_characters, mean_tokens = round(sum(characters) / 3), round(sum(tokens) / 3)
+    expected = [3, 3, mean_characters, max(characters), mean_tokens, max(tokens), num_truncated]
     assert [int(cell) for cell in row.groups()] == expected
 
 
@@ -92,15 +93,15 @@ def test_the_page_shows_pictures_and_escapes_captions(checked: tuple[str, Path])
     page = checked[1].read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") >= 4
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
-    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page asks for nothing"
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page fetches nothing"
     assert f"llm.max_caption_tokens={LIMIT}" in page
     assert "train/train0 · 바다" in page or "val/val0 · 바다" in page
 
 
-def test_captions_alone_need_no_video(spoilt_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["data=aihub", f"data.root={spoilt_root}", f"paths.cache_dir={tmp_path}"]
+def test_captions_alone_need_no_video(broken_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data=aihub", f"data.root={broken_root}", f"paths.cache_dir={tmp_path}"]
     main(["data", "check", *overrides, "--captions-only", "--output", str(tmp_path / "p.html")])
-    assert "look alike" not in capsys.readouterr().out
+    assert "similar" not in capsys.readouterr().out
     assert "data:image/jpeg" not in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 

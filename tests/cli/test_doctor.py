@@ -1,4 +1,4 @@
-"""`vlmcap doctor`: what it finds here, what it says where something is missing, and its exit codes."""
+"""`vlmcap doctor`: its checks of this machine, its messages about missing things, and its exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without a GPU and without a key."""
+    """A machine without a GPU and without an API key."""
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -45,7 +45,7 @@ def test_this_environment_is_fit_for_the_demo() -> None:
     assert importlib.metadata.version("torch") in checks["torch"].found
 
 
-def test_a_missing_card_is_a_problem_where_one_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_a_problem_if_the_profile_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "hardware=l4"])
     assert stop.value.code == 1
@@ -68,7 +68,7 @@ def test_shared_memory_against_what_workers_need(
     usage = shutil.disk_usage(tmp_path)._replace(free=free, total=free)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     check = found(*overrides)["shared memory"]
-    assert check.level == level and words in f"{check.found}: {check.mend}"
+    assert check.level == level and words in f"{check.found}: {check.hint}"
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,26 +76,26 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["ready"] is True
     assert result["verdict"].startswith("Ready, with ")
-    assert {"name": "decoder", "level": "ok", "found": "PyAV wrote and read a clip", "mend": ""} in result["checks"]
+    assert {"name": "decoder", "level": "ok", "found": "PyAV wrote and read a clip", "hint": ""} in result["checks"]
 
 
 @pytest.mark.parametrize(
-    ("GPU", "level", "words"),
+    ("gpu", "level", "words"),
     [
         (
             DetectedDevice("NVIDIA L4", 22.0, 21.5, "l4", (8, 9)),
             "ok",
             "NVIDIA L4, 21.5 of 22.0 GiB free, compute capability 8.9, hardware=l4",
         ),
-        (DetectedDevice("NVIDIA L4", 22.0, 3.0, "l4", (8, 9)), "warning", "another program holds memory"),
+        (DetectedDevice("NVIDIA L4", 22.0, 3.0, "l4", (8, 9)), "warning", "another program uses its memory"),
         (DetectedDevice("NVIDIA GeForce RTX 3050", 7.8, 7.5, None, (8, 6)), "warning", "hardware=t4"),
     ],
 )
-def test_a_card(gpu: DetectedDevice, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu(gpu: DetectedDevice, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "detect_gpu", lambda: gpu)
     checks = found("hardware=l4")
     assert checks["GPU"].level == level
-    assert words in f"{checks['gpu'].found}: {checks['gpu'].mend}"
+    assert words in f"{checks['GPU'].found}: {checks['GPU'].hint}"
     assert "attention" in checks["FlashAttention"].found or checks["FlashAttention"].found == "installed"
 
 
@@ -105,10 +105,10 @@ def test_versions_outside_the_tested_range(version: str, level: str, monkeypatch
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "torch" else true(name))
     check = found()["torch"]
     assert check.level == level
-    assert ("pip install 'torch" in check.mend) == (level == "problem")
+    assert ("pip install 'torch" in check.hint) == (level == "problem")
 
 
-def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     true = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -120,7 +120,7 @@ def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found()["peft"].level == "problem"
 
 
-def test_what_breaks_in_a_check_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_check_is_reported_as_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("libavcodec.so: cannot open shared object file")
 
@@ -157,7 +157,7 @@ def test_a_key_is_never_shown(
     os.chmod(machine / "netrc", 0o600)
     main(["doctor", "--json", "logger=wandb"])
     shown = capsys.readouterr()
-    assert shown.out.count("a key is set") == 2
+    assert shown.out.count("an API key is set") == 2
     assert SECRET not in shown.out + shown.err
 
 
@@ -169,11 +169,14 @@ def test_forgetting(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--forget"])
     assert list(folder.iterdir()) == []
     main(["doctor", "--forget"])
-    assert capsys.readouterr().out.splitlines() == ["Removed NVIDIA-L4.json.", f"Nothing is kept in {folder}."]
+    assert capsys.readouterr().out.splitlines() == [
+        "Removed NVIDIA-L4.json.",
+        f"There are no measurements in {folder}.",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--blocks", "1"], ["--forget", "--measure"], ["--measure", "--blocks", "0"]])
-def test_flags_that_do_not_go_together(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_cannot_be_combined(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["doctor", *arguments])
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""`vlmcap doctor llm.checkpoint=…`: a table of what the checkpoint is, a clear last line, and the exit code."""
+"""`vlmcap doctor llm.checkpoint=…`: the table of a checkpoint, the verdict in the last line, and the exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_language_model_is_described_and_ready(
         "class": "Qwen3ForCausalLM (qwen3)",
         "context": "512 tokens",
         "license": "apache-2.0",
-        "captions": "native",
+        "decoding engine": "native",
     }.items():
         assert text in table[name]
     assert "<|im_end|> <|endoftext|>" in table["end tokens"]

@@ -1,7 +1,6 @@
-"""Tensors that claim to be on `cuda:0` and compute on the CPU, so that a mix-up of devices and a wait for the GPU show without one.
+"""Tensors that claim to be on `cuda:0` but compute on the CPU, which reveal device errors and syncs without a GPU.
 
-PyTorch's core takes them for tensors of the CPU, as a CPU build has no streams for its autograd; Python code sees
-`cuda:0` everywhere.
+PyTorch's core sees CPU tensors, because a CPU build has no streams for its autograd; Python code sees `cuda:0`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def panels(section: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def test_the_sections(section: dict[str, Any]) -> None:
     titles = [one["name"] for one in section["panelBankConfig"]["sections"]]
     assert titles == [
-        "val/cider by part",
+        "val/cider by component",
         "Factors",
         "Score against cost",
         "Captions",
@@ -118,8 +118,8 @@ def test_without_a_network_the_command_writes_a_file_and_says_how_to_publish(
     monkeypatch.setenv("WANDB_MODE", "offline")
     main(["dashboard", "--project", "captions"])
     assert capsys.readouterr().out == (
-        "W&B cannot be asked, because WANDB_MODE=offline; dashboard.json holds the dashboard's definition, "
-        "and `vlmcap dashboard --project captions` with a key and a network publishes it.\n"
+        "W&B cannot be reached, as WANDB_MODE=offline says; dashboard.json holds the dashboard's definition; "
+        "run `vlmcap dashboard --project captions` with an API key and a network to publish it.\n"
     )
     main(["dashboard", "--entity", "team", "--json", "made/one.json"])
     assert json.loads((tmp_path / "made" / "one.json").read_text(encoding="utf-8"))["entity"] == "team"
@@ -142,7 +142,7 @@ SWEPT = [
 
 
 def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """The command line that W&B's agent makes of a sweep and a run's values, by its own code where that is not a part of the agent."""
+    """Returns the command of a run as W&B's agent builds it, with W&B's own code where it is accessible."""
     from wandb.sdk.launch.sweeps import utils
 
     made = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
@@ -192,9 +192,9 @@ def test_the_agents_command_composes(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["encoder=clip"], "nothing is swept; give a key several values"),
+        (["encoder=clip"], "no key has several values"),
         (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
-        (["tuning.adapter_lr=interval(1e-5,1e-3)"], "a range has no end for sweep.method=grid"),
+        (["tuning.adapter_lr=interval(1e-5,1e-3)"], "sweep.method=grid cannot search a range"),
         (["seed=0,1", "sweep=wandb", "sweep.max_runs=0"], "sweep.max_runs must be at least 1"),
     ],
 )
@@ -206,4 +206,4 @@ def test_a_mistake_is_said_before_a_sweep_is_made(overrides: list[str], sentence
 def test_overrides_without_a_sweep_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["dashboard", "encoder=clip,siglip2"])
-    assert "encoder=clip,siglip2 changes nothing in `vlmcap dashboard`" in capsys.readouterr().err
+    assert "encoder=clip,siglip2 has no effect on `vlmcap dashboard`" in capsys.readouterr().err

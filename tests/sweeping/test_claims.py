@@ -158,7 +158,7 @@ def test_a_job_that_outlived_its_sweep_is_left_alone(program: Program, capsys: p
         assert program(["-m", "seed=0,1", f"sweep.folder={folder}", "sweep.resume=true"], leave_a_file) == 1
         assert (folder / "0" / "status.json").read_text() == before
     assert [config.seed for config in program.runs] == [1]
-    assert "it still runs, process" in capsys.readouterr().out
+    assert "still running, process" in capsys.readouterr().out
     assert json.loads((folder / "1" / "status.json").read_text())["status"] == "finished"
 
 

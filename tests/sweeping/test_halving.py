@@ -51,7 +51,7 @@ def test_a_resumed_halving_runs_what_is_left(program: Program) -> None:
 
 def test_without_a_number_of_clips_there_are_no_shares(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program(["-m", "sweep=halving", "data=jsonl", "data.root=here", "seed=0,1"]) == 2
-    assert "sweep=halving takes shares of data.max_clips" in capsys.readouterr().err
+    assert "sweep=halving needs data.max_clips" in capsys.readouterr().err
     assert [*program.folder.iterdir()] == []
 
 

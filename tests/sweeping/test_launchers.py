@@ -16,7 +16,14 @@ from tests.sweeping.program import ROOT, statuses
 from vlmcap.compose import compose
 from vlmcap.config import BasicLauncherConfig, JoblibLauncherConfig
 from vlmcap.errors import UserError
-from vlmcap.sweeping.launchers import batch_size, needed, num_parallel, parameters, shares, visible_devices
+from vlmcap.sweeping.launchers import (
+    batch_size,
+    device_shares,
+    import_library,
+    num_parallel,
+    parameters,
+    visible_devices,
+)
 
 
 def sweep(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,10 +38,10 @@ def check(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     found = statuses(folder / "here")
     assert [found[number]["status"] for number in "0123"] == ["finished", "failed", "failed", "finished"]
     assert found["1"]["reason"] == "RuntimeError: diverged"
-    assert found["2"]["reason"].startswith("its process ended without a word")
+    assert found["2"]["reason"].startswith("its process ended without writing its status")
     assert [found[number]["objective"] for number in "0123"] == [0.0, None, None, 0.3]
     assert "Best val/facts/mean: 0.3000, job 3, seed=3" in done.stdout
-    assert done.stdout.rstrip().endswith("To compare them: vlmcap report here")
+    assert done.stdout.rstrip().endswith("To compare the runs: vlmcap report here")
     processes = {(folder / "here" / number / "seen.txt").read_text().split()[0] for number in "03"}
     assert len(processes) == 2, "each in a process of its own"
 
@@ -74,12 +81,12 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def launcher(**values: int) -> JoblibLauncherConfig:
         return JoblibLauncherConfig(**values)
 
-    assert shares(launcher(), ["0", "1", "2"]) == ["0", "1", "2"]
-    assert shares(launcher(gpus_per_job=2), ["0", "1", "2", "3"]) == ["0,1", "2,3"]
-    assert shares(launcher(n_jobs=3), ["0", "1"]) == ["0", "1", "0"]
-    assert shares(launcher(n_jobs=2), []) == ["", ""]
-    assert shares(launcher(), []) == [""]
-    assert shares(launcher(gpus_per_job=0, n_jobs=2), ["0"]) == ["", ""]
+    assert device_shares(launcher(), ["0", "1", "2"]) == ["0", "1", "2"]
+    assert device_shares(launcher(gpus_per_job=2), ["0", "1", "2", "3"]) == ["0,1", "2,3"]
+    assert device_shares(launcher(n_jobs=3), ["0", "1"]) == ["0", "1", "0"]
+    assert device_shares(launcher(n_jobs=2), []) == ["", ""]
+    assert device_shares(launcher(), []) == [""]
+    assert device_shares(launcher(gpus_per_job=0, n_jobs=2), ["0"]) == ["", ""]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
     assert visible_devices() == ["2", "GPU-ab"]
     assert num_parallel(launcher()) == 2
@@ -106,4 +113,4 @@ def test_slurm_is_told_what_the_configuration_says() -> None:
 def test_a_launcher_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r'launcher=submitit needs submitit: pip install "vlmcap\[slurm\]"'):
-        needed("submitit")
+        import_library("submitit")

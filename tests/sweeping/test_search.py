@@ -62,9 +62,9 @@ def test_the_space_is_hydras_syntax() -> None:
     assert len(space_of("a=1,2", "b=range(0,3)").points()) == 6
     with pytest.raises(UserError, match="sampler=grid cannot try every value of b"):
         space_of("a=1,2", "b=interval(0.0,1.0)").points()
-    with pytest.raises(UserError, match="nothing to search"):
+    with pytest.raises(UserError, match="needs a key with several values"):
         space_of("a=1")
-    with pytest.raises(UserError, match="no space to search"):
+    with pytest.raises(UserError, match="is not a valid search space"):
         space_of("a=tag(log,interval(0.0,1.0))")
 
 

@@ -53,10 +53,10 @@ def test_a_sweep_survives_what_fails_and_says_what_became_of_each(
     assert found["3"]["config_hash"] == config_hash(compose(["projector=linear", "seed=1"]))
     printed = capsys.readouterr()
     assert "Best val/facts/mean: 0.2500, job 3, linear seed=1" in printed.out
-    assert "3 of 4 came to nothing" in printed.out
+    assert "3 of 4 jobs gave no result" in printed.out
     assert (
         printed.out.splitlines()[-1]
-        == f"To compare them: vlmcap report {program.sweep_folder().relative_to(program.folder)}"
+        == f"To compare the runs: vlmcap report {program.sweep_folder().relative_to(program.folder)}"
     )
     assert "shapes do not match" in printed.err
     assert "Traceback" in printed.err, "a bug keeps its traceback"
@@ -100,7 +100,7 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
         (["data.num_frame=2,4"], "no key 'data.num_frame'"),
         (["encoder=native", "seed=0,1"], "has no native encoder"),
         (["seed=0,1", "paths.output_dir=here"], "paths.output_dir would put every job of a sweep into one folder"),
-        (["sweep.budget_h=1,2"], "sweep.budget_h is of the sweep as a whole"),
+        (["sweep.budget_h=1,2"], "sweep.budget_h applies to the whole sweep"),
         (["seed=interval(0,1)"], "has no values to try one by one"),
         (["seed=0,1", "sweep.resume=true"], "sweep.resume=true continues the sweep in sweep.folder"),
         (
@@ -141,7 +141,7 @@ def test_a_resumed_sweep_runs_what_is_not_finished(program: Program, capsys: pyt
     found = statuses(program.folder / "here")
     assert [found[number]["objective"] for number in "0123"] == [0.1, 0.2, 0.1, 0.25]
     assert found.keys() == set("012345"), "the new ones have folders of their own"
-    assert "Job 3, linear seed=1: finished before." in capsys.readouterr().out
+    assert "Job 3, linear seed=1: already finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_an_interrupted_sweep_says_how_it_goes_on(program: Program, capsys: pyte
 def test_a_folder_that_holds_a_sweep_is_not_written_over(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     program(["-m", "seed=0,1", "sweep.folder=here"])
     assert program(["-m", "seed=0,1", "sweep.folder=here"]) == 2
-    assert "holds a sweep; add sweep.resume=true" in capsys.readouterr().err
+    assert "already holds a sweep; set sweep.resume=true" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ def test_the_caption_command(
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert f"{videos / 'test0.mp4'}\t" in out  # the good one is captioned all the same
-    assert "Error: 1 of 2 files could not be read, first:" in err
+    assert "Error: 1 of 2 files could not be read; the first is" in err
     assert "broken.mp4" in err
 
 

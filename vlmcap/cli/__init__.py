@@ -1,7 +1,7 @@
-"""The command `vlmcap`: training, scoring, and all that is done with models and data besides.
+"""The command `vlmcap`, with a subcommand for each task around training and scoring a captioner.
 
-A command has its arguments in `arguments.py`, which imports nothing heavy, and its body in the module of its name,
-which is imported once the arguments are known to be right: help and mistakes in arguments come at once.
+`arguments.py` declares the arguments of every subcommand and imports nothing heavy. The body of a subcommand is in the
+module of its name, which is imported after its arguments have been checked, so that help and errors appear at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlmcap.terminal import leave_closed_pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    """Runs the command line; a user's mistake ends in one line on stderr and exit code 2."""
     set_cuda_variables()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     if given[:1] and given[0] in PROGRAMS:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
-    """The options; argparse leaves overrides behind a flag over, which are taken too."""
+    """Parses the options, including overrides that follow a flag, which argparse returns as unknown arguments."""
     parser = _parser()
     options, rest = parser.parse_known_args(given)
     if unknown := [argument for argument in rest if not is_override(argument)]:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Korean video captioning: assemble, fine-tune, score and compare."
     parser = argparse.ArgumentParser(prog="vlmcap", description=description)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
-    for name, text in PROGRAMS.items():  # for the list of commands; Hydra reads their arguments
+    for name, text in PROGRAMS.items():  # listed here only; Hydra parses their arguments
         commands.add_parser(name, help=text)
     for command in COMMANDS:
         text = f"{command.help[0].upper()}{command.help[1:]}."
@@ -77,10 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read_overrides(options: argparse.Namespace, given: Sequence[str]) -> None:
-    """Puts the overrides into Hydra's grammar, and takes the user's plugins and folder of YAML files.
+    """Loads the user's plugins and configuration folder, and rewrites the overrides in Hydra's grammar.
 
     Raises:
-        UserError: An override cannot be right, a plugin cannot be loaded, or the folder is not there.
+        UserError: An override is malformed, a plugin cannot be loaded, or the folder does not exist.
     """
     if options.plugin:
         from vlmcap.plugins import use_plugins

@@ -1,4 +1,4 @@
-"""`python -m vlmcap.cli`, where the installed command is not on the path."""
+"""`python -m vlmcap.cli`, for environments where the installed command is not on the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vlmcap cache`: features of frozen encoders on disk, prepared, listed and pruned."""
+"""`vlmcap cache`: builds, lists, verifies and prunes the features of frozen encoders on disk."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _COLUMNS = ("key", "encoder", "layer", "frames", "clips", "size", "last used", "
 
 
 def run(options: Namespace) -> None:
-    """Prepares, lists, verifies or prunes features, as `options.action` says.
+    """Runs the action named by `options.action`.
 
     Raises:
-        UserError: An override is wrong, or there is no such store.
+        UserError: An override is invalid, or the store does not exist.
     """
     if options.action == "build":
         build(options.overrides)
@@ -50,15 +50,15 @@ def run(options: Namespace) -> None:
 
 
 def build(overrides: Sequence[str]) -> None:
-    """Encodes every clip of a configuration that is not in its store yet.
+    """Encodes every clip of a configuration that is not in its feature store yet.
 
     Neither the language model nor its files are needed.
 
     Args:
-        overrides: Of train.py.
+        overrides: Overrides as for train.py.
 
     Raises:
-        UserError: The configuration, its encoder or its data do not do.
+        UserError: The configuration is invalid, or its encoder or its data cannot be used.
     """
     config = with_model_kind(compose([*overrides, "cache.enabled=true"]))
     device_of(config)
@@ -74,12 +74,12 @@ def build(overrides: Sequence[str]) -> None:
     bad = [(clip, reason) for split, own in hashes.items() for clip, reason in unusable(clips[split], own, store)]
     if bad:
         clip, reason = bad[0]
-        print(f"{grouped(len(bad))} clips have no features, first: {clip.id} ({reason})", file=sys.stderr)
+        print(f"{grouped(len(bad))} clips have no features; the first is {clip.id} ({reason})", file=sys.stderr)
     print(f"{grouped(len(store))} clips, {gigabytes(store.num_bytes)}: {store.folder}")
 
 
 def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> Iterator[tuple[Clip, str]]:
-    """Clips without features in a filled store, and why."""
+    """Yields the clips that have no features in a filled store, with the reason."""
     for clip, content in zip(clips, hashes, strict=True):
         reason = "it cannot be opened" if content == UNREADABLE else store.skipped(bytes(content))
         if reason is not None:
@@ -87,10 +87,10 @@ def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureSt
 
 
 def info(overrides: Sequence[str]) -> None:
-    """Prints what stores there are.
+    """Prints a table of the feature stores.
 
     Args:
-        overrides: `paths.cache_dir` says where.
+        overrides: Overrides as for train.py; `paths.cache_dir` determines the folder.
     """
     root = features_folder(compose(overrides))
     stores = list_stores(root)
@@ -104,18 +104,19 @@ def info(overrides: Sequence[str]) -> None:
         table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for store in stores:
         table.add_row(*_row(store))
-    table.caption, table.caption_justify = (
-        "Errors are those of the stored numbers, over the root mean square of the features.",
-        "left",
-    )
+    table.caption = "Errors of the stored numbers are relative to the root mean square of the features."
+    table.caption_justify = "left"
     wide_console().print(table)
 
 
 def verify(overrides: Sequence[str]) -> None:
-    """Reads all features and compares them with their checksums; the exit code is 1 where something is damaged.
+    """Compares all features with their checksums and removes damaged files.
 
     Args:
-        overrides: `paths.cache_dir` says where.
+        overrides: Overrides as for train.py; `paths.cache_dir` determines the folder.
+
+    Raises:
+        SystemExit: With code 1 if a file is damaged.
     """
     root = features_folder(compose(overrides))
     stores = list_stores(root)
@@ -126,33 +127,28 @@ def verify(overrides: Sequence[str]) -> None:
         found = verify_stores(root, report)
     for damage in found:
         contents = f" (first {damage.contents[0]})" if damage.contents else ""
-        kept = "" if damage.is_removed else "; it cannot be removed, as the folder cannot be written to"
+        kept = "" if damage.is_removed else "; it could not be removed because the folder is not writable"
         print(f"{damage.path}: {damage.reason}{contents}{kept}", file=sys.stderr)
     if not found:
-        print(f"{grouped(sum(store.num_clips for store in stores))} clips in {root} are as they were written.")
+        print(f"All {grouped(sum(store.num_clips for store in stores))} clips in {root} match their checksums.")
         return
-    end = (
-        "they have been removed, and the next run makes them again"
-        if all(damage.is_removed for damage in found)
-        else "not all are removed"
-    )
-    print(
-        f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of "
-        f"{root}; {end}."
-    )
+    are_removed = all(damage.is_removed for damage in found)
+    end = "they were removed, and the next run encodes them again" if are_removed else "not all could be removed"
+    num_clips = sum(len(damage.contents) for damage in found)
+    print(f"Damaged: {grouped(num_clips)} clips in {grouped(len(found))} files of {root}; {end}.")
     raise SystemExit(1)
 
 
 def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | None = None) -> None:
-    """Deletes features: of the store `key`, or the longest unused ones until `max_gib` are left, or all.
+    """Deletes the store `key`, or the least recently used stores until at most `max_gib` are left, or all stores.
 
     Args:
-        overrides: `paths.cache_dir` says where.
-        max_gib: GiB that stay.
-        key: Of one store.
+        overrides: Overrides as for train.py; `paths.cache_dir` determines the folder.
+        max_gib: Size in GiB to keep; None keeps nothing.
+        key: Key of the only store to delete.
 
     Raises:
-        UserError: There is no such store.
+        UserError: No store has this key.
     """
     root = features_folder(compose(overrides))
     freed = prune_stores(root, round((max_gib or 0.0) * 2**30)) if key is None else remove_store(root, key)
@@ -160,7 +156,7 @@ def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | 
     in_use = ", ".join(store.key for store in left if store.is_in_use)
     print(f"{gigabytes(freed)} freed, {gigabytes(sum(store.num_bytes for store in left))} left in {root}")
     if in_use and key is None:
-        print(f"Kept, as a running program has them open: {in_use}")
+        print(f"Kept because a running program uses them: {in_use}")
 
 
 def _row(store: StoreInfo) -> list[str]:

@@ -1,4 +1,4 @@
-"""`vlmcap caption`: captions of video files, to the screen or into a file that grows clip by clip."""
+"""`vlmcap caption`: captions video files and writes to the screen, or to a file that grows clip by clip."""
 
 from __future__ import annotations
 
@@ -38,48 +38,49 @@ _READ = (
     *(f"data.{name}" for name in (*_DATA, "decode_timeout_s", "decode_memory_gib")),
     *(f"evaluation.{name}" for name in (*_SEARCH, "do_sample", "temperature", "top_p", "top_k")),
 )
-_MAX_NAMED = 10  # endings, and files, of a sentence
+_MAX_NAMED = 10  # file names or endings listed in one sentence
 
 
 def run(options: Namespace) -> None:
-    """Captions the files, to the screen or into a file.
+    """Captions the files.
 
     Raises:
         UserError: A path or the checkpoint is wrong, the output cannot be written, or some files could not be read.
-        StoppedBySignal: Ctrl-C or SIGTERM came while clips were captioned; what was done until then is in the output.
+        StoppedBySignal: Ctrl-C or SIGTERM stopped the command; the output holds the captions written until then.
     """
     if options.resume and not options.output:
-        raise UserError("--resume needs --output, the file to go on with")
+        raise UserError("--resume needs --output, the file to continue")
     settings = override_values(options.overrides, program="vlmcap caption", read=_READ)
     found = find_videos([Path(path) for path in options.paths])
     for notice in found.notices():
         print(notice, file=sys.stderr)
     output = Path(options.output) if options.output else None
     rows = CaptionFile(output, found.all, is_resumed=options.resume) if output else None
-    tally = _Tally(output)
+    counts = _Counts(output)
     with _stopping_on_sigterm():
-        _caption(options.checkpoint, settings, found, rows, tally)
-    if tally.failed:
-        video, reason = tally.failed[0]
+        _caption(options.checkpoint, settings, found, rows, counts)
+    if counts.failed:
+        video, reason = counts.failed[0]
         raise UserError(
-            f"{len(tally.failed)} of {len(found.all)} files could not be read, first: {video} ({reason}); {tally}"
+            f"{len(counts.failed)} of {len(found.all)} files could not be read; the first is {video} ({reason}); "
+            f"{counts}"
         )
-    print(_printable(str(tally)), file=sys.stdout if rows else sys.stderr)
+    print(_printable(str(counts)), file=sys.stdout if rows else sys.stderr)
 
 
-# --- which files ------------------------------------------------------------------------------------------------------
+# --- finding videos ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Found:
-    """What the paths of a command lead to.
+    """Files found under the paths of a command.
 
     Attributes:
-        videos: Paths, and addresses of members of archives; a path that was given as such may be that of any file.
+        videos: Paths, and addresses of archive members; a file given on the command line may have any ending.
         broken: Archives that cannot be read.
-        other_endings: Number of files below folders by their endings, which are not those of videos.
-        num_hidden: Number of hidden files and folders below folders.
-        unreadable: Links that lead nowhere, and what else cannot be opened.
+        other_endings: Number of files in folders by ending, for endings that are not those of videos.
+        num_hidden: Number of hidden files and folders in folders.
+        unreadable: Dangling links and other entries that cannot be opened.
     """
 
     videos: list[str] = field(default_factory=list)
@@ -90,31 +91,31 @@ class Found:
 
     @property
     def all(self) -> list[str]:
-        """Every path and address that gets a row."""
+        """Every path and address that gets a line in the output."""
         return [*self.videos, *(archive.clip.video for archive in self.broken)]
 
     def notices(self) -> list[str]:
-        """One sentence for each kind of files that are passed over."""
+        """Returns one sentence for each kind of skipped files."""
         notices = []
         if num := self.other_endings.total():
             files = "1 file with another ending was" if num == 1 else f"{num} files with other endings were"
-            notices.append(f"{files} passed over: {_named([ending for ending, _ in self.other_endings.most_common()])}")
+            notices.append(f"{files} skipped: {_listed([ending for ending, _ in self.other_endings.most_common()])}")
         if num := self.num_hidden:
-            notices.append(f"{num} hidden {'file or folder was' if num == 1 else 'files or folders were'} passed over")
+            notices.append(f"{num} hidden {'file or folder was' if num == 1 else 'files or folders were'} skipped")
         if num := len(self.unreadable):
             entries = "entry that cannot be opened was" if num == 1 else "entries that cannot be opened were"
-            notices.append(f"{num} {entries} passed over: {_named(self.unreadable)}")
+            notices.append(f"{num} {entries} skipped: {_listed(self.unreadable)}")
         return notices
 
 
 def find_videos(paths: Sequence[Path]) -> Found:
-    """Files as given, and the videos below folders and in archives, sorted by path.
+    """Finds the given files, and the videos in given folders and archives, sorted by path.
 
-    Folders are walked as those of data sets are: archives count as folders, hidden files are left out, links are
+    Folders are searched like those of data sets: archives count as folders, hidden files are skipped, and links are
     followed.
 
     Raises:
-        UserError: A path is not there, or a folder holds no video.
+        UserError: A path does not exist, or a folder holds no video.
     """
     from vlmcap.data.media.tree import is_archive
 
@@ -151,7 +152,7 @@ def _search(root: Path, found: Found) -> None:
     found.unreadable += own.unreadable
 
 
-def _named(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return _printable(", ".join(names[:_MAX_NAMED]) + more)
 
@@ -160,8 +161,8 @@ def _named(names: Sequence[str]) -> str:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """How far the command came; as text, the last line that it prints."""
+class _Counts:
+    """Progress of the command; its text is the last line that the command prints."""
 
     output: Path | None
     captioned: int = 0
@@ -173,67 +174,71 @@ class _Tally:
         return counts if self.output is None else f"{counts}: {self.output}"
 
 
-def _caption(checkpoint: str, settings: dict[str, Any], found: Found, rows: CaptionFile | None, tally: _Tally) -> None:
-    """Captions what the output lacks, and counts it in `tally`."""
-    videos = found.videos if rows is None else rows.left_of(found.videos)
-    tally.skipped = len(found.videos) - len(videos)
+def _caption(
+    checkpoint: str, settings: dict[str, Any], found: Found, rows: CaptionFile | None, counts: _Counts
+) -> None:
+    """Captions the videos that have no caption in the output yet."""
+    videos = found.videos if rows is None else rows.remaining(found.videos)
+    counts.skipped = len(found.videos) - len(videos)
     captions: Iterable[tuple[str | Path, str | Skipped]] = ()
     if videos:
         from vlmcap.training.checkpoints.load import load_captioner
 
         with progress_reporter("loading the model"):
             captions = load_captioner(checkpoint, settings).caption_files(videos)
-    screen = sys.stdout  # while a bar is on the terminal, print writes to the bar's stream
+    screen = sys.stdout  # a progress bar on the terminal replaces sys.stdout by its own stream
     is_silent = not videos or (rows is None and screen.isatty())
-    with nullcontext(_no_report) if is_silent else progress_reporter("captioning") as report, _saying_how_far(tally):
+    with nullcontext(_no_report) if is_silent else progress_reporter("captioning") as report, _adding_counts(counts):
         for archive in found.broken:
-            _put(archive.clip.video, archive, rows, tally, screen)
+            _write_result(archive.clip.video, archive, rows, counts, screen)
         for done, (video, caption) in enumerate(captions, 1):
-            _put(str(video), caption, rows, tally, screen)
+            _write_result(str(video), caption, rows, counts, screen)
             report(done, len(videos))
 
 
-def _put(video: str, caption: str | Skipped, rows: CaptionFile | None, tally: _Tally, screen: TextIO) -> None:
-    """Writes a caption, or why there is none; in the tally only what was written counts."""
+def _write_result(
+    video: str, caption: str | Skipped, rows: CaptionFile | None, counts: _Counts, screen: TextIO
+) -> None:
+    """Writes a caption, or the reason why there is none, and counts it after it has been written."""
     if isinstance(caption, Skipped):
         if rows is not None:
             rows.add({"video": video, "error": caption.reason})
-        tally.failed.append((video, caption.reason))
+        counts.failed.append((video, caption.reason))
         return
     if rows is not None:
         rows.add({"video": video, "prediction": caption})
     else:
         print(_printable(f"{video}\t{caption}"), file=screen, flush=True)
-    tally.captioned += 1
+    counts.captioned += 1
 
 
 def _no_report(done: int, total: int | None) -> None:
-    """Draws nothing."""
+    """Reports no progress."""
 
 
 @contextmanager
-def _saying_how_far(tally: _Tally) -> Iterator[None]:
-    """Adds the tally to whatever ends the command early."""
-    go_on = "" if tally.output is None else "; the same command with --resume goes on from there"
+def _adding_counts(counts: _Counts) -> Iterator[None]:
+    """Adds the counts to the message of any exception that ends the command early."""
+    hint = "" if counts.output is None else "; the same command with --resume continues from there"
     try:
         yield
     except KeyboardInterrupt:
-        raise StoppedBySignal(f"Stopped by Ctrl-C: {tally}{go_on}", signal.SIGINT) from None
+        raise StoppedBySignal(f"Stopped by Ctrl-C: {counts}{hint}", signal.SIGINT) from None
     except StoppedBySignal as stop:
-        raise StoppedBySignal(f"Stopped by {signal.Signals(stop.number).name}: {tally}{go_on}", stop.number) from None
+        raise StoppedBySignal(f"Stopped by {signal.Signals(stop.number).name}: {counts}{hint}", stop.number) from None
     except UserError as error:
-        raise UserError(f"{error}; {tally}{go_on}") from error
+        raise UserError(f"{error}; {counts}{hint}") from error
     except Exception as error:
         if is_out_of_memory(error):
-            why = f"memory ran out ({first_line(error)}): caption fewer clips at a time by data.eval_batch_size=1"
-            raise OutOfMemoryError(f"{why}; {tally}{go_on}") from error
-        print(f"{tally}{go_on}", file=sys.stderr)
+            why = f"memory ran out ({first_line(error)}): caption fewer clips at a time with data.eval_batch_size=1"
+            raise OutOfMemoryError(f"{why}; {counts}{hint}") from error
+        print(f"{counts}{hint}", file=sys.stderr)
         raise
 
 
 @contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM an exception like Ctrl-C, where this is the main thread."""
+    """Turns SIGTERM into an exception, like Ctrl-C, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,5 +254,5 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 
 def _printable(text: str) -> str:
-    """The text with escapes in place of what no terminal can show."""
+    """Escapes the surrogates of file names that are not UTF-8, which cannot be printed."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""The output of `vlmcap caption`: JSON lines that grow clip by clip, and outlive whatever ends the command."""
+"""Output file of `vlmcap caption`: JSON lines, written clip by clip and complete even if the command is killed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import IO, Any
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 
-_MARK = b'{"video": '  # what a row begins with
+_MARK = b'{"video": '  # every row begins with it
 
 
 class CaptionFile:
-    """A file with one JSON object per line and clip, which grows by whole lines as clips are done.
+    """A file with one JSON object per clip and line, to which whole lines are appended.
 
-    A row is `{"video": …, "prediction": …}`, or `{"video": …, "error": …}` for a clip that could not be read. Rows that
-    are there are kept by `is_resumed`, but for those of errors, as those clips are tried again, and for broken lines.
+    A row is `{"video": …, "prediction": …}`, or `{"video": …, "error": …}` for a clip that could not be read. With
+    `is_resumed`, existing rows are kept except broken lines and errors, whose clips are tried again.
 
     Args:
-        path: The file; one that has captions for all of `videos` is written again from its start unless `is_resumed`.
-        videos: Paths and addresses that the command was asked for.
-        is_resumed: Whether to go on with the file.
+        path: The file. Without `is_resumed`, a file that has captions for all of `videos` is overwritten.
+        videos: Paths and addresses given to the command.
+        is_resumed: Whether to continue an existing file.
 
     Raises:
         UserError: The file cannot be written, holds something else, or is unfinished and `is_resumed` is not set.
@@ -36,28 +36,28 @@ class CaptionFile:
         _check_place(path)
         content = path.read_bytes() if path.is_file() else b""
         lines = [(line, row) for line in content.split(b"\n") if (row := _parsed(line)) is not None]
-        asked, there = Counter(map(_key, videos)), Counter(_key(row["video"]) for _, row in lines if _is_ours(row))
-        if not there and (lines or not _MARK.startswith(content.strip(b"\0 \r\n\t")[: len(_MARK)])):
+        wanted = Counter(map(_key, videos))
+        existing = Counter(_key(row["video"]) for _, row in lines if _is_caption_row(row))
+        if not existing and (lines or not _MARK.startswith(content.strip(b"\0 \r\n\t")[: len(_MARK)])):
             raise UserError(
-                f"--output: {path} holds something else than captions: choose another name, or remove that file"
+                f"--output: {path} holds something other than captions: choose another name, or remove that file"
             )
-        if not is_resumed and there and (missing := (asked - there).total()):
+        if not is_resumed and existing and (missing := (wanted - existing).total()):
             raise UserError(
-                f"--output: {path} has {there.total()} rows of an earlier command, and lacks {missing} of these "
-                f"{len(videos)} files: "
-                "add --resume to go on with it, or remove it"
+                f"--output: {path} has {existing.total()} rows of an earlier command and lacks {missing} of these "
+                f"{len(videos)} files: add --resume to continue it, or remove it"
             )
         if is_resumed:
             kept = [
                 (line, row)
                 for line, row in lines
-                if not (_is_ours(row) and "error" in row and _key(row["video"]) in asked)
+                if not (_is_caption_row(row) and "error" in row and _key(row["video"]) in wanted)
             ]
-            self._captioned.update(_key(row["video"]) for _, row in kept if _is_ours(row) and "error" not in row)
+            self._captioned.update(_key(row["video"]) for _, row in kept if _is_caption_row(row) and "error" not in row)
             self._rewrite(content, b"".join(line + b"\n" for line, _ in kept))
 
-    def left_of(self, videos: Sequence[str]) -> list[str]:
-        """The videos that have no caption in the file, in their order; one that is given twice has two rows."""
+    def remaining(self, videos: Sequence[str]) -> list[str]:
+        """Returns the videos that have no caption in the file, in order; a video given twice needs two rows."""
         captioned = self._captioned.copy()
         left = []
         for video in videos:
@@ -69,15 +69,15 @@ class CaptionFile:
         return left
 
     def add(self, row: dict[str, str]) -> None:
-        """Adds a whole line or nothing.
+        """Appends a whole line or nothing.
 
         Raises:
-            UserError: There is no room.
+            UserError: The file cannot be written, for instance because the disk is full.
         """
         line = json.dumps(row, ensure_ascii=False) + "\n"
         try:
             content = line.encode("utf-8")
-        except UnicodeEncodeError:  # the name of a file that is no UTF-8
+        except UnicodeEncodeError:  # a file name that is not UTF-8
             content = (json.dumps(row) + "\n").encode()
         try:
             with open(self.path, self._mode, buffering=0) as file:
@@ -97,7 +97,7 @@ class CaptionFile:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"--output: {self.path} cannot be written ({error.strerror}): free some space or choose another place"
+            f"--output: {self.path} cannot be written ({error.strerror}): free some space or choose another folder"
         )
 
 
@@ -105,7 +105,7 @@ def _append(file: IO[bytes], content: bytes) -> None:
     start = file.seek(0, os.SEEK_END)
     left = memoryview(content)
     try:
-        while left:  # a disk that is nearly full takes a part
+        while left:  # a disk that is nearly full may write only some of the bytes
             left = left[file.write(left) :]
     except BaseException:
         file.truncate(start)
@@ -113,24 +113,24 @@ def _append(file: IO[bytes], content: bytes) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """`UserError` for a place that cannot be written, before anything slow begins."""
+    """Raises `UserError` for a path that cannot be written, before anything slow begins."""
     if not path.parent.is_dir():
-        raise UserError(f"--output: the folder {path.parent} does not exist")
+        raise UserError(f"--output: the folder {path.parent} does not exist; create it or choose another one")
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; give the name of a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--output: {path} may not be written by this user: choose another place")
+        raise UserError(f"--output: no permission to write {path}: choose another folder")
 
 
 def _parsed(line: bytes) -> Any:
-    """The content of a line; None for a broken and for an empty one."""
+    """Parses a line; returns None for a broken or an empty one."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
 
 
-def _is_ours(row: Any) -> bool:
+def _is_caption_row(row: Any) -> bool:
     return (
         isinstance(row, dict)
         and isinstance(row.get("video"), str)
@@ -139,6 +139,6 @@ def _is_ours(row: Any) -> bool:
 
 
 def _key(video: str) -> str:
-    """A file by its absolute path, so that it is the same one however the command names it."""
+    """Identifies a file by its absolute path, so that relative paths name the same file."""
     member, mark, file = video.rpartition("::")
     return f"{member}{mark}{os.path.abspath(file)}"

@@ -1,4 +1,4 @@
-"""`vlmcap check-plugin`: whether a plugin's parts hold what everything else relies on."""
+"""`vlmcap check-plugin`: checks that a plugin's components satisfy the contracts of the package."""
 
 from __future__ import annotations
 
@@ -20,48 +20,51 @@ from vlmcap.terminal import wide_console
 
 
 def run(options: Namespace) -> None:
-    """Loads plugins, and prints a table of the contracts of their parts.
+    """Loads plugins, checks their components, and prints a table of the contracts.
 
     Raises:
-        UserError: A plugin cannot be loaded.
-        SystemExit: With code 1 where a contract does not hold.
+        UserError: A plugin cannot be loaded, or an override sets nothing of its components.
+        SystemExit: With code 1 if a check fails.
     """
     if not options.plugins:
-        raise UserError("vlmcap check-plugin needs a FILE: a Python file or an importable module that registers parts")
+        raise UserError(
+            "vlmcap check-plugin needs a FILE: a Python file or an importable module that registers components"
+        )
     use_plugins(options.plugins)
-    own = {Path(name).stem if name.endswith(".py") else name.partition(".")[0] for name in options.plugins}
-    parts = [
+    modules = {Path(name).stem if name.endswith(".py") else name.partition(".")[0] for name in options.plugins}
+    components = [
         (group, kind)
         for group, kinds in MAKERS.items()
-        for kind, part in kinds.items()
-        if part.__module__.partition(".")[0] in own
+        for kind, maker in kinds.items()
+        if maker.__module__.partition(".")[0] in modules
     ]
-    if idle := [one for one in options.overrides if one.partition(".")[0] not in {group for group, _ in parts}]:
-        raise UserError(f"{idle[0]} is no setting of a part that is checked here; leave it out")
+    groups = {group for group, _ in components}
+    if unused := [override for override in options.overrides if override.partition(".")[0] not in groups]:
+        raise UserError(f"{unused[0]} is not a setting of a component of this plugin; remove it")
     outcomes = [
         outcome
-        for group, kind in parts
+        for group, kind in components
         for outcome in check_component(group, kind, _settings(group, kind, options.overrides))
     ]
     show(outcomes)
     failed = sum(bool(outcome.problem) for outcome in outcomes)
-    print(f"{len(outcomes) - failed} of {len(outcomes)} hold." if failed else f"All {len(outcomes)} hold.")
+    print(f"{failed} of {len(outcomes)} checks failed." if failed else f"All {len(outcomes)} checks passed.")
     if failed:
         raise SystemExit(1)
 
 
 def _settings(group: str, kind: str, overrides: Sequence[str]) -> Callable[[], Any] | None:
-    """Composes the settings of a part where any of them is given."""
-    own = [override for override in overrides if override.startswith(f"{group}.")]
-    return (
-        (lambda: getattr(compose([NO_DATA, "hardware.frame_stack=1", f"{group}={kind}", *own]), group)) if own else None
-    )
+    """Returns a function that composes a component's settings, or None if no override sets any of them."""
+    given = [override for override in overrides if override.startswith(f"{group}.")]
+    if not given:
+        return None
+    return lambda: getattr(compose([NO_DATA, "hardware.frame_stack=1", f"{group}={kind}", *given]), group)
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
     """Prints a line for each contract."""
-    table = Table("part", "contract", "result", box=None)
+    table = Table("component", "contract", "result", box=None)
     for outcome in outcomes:
-        result = f"[bold red]fails[/]: {escape(outcome.problem)}" if outcome.problem else "[green]holds[/]"
+        result = f"[bold red]failed[/]: {escape(outcome.problem)}" if outcome.problem else "[green]passed[/]"
         table.add_row(f"{outcome.group}={outcome.kind}", outcome.contract, result)
     wide_console().print(table)

@@ -1,4 +1,4 @@
-"""`vlmcap dashboard`: the W&B workspace that compares runs, and the file of a W&B sweep."""
+"""`vlmcap dashboard`: publishes the W&B workspace that compares runs, or writes the file of a W&B sweep."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides, sweep_values
 from vlmcap.sweep_syntax import override_parser
 
-# Two agents may start in the same second, and a run's usual folder is named by it.
+# The default run folder is named by the second, and two agents may start in the same one.
 _FOLDER = "hydra.run.dir=multirun/wandb/${oc.env:WANDB_RUN_ID}"
 OFFLINE_FILE = Path("dashboard.json")
 
 
 def run(options: Namespace) -> None:
-    """Publishes the dashboard, or writes it or a sweep to a file.
+    """Publishes the dashboard, or writes the dashboard or a sweep to a file.
 
     Raises:
-        UserError: An override is wrong, a package is missing, or W&B refuses.
+        UserError: An override is invalid, a package is missing, or W&B rejects the dashboard.
     """
     read = ("logger.project", "logger.entity", "monitor")
     given = {} if options.sweep else override_values(options.overrides, program="vlmcap dashboard", read=read)
@@ -44,16 +44,16 @@ def run(options: Namespace) -> None:
 
 
 def show_dashboard(project: str, entity: str | None, *, objective: str, file: Path | None) -> None:
-    """Publishes the dashboard where W&B can be reached, and otherwise, or if a file is named, writes what it would publish.
+    """Publishes the dashboard; without a connection to W&B, or with `file`, writes its definition instead.
 
     Args:
-        project: Of W&B.
-        entity: User or team; None is that of the key.
-        objective: The score that runs are compared by.
-        file: Where the JSON goes; None publishes.
+        project: W&B project.
+        entity: User or team that owns the project; None means the owner of the API key.
+        objective: Metric that runs are compared by.
+        file: JSON file of the definition; None publishes the dashboard.
 
     Raises:
-        UserError: wandb-workspaces is not installed, or W&B refuses.
+        UserError: wandb-workspaces is not installed, or W&B rejects the dashboard.
     """
     if find_spec("wandb_workspaces") is None:
         raise UserError(
@@ -73,9 +73,11 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
         partial.write_text(
             json.dumps(spec(workspace(project, entity or "ENTITY", objective)), indent=1) + "\n", encoding="utf-8"
         )
-    why = "" if reason is None else f"W&B cannot be asked, {reason}; "
-    again = _command(project, entity, objective)
-    print(f"{why}{target} holds the dashboard's definition, and `{again}` with a key and a network publishes it.")
+    why = "" if reason is None else f"W&B cannot be reached, {reason}; "
+    command = _publish_command(project, entity, objective)
+    print(
+        f"{why}{target} holds the dashboard's definition; run `{command}` with an API key and a network to publish it."
+    )
 
 
 def _publish(project: str, entity: str | None, objective: str) -> str:
@@ -87,46 +89,50 @@ def _publish(project: str, entity: str | None, objective: str) -> str:
         made = workspace(project, entity or str(wandb.Api().default_entity), objective).save()
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
-            f"W&B refused the dashboard of project {project}: {first_line(error)}; check --entity and --project"
+            f"W&B rejected the dashboard of project {project}: {first_line(error)}; check --entity and --project"
         ) from error
     return str(made.url)
 
 
-def _command(project: str, entity: str | None, objective: str) -> str:
+def _publish_command(project: str, entity: str | None, objective: str) -> str:
     words = ["vlmcap", "dashboard", "--project", project]
     words += ["--entity", entity] if entity else []
     return shlex.join([*words, *(["--objective", objective] if objective != Config.monitor else [])])
 
 
 def write_sweep(overrides: Sequence[str], file: Path, *, project: str, entity: str | None) -> None:
-    """Writes the file and says how to go on.
+    """Writes the file of a W&B sweep and prints the command that starts it.
 
     Raises:
-        UserError: An override is wrong, or nothing is swept.
+        UserError: An override is invalid, or nothing is swept.
     """
     content = sweep_definition(overrides, project=project, entity=entity)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_yaml(content, file)
     names = ", ".join(content["parameters"])
-    print(f"{file}: {content['method']} over {names}. `wandb sweep {file}` begins it and prints the agent's command.")
+    print(
+        f"{file}: {content['method']} search over {names}. `wandb sweep {file}` starts it and prints the command of an "
+        "agent."
+    )
 
 
 def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | None) -> dict[str, Any]:
-    """What `wandb sweep` takes: method, metric, parameters, and the command of a run.
+    """Returns the sweep configuration of W&B: method, metric, parameters, and the command of a run.
 
     Args:
-        overrides: As after `train.py -m`; a range such as `interval(1e-5,1e-3)` or `tag(log,interval(1e-5,1e-3))` too.
-        project: Of W&B.
-        entity: User or team that has it; None is that of the key.
+        overrides: Overrides as for `train.py -m`, including ranges such as `interval(1e-5,1e-3)` or
+            `tag(log,interval(1e-5,1e-3))`.
+        project: W&B project.
+        entity: User or team that owns the project; None means the owner of the API key.
 
     Raises:
-        UserError: An override cannot be read, a value does not compose, or nothing is swept.
+        UserError: An override cannot be parsed, a value does not compose, or nothing is swept.
     """
     parameters, fixed = _parsed(overrides)
     if not parameters:
-        raise UserError("nothing is swept; give a key several values, such as encoder=clip,siglip2")
+        raise UserError("no key has several values; give one some, such as encoder=clip,siglip2")
     config = compose([*fixed, *(f"{key}={_examples(space)[0]}" for key, space in parameters.items())])
-    for key, space in parameters.items():  # each value at least once: a typo is said now, not on an agent
+    for key, space in parameters.items():  # compose each value once: a typo is reported now, not by an agent
         for value in _examples(space)[1:]:
             compose(
                 [
@@ -141,9 +147,9 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         else WandbSweepConfig("wandb", method=SweepMethod.grid, max_runs=None)
     )
     if settings.method is SweepMethod.grid and any("values" not in space for space in parameters.values()):
-        raise UserError("a range has no end for sweep.method=grid; give values one by one, or set sweep=wandb")
+        raise UserError("sweep.method=grid cannot search a range; list its values, or set sweep=wandb")
     goal = "maximize" if config.monitor_mode == "max" else "minimize"
-    # A run reads nothing of the sweep, which W&B has from this file.
+    # W&B reads the sweep's settings from this file; a run ignores them.
     own = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
     command = [
         "${env}",
@@ -169,7 +175,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
 
 
 def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Swept keys with their values in W&B's words, and the overrides that stand for all runs."""
+    """Returns the swept keys with their values in W&B's format, and the overrides of every run."""
     parameters: dict[str, dict[str, Any]] = {}
     fixed: list[str] = []
     with override_parser() as parser:
@@ -186,12 +192,12 @@ def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[s
 
 
 def _examples(space: dict[str, Any]) -> list[Any]:
-    """Values that show whether a space composes: all, or the ends of a range."""
+    """Returns all values of a list, or both ends of a range, to check that they compose."""
     return list(space["values"]) if "values" in space else [space["min"], space["max"]]
 
 
 def _typed(value: str) -> int | float | str:
-    """A number where it reads as one, so that W&B draws it on an axis."""
+    """Converts a value to a number if it is one, so that W&B draws it on an axis."""
     for kind in (int, float):
         try:
             return kind(value)

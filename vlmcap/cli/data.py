@@ -1,4 +1,4 @@
-"""`vlmcap data`: a data set, looked at before anything is trained on it."""
+"""`vlmcap data`: inspects a data set before training on it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from vlmcap.reporting.data_page import data_page, show_inspection
 from vlmcap.terminal import progress_reporter
 from vlmcap.types import Clip, Sample, Skipped
 
-NUM_SAMPLES = 12  # clips that the page shows
+NUM_SAMPLES = 12  # clips shown on the page
 
 
 def run(options: Namespace) -> None:
     """Checks a data set.
 
     Raises:
-        UserError: An override is wrong, or nothing can be read.
+        UserError: An override is invalid, or nothing can be read.
     """
     check_data(options.overrides, options.output, max_clips=options.max_clips, reads_videos=not options.captions_only)
 
@@ -45,26 +45,28 @@ def run(options: Namespace) -> None:
 def check_data(
     overrides: Sequence[str], output: Path, *, max_clips: int | None = None, reads_videos: bool = True
 ) -> Inspection:
-    """What is in a data set, printed, and written as a page with its pictures.
+    """Inspects a data set, prints a summary, and writes a page with pictures.
 
     Args:
-        overrides: As of train.py.
-        output: The HTML file.
-        max_clips: Videos read of each split; None reads all. Captions are always read all.
+        overrides: Overrides as for train.py.
+        output: HTML file of the page.
+        max_clips: Number of videos read per split; None reads all. All captions are always read.
         reads_videos: Whether videos are decoded at all.
 
     Raises:
-        UserError: The configuration does not do, nothing can be read, or the folder of `output` is not there.
+        UserError: The configuration is invalid, nothing can be read, or the folder of `output` does not exist.
     """
     if not output.parent.is_dir():
-        raise UserError(f"--output: the folder {output.parent} does not exist")
+        raise UserError(f"--output: the folder {output.parent} does not exist; create it or choose another one")
     silence_libraries()
     config = compose(overrides)
     if config.data.is_demo:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
     splits = load_splits(config, (), tuple(Split))
     if not splits:
-        raise UserError(f"{config.data.root} holds no clip that can be used as data={config.data.kind}")
+        raise UserError(
+            f"data.root={config.data.root} holds no clip that data={config.data.kind} can read; check both settings"
+        )
     report = Inspection(same_captions=repeated_captions(splits))
     report.broken += [
         Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped
@@ -82,18 +84,22 @@ def check_data(
             data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8"
         )
     show_inspection(report, llm=config.llm.name, limit=limit, note=note)
-    print(f"{output}: {len(report.samples)} clips with pictures, the lengths of captions, and all that was found")
+    print(f"{output}: {len(report.samples)} clips with pictures, the lengths of captions, and all findings")
     return report
 
 
 def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
-    """Fills in tokens of captions; returns why not, where they cannot be counted."""
-    part = "model" if config.is_pretrained_vlm else "llm"
-    checkpoint, revision, gate = ((found := getattr(config, part)).checkpoint, found.revision, found.gate)
+    """Counts the tokens of captions in `report`; returns the reason if they cannot be counted, else an empty text."""
+    group = "model" if config.is_pretrained_vlm else "llm"
+    settings = config.model if config.is_pretrained_vlm else config.llm
+    checkpoint = settings.checkpoint
     if checkpoint == TINY:
-        return "tokens are not counted, as llm=tiny makes its vocabulary of the demo's captions: name the llm that you will train"
+        return (
+            "tokens are not counted because the vocabulary of llm=tiny comes from the demo's captions; set llm to the "
+            "one that you will train"
+        )
     try:
-        folder = locate(checkpoint, revision, key=f"{part}.checkpoint", gate=gate, has_weights=False)
+        folder = locate(checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, has_weights=False)
         encode = load_prompt_of(config, folder).encode_caption
     except UserError as error:
         return f"tokens are not counted: {error}"
@@ -105,7 +111,7 @@ def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
 
 
 def _caption_limit(config: Config, report: Inspection) -> int:
-    """The longest caption that training would not cut, as far as tokens could be counted."""
+    """Returns the largest number of caption tokens that training does not truncate."""
     counted = [
         int(split.tokens.max()) for split in report.splits.values() if split.tokens is not None and len(split.tokens)
     ]
@@ -120,7 +126,7 @@ def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: 
         for done in read_videos(report, _items(config, read), chosen=chosen):
             progress(done, total)
     if total < sum(map(len, splits.values())):
-        print(f"Only {total} videos were read, as --max-clips says.", file=sys.stderr)
+        print(f"Only {total} videos were read because of --max-clips.", file=sys.stderr)
 
 
 def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tuple[str, Sample | Skipped]]:
@@ -140,4 +146,4 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
 
 
 def _no_grid(num_frames: int, height: int, width: int) -> None:
-    """Thumbnails are cut into no patches."""
+    """Returns no patch grid, because thumbnails are not encoded."""

@@ -1,4 +1,4 @@
-"""`vlmcap doctor`: whether this machine is ready, how far a plan is off on its GPU, and what a checkpoint is."""
+"""`vlmcap doctor`: checks this machine, compares a plan with measurements on its GPU, and describes checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.cli.doctor_checkpoints import describe_and_show, described_parts
+from vlmcap.cli.doctor_checkpoints import describe_and_show, described_groups
 from vlmcap.compose import compose
 from vlmcap.config import Config, PatchEncoderConfig, WandbConfig
 from vlmcap.config_unread import NO_DATA
@@ -32,60 +32,59 @@ from vlmcap.planning.calibration import calibration_files, calibration_folder
 from vlmcap.terminal import gigabytes
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
-_LOW_GIB, _TOO_LOW_GIB = (
-    50.0,
-    1.0,
-)  # free on the disk: a base and its features need the first, nothing works below the second
+_LOW_GIB = 50.0  # free disk space that a base checkpoint and its features may need
+_TOO_LOW_GIB = 1.0  # free disk space below which nothing works
 _SHARED_MEMORY = Path("/dev/shm")
-_PREFETCHED = 2  # batches that a worker keeps ready, torch's own default
-_TINY_SIDE, _LARGE_SIDE = 64, 448  # pixels of a frame: of the demo's encoders, and the most of those that read squares
+_PREFETCHED = 2  # batches that a worker prefetches, torch's default
+_TINY_SIDE = 64  # pixels; frame size of the demo's encoders
+_LARGE_SIDE = 448  # pixels; largest frame size of encoders that read square frames
 _SENTENCE = "강아지가 공원에서 달립니다."
-_VIDEO = (8, 64, 64, 3)  # of the clip that is written and read: frames, height, width, colours
+_VIDEO = (8, 64, 64, 3)  # frames, height, width, colours of the test clip
 Level = Literal["ok", "warning", "problem"]
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that a run needs or is glad of.
+    """Result of one check.
 
     Attributes:
-        name: Of it.
-        level: "ok"; "warning" where runs work without; "problem" where they do not.
-        found: What is there.
-        mend: What to do; empty where nothing is to be done.
+        name: Name of what was checked.
+        level: "ok"; "warning" if runs work all the same; "problem" if they do not.
+        found: What was found.
+        hint: How to fix it; empty if nothing needs to be done.
     """
 
     name: str
     level: Level
     found: str
-    mend: str = ""
+    hint: str = ""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Returns plain data for JSON."""
         return asdict(self)
 
 
 def run(options: Namespace) -> None:
-    """Checks this machine, or measures a configuration on it, or forgets earlier measurements, or describes a checkpoint.
+    """Checks this machine, measures a configuration, deletes measurements, or describes checkpoints.
 
     Raises:
-        UserError: An override is wrong, or a checkpoint is not there.
-        SystemExit: With code 1 where something keeps runs from working.
+        UserError: An override is invalid, or a checkpoint does not exist.
+        SystemExit: With code 1 if a problem was found.
     """
     config = compose([NO_DATA, *options.overrides])
     if options.forget:
         forget(config)
     elif options.measure:
         measure_and_show(options.overrides, options.blocks, as_json=options.json)
-    elif parts := described_parts(options.overrides):
-        describe_and_show(config, parts, as_json=options.json)
+    elif groups := described_groups(options.overrides):
+        describe_and_show(config, groups, as_json=options.json)
     else:
         check_and_show(config, as_json=options.json)
 
 
 def check_and_show(config: Config, *, as_json: bool) -> None:
-    """Prints what was found, and exits with 1 where something keeps runs from working."""
+    """Prints the results of all checks, and exits with code 1 if there is a problem."""
     checks = run_checks(config)
     is_ready = not any(check.level == "problem" for check in checks)
     if as_json:
@@ -98,7 +97,7 @@ def check_and_show(config: Config, *, as_json: bool) -> None:
 
 
 def measure_and_show(overrides: Sequence[str], num_blocks: int | None, *, as_json: bool) -> None:
-    """Prints a plan beside what this machine did."""
+    """Prints a plan beside what was measured on this machine."""
     import_libraries(with_adapters=True)
     from vlmcap.measuring.measure import measure, show_comparison
 
@@ -110,23 +109,23 @@ def measure_and_show(overrides: Sequence[str], num_blocks: int | None, *, as_jso
 
 
 def forget(config: Config) -> None:
-    """Removes the measurements that are kept under paths.cache_dir."""
+    """Deletes the measurements under paths.cache_dir."""
     folder = calibration_folder(config)
     files = calibration_files(folder)
     for file in files:
         file.unlink(missing_ok=True)
         print(f"Removed {file.name}.")
     if not files:
-        print(f"Nothing is kept in {folder}.")
+        print(f"There are no measurements in {folder}.")
 
 
 def run_checks(config: Config) -> list[Check]:
-    """Everything that is looked at; a check that fails itself is a problem, not a traceback."""
+    """Runs all checks; an exception in a check is reported as a problem."""
     checks: list[Check] = []
-    everything: dict[str, Callable[[], list[Check]]] = {
+    functions: dict[str, Callable[[], list[Check]]] = {
         "Python": _check_python,
         "libraries": _check_libraries,
-        "GPU": lambda: _check_card(config),
+        "GPU": lambda: _check_gpu(config),
         "mecab-ko": _check_morphemes,
         "decoder": _check_decoder,
         "ffmpeg": _check_ffmpeg,
@@ -134,18 +133,12 @@ def run_checks(config: Config) -> list[Check]:
         "shared memory": lambda: _check_shared_memory(config),
         "W&B": lambda: _check_wandb(config),
     }
-    for name, check in everything.items():
+    for name, check in functions.items():
         try:
             checks += check()
-        except Exception as error:  # whatever is broken here is what the doctor is asked for
-            checks.append(
-                Check(
-                    name,
-                    "problem",
-                    f"{type(error).__name__}: {first_line(error)}",
-                    "install vlmcap anew in a fresh environment",
-                )
-            )
+        except Exception as error:  # a broken installation may raise anything
+            found = f"{type(error).__name__}: {first_line(error)}"
+            checks.append(Check(name, "problem", found, "reinstall vlmcap in a fresh environment"))
     return checks
 
 
@@ -154,91 +147,62 @@ def _check_python() -> list[Check]:
     wanted = str(importlib.metadata.metadata("vlmcap")["Requires-Python"] or "")
     if found in SpecifierSet(wanted):
         return [Check("Python", "ok", found)]
-    return [Check("Python", "problem", found, f"vlmcap needs {wanted}; make an environment with it")]
+    return [Check("Python", "problem", found, f"vlmcap needs {wanted}; create an environment with it")]
 
 
 def _check_libraries() -> list[Check]:
-    """Versions against the ranges that vlmcap itself was installed with.
-
-    Their lower ends are those that its tests ran with.
-    """
+    """Compares versions with the ranges that vlmcap requires, whose lower bounds are the tested versions."""
     needed = [Requirement(line) for line in importlib.metadata.requires("vlmcap") or []]
     ranges = {one.name: one.specifier for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
     checks = []
     for name in _LIBRARIES:
         specifier = ranges.get(name, SpecifierSet())
-        wanted = ",".join(sorted(map(str, specifier), reverse=True))  # the lower end first
+        wanted = ",".join(sorted(map(str, specifier), reverse=True))  # the lower bound first
         install = f"pip install '{name}{wanted}'"
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(name, "problem", "not installed", install))
             continue
-        is_fine = specifier.contains(found, prereleases=True)
-        text = f"{found}, tested {wanted}" if is_fine else found
-        checks.append(
-            Check(
-                name,
-                "ok" if is_fine else "problem",
-                text,
-                "" if is_fine else f"the tested range is {wanted}; {install}",
-            )
-        )
+        if specifier.contains(found, prereleases=True):
+            checks.append(Check(name, "ok", f"{found}, tested {wanted}"))
+        else:
+            checks.append(Check(name, "problem", found, f"the tested range is {wanted}; {install}"))
     return checks
 
 
-def _check_card(config: Config) -> list[Check]:
+def _check_gpu(config: Config) -> list[Check]:
     import torch
 
     gpu = hardware.detect_gpu()
     if gpu is None:
-        wanted = config.hardware.name
-        has_build = torch.version.cuda is not None
-        why = "PyTorch finds no CUDA device" if has_build else "this PyTorch is built for CPUs alone"
-        mend = "hardware=cpu runs the demo; " + (
-            "check the driver with nvidia-smi" if has_build else "a GPU needs PyTorch's CUDA build"
+        has_cuda = torch.version.cuda is not None
+        why = "PyTorch finds no CUDA device" if has_cuda else "this PyTorch is a CPU-only build"
+        hint = "hardware=cpu runs the demo; " + (
+            "check the driver with nvidia-smi" if has_cuda else "a GPU needs PyTorch's CUDA build"
         )
-        return [
-            Check(
-                "GPU",
-                "warning" if config.hardware.accelerator == "cpu" else "problem",
-                f"{why}, and hardware={wanted}",
-                mend,
-            )
-        ]
+        level: Level = "warning" if config.hardware.accelerator == "cpu" else "problem"
+        return [Check("GPU", level, f"{why}, and hardware={config.hardware.name}", hint)]
     assert gpu.capability is not None
     major, minor = gpu.capability
     found = f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free, compute capability {major}.{minor}"
-    checks = [Check("GPU", "ok", f"{found}, hardware={gpu.profile}")]
+    check = Check("GPU", "ok", f"{found}, hardware={gpu.profile}")
     if gpu.profile is None:
-        checks = [
-            Check(
-                "GPU",
-                "warning",
-                found,
-                "it is smaller than every profile: take hardware=t4 and see `vlmcap plan` before a run",
-            )
-        ]
+        hint = "it is smaller than every profile: set hardware=t4 and run `vlmcap plan` before training"
+        check = Check("GPU", "warning", found, hint)
     elif gpu.free_gib < 0.8 * gpu.total_gib:
-        checks = [
-            Check(
-                "GPU",
-                "warning",
-                f"{found}, hardware={gpu.profile}",
-                "another program holds memory on it; nvidia-smi names it",
-            )
-        ]
-    return [*checks, _flash(gpu.capability)]
+        check = Check("GPU", "warning", check.found, "another program uses its memory; nvidia-smi lists it")
+    return [check, _check_flash_attention(gpu.capability)]
 
 
-def _flash(capability: tuple[int, int]) -> Check:
+def _check_flash_attention(capability: tuple[int, int]) -> Check:
     from transformers.utils import is_flash_attn_2_available
 
     if capability < (8, 0):
-        return Check("FlashAttention", "ok", "not for this GPU; PyTorch's own attention is used")
+        return Check("FlashAttention", "ok", "not supported by this GPU; PyTorch's attention is used")
     if is_flash_attn_2_available():
         return Check("FlashAttention", "ok", "installed")
-    return Check("FlashAttention", "ok", "not installed; PyTorch's own attention is used")
+    return Check("FlashAttention", "ok", "not installed; PyTorch's attention is used")
 
 
 def _check_morphemes() -> list[Check]:
@@ -254,7 +218,7 @@ def _check_morphemes() -> list[Check]:
 
 
 def _check_decoder() -> list[Check]:
-    """A clip written and read by the project's own code."""
+    """Writes a clip and decodes it."""
     import numpy as np
 
     from vlmcap.data.decoding.video import decode_frames, write_video
@@ -266,14 +230,8 @@ def _check_decoder() -> list[Check]:
         frames = decode_frames(file, 4)
     levels = frames.float().mean((1, 2, 3)).tolist()
     if tuple(frames.shape) != (4, 3, 64, 64) or levels != sorted(levels) or levels[-1] - levels[0] < 100:
-        return [
-            Check(
-                "decoder",
-                "problem",
-                f"a clip came back wrong, {tuple(frames.shape)}",
-                "pip install --force-reinstall av",
-            )
-        ]
+        found = f"PyAV decoded a clip wrongly, {tuple(frames.shape)}"
+        return [Check("decoder", "problem", found, "pip install --force-reinstall av")]
     return [Check("decoder", "ok", "PyAV wrote and read a clip")]
 
 
@@ -283,26 +241,26 @@ def _check_ffmpeg() -> list[Check]:
 
     program = shutil.which("ffmpeg")
     has_codec = resolve_decoder(Decoder.auto) is Decoder.torchcodec
-    text = f"torchcodec {'loads' if has_codec else 'is not there'}, the program ffmpeg is {'there' if program else 'not there'}"
-    return [Check("ffmpeg", "ok", f"{text}; neither is needed, PyAV brings its own")]
+    codec, ffmpeg = ("available" if found else "not available" for found in (has_codec, program))
+    found = f"torchcodec is {codec}, and the program ffmpeg is {ffmpeg}; neither is needed, PyAV includes its own"
+    return [Check("ffmpeg", "ok", found)]
 
 
 def _check_disk(config: Config) -> list[Check]:
-
     folder = Path(config.paths.cache_dir).expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free_gib = shutil.disk_usage(there).free / 2**30
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_gib = shutil.disk_usage(existing).free / 2**30
     found = f"{free_gib:.0f} GiB free under paths.cache_dir={config.paths.cache_dir}"
-    mend = "set paths.cache_dir, or VLMCAP_CACHE_DIR, to a folder on a larger disk"
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return [Check("disk", "problem", f"paths.cache_dir={config.paths.cache_dir} cannot be written to", mend)]
+    hint = "set paths.cache_dir, or VLMCAP_CACHE_DIR, to a folder on a larger disk"
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [Check("disk", "problem", f"paths.cache_dir={config.paths.cache_dir} is not writable", hint)]
     if free_gib < _TOO_LOW_GIB:
-        return [Check("disk", "problem", found, mend)]
-    return [Check("disk", "ok", found) if free_gib >= _LOW_GIB else Check("disk", "warning", found, mend)]
+        return [Check("disk", "problem", found, hint)]
+    return [Check("disk", "ok", found) if free_gib >= _LOW_GIB else Check("disk", "warning", found, hint)]
 
 
 def _check_shared_memory(config: Config) -> list[Check]:
-    """Whether the batches of data workers have room where they hand them over, which containers keep small."""
+    """Checks that shared memory, which containers limit, holds the batches that data workers pass on."""
     from vlmcap.data.loading.shared_memory import shared_memory_problem
 
     data = config.data
@@ -311,32 +269,26 @@ def _check_shared_memory(config: Config) -> list[Check]:
     batch_bytes = max(data.batch_size, data.eval_batch_size or 1) * data.num_frames * 3 * side**2
     needed = data.num_workers * _PREFETCHED * batch_bytes
     if problem := shared_memory_problem(needed):
-        found, _, mend = problem.partition(": ")
-        return [Check("shared memory", "warning", found, mend)]
+        found, _, hint = problem.partition(": ")
+        return [Check("shared memory", "warning", found, hint)]
     if not _SHARED_MEMORY.is_dir():
-        return [Check("shared memory", "ok", f"there is no {_SHARED_MEMORY}, and no such limit")]
+        return [Check("shared memory", "ok", f"there is no {_SHARED_MEMORY}, so no limit applies")]
     usage = shutil.disk_usage(_SHARED_MEMORY)
     text = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {_SHARED_MEMORY}"
     return [Check("shared memory", "ok", f"{text}, data.num_workers={data.num_workers} may need {gigabytes(needed)}")]
 
 
 def _check_wandb(config: Config) -> list[Check]:
-    """Whether a key is set, by its presence alone: it is neither shown nor sent."""
+    """Checks whether an API key is set; the key is neither shown nor sent."""
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("offline", "disabled", "dryrun") or (isinstance(config.logger, WandbConfig) and config.logger.offline):
         return [Check("W&B", "ok", "offline")]
     if os.environ.get("WANDB_API_KEY") or _has_netrc_entry():
-        return [Check("W&B", "ok", "a key is set")]
-    is_wanted = isinstance(config.logger, WandbConfig)
-    mend = "run `wandb login`, or set logger.offline=true or WANDB_MODE=offline"
-    return [
-        Check(
-            "W&B",
-            "warning" if is_wanted else "ok",
-            "no key is set",
-            mend if is_wanted else "only logger=wandb needs one",
-        )
-    ]
+        return [Check("W&B", "ok", "an API key is set")]
+    if isinstance(config.logger, WandbConfig):
+        hint = "run `wandb login`, or set logger.offline=true or WANDB_MODE=offline"
+        return [Check("W&B", "warning", "no API key is set", hint)]
+    return [Check("W&B", "ok", "no API key is set", "only logger=wandb needs one")]
 
 
 def _has_netrc_entry() -> bool:
@@ -348,24 +300,25 @@ def _has_netrc_entry() -> bool:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """Whether the machine is ready."""
-    names = {level: [check.name for check in checks if check.level == level] for level in _STYLES}
-    if names["problem"]:
-        return f"Not ready: {', '.join(names['problem'])}."
-    if names["warning"]:
-        return f"Ready, with {len(names['warning'])} warning{'s' if len(names['warning']) > 1 else ''}: {', '.join(names['warning'])}."
+    """Returns one sentence that says whether the machine is ready."""
+    problems = [check.name for check in checks if check.level == "problem"]
+    warnings = [check.name for check in checks if check.level == "warning"]
+    if problems:
+        return f"Not ready: {', '.join(problems)}."
+    if warnings:
+        return f"Ready, with {len(warnings)} warning{'s' if len(warnings) > 1 else ''}: {', '.join(warnings)}."
     return "Ready."
 
 
 def show_checks(checks: Sequence[Check]) -> None:
-    """Prints a line each, its mend below it, and the verdict last."""
+    """Prints one line per check with its hint, and the verdict last."""
     console = Console(highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        text = check.found if not check.mend else f"{check.found}: {check.mend}"
+        text = check.found if not check.hint else f"{check.found}: {check.hint}"
         table.add_row(f"[{_STYLES[check.level]}]{check.level}[/]", check.name, text.replace("[", "\\["))
     console.print(table)
     worst: Level = next(

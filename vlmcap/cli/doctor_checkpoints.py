@@ -1,4 +1,4 @@
-"""What `vlmcap doctor llm.checkpoint=…` says: checkpoints as their small files describe them, without their weights."""
+"""`vlmcap doctor llm.checkpoint=…`: describes checkpoints from their configuration files, without their weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmcap.errors import UserError
 from vlmcap.libraries import import_libraries, silence_libraries
 from vlmcap.terminal import grouped
 
-PARTS = ("llm", "encoder", "model")
+GROUPS = ("llm", "encoder", "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Description:
 
     Attributes:
         key: Key that names it, such as "llm.checkpoint".
-        checkpoint: Its value.
+        checkpoint: Value of the key.
         rows: Name and text of each line of the table.
-        problems: One sentence for each thing that keeps a run from using it as it is.
+        problems: One sentence for each problem that keeps a run from using the checkpoint.
         plain: Plain data for JSON.
     """
 
@@ -39,33 +39,33 @@ class Description:
 
     @property
     def verdict(self) -> str:
-        """Whether a run can use the checkpoint, and what it needs if it cannot."""
+        """One sentence that says whether a run can use the checkpoint, and what it needs if it cannot."""
         if self.problems:
             return f"Not ready: {'; '.join(self.problems)}."
         return f"Ready: {self.key}={self.checkpoint} can be used as it is."
 
 
-def described_parts(overrides: Sequence[str]) -> list[str]:
-    """The parts whose checkpoints are named in overrides, in the order llm, encoder, model."""
+def described_groups(overrides: Sequence[str]) -> list[str]:
+    """Returns the groups whose checkpoints are named in overrides, in the order of `GROUPS`."""
     keys = {override.lstrip("+").partition("=")[0] for override in overrides}
-    return [part for part in PARTS if f"{part}.checkpoint" in keys]
+    return [group for group in GROUPS if f"{group}.checkpoint" in keys]
 
 
-def describe_and_show(config: Config, parts: Sequence[str], *, as_json: bool) -> None:
-    """Prints the descriptions, and exits with 1 where a checkpoint cannot be used.
+def describe_and_show(config: Config, groups: Sequence[str], *, as_json: bool) -> None:
+    """Prints the descriptions of checkpoints.
 
     Args:
         config: Run configuration that names the checkpoints.
-        parts: Parts to describe, of `PARTS`.
-        as_json: Print JSON in place of tables.
+        groups: Names from `GROUPS`.
+        as_json: Whether to print JSON instead of tables.
 
     Raises:
-        UserError: A checkpoint is not there, or is of another kind.
-        SystemExit: With code 1 where something keeps a run from using one.
+        UserError: A checkpoint does not exist, or is of another kind.
+        SystemExit: With code 1 if a run cannot use one of the checkpoints.
     """
     import_libraries(with_adapters=False, with_training=False)
     silence_libraries()
-    found = [_describe_encoder(config) if part == "encoder" else _describe_language(config, part) for part in parts]
+    found = [_describe_encoder(config) if group == "encoder" else _describe_llm(config, group) for group in groups]
     if as_json:
         print(
             json.dumps({one.key: one.plain | {"verdict": one.verdict} for one in found}, ensure_ascii=False, indent=2)
@@ -77,74 +77,70 @@ def describe_and_show(config: Config, parts: Sequence[str], *, as_json: bool) ->
         raise SystemExit(1)
 
 
-def _folder(config: Config, part: str) -> Path:
+def _folder(config: Config, group: str) -> Path:
     from vlmcap.models.checkpoint import locate
 
-    settings = getattr(config, part)
+    settings = getattr(config, group)
     return locate(
-        settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False
+        settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, has_weights=False
     )
 
 
-def _describe_language(config: Config, part: str) -> Description:
-    """A language model, or the language model of a whole model."""
+def _describe_llm(config: Config, group: str) -> Description:
+    """Describes a language model, or the language model of a pretrained VLM."""
     from vlmcap.models.llm.inspection import LlmDescription, describe_llm
 
-    settings = getattr(config, part)
-    found: LlmDescription = describe_llm(_folder(config, part), chat_template=settings.chat_template)
-    template = "of the checkpoint" if found.has_chat_template else "none"
+    settings = getattr(config, group)
+    found: LlmDescription = describe_llm(_folder(config, group), chat_template=settings.chat_template)
+    template = "from the checkpoint" if found.has_chat_template else "none"
     ids = "no tokenizer" if found.largest_id is None else f"largest token id {grouped(found.largest_id)}"
-    engine = (
-        "vlmcap's own"
-        if found.is_native
-        else "transformers' generate, as our own engine does not decode this class or its settings"
-    )
+    engine = "native" if found.is_native else "transformers' generate; the native engine does not support this model"
     packages = ", ".join(found.optional_packages) or "none"
     if found.missing_packages:
-        packages += f"; not installed here, so it runs slower: pip install {' '.join(found.missing_packages)}"
+        packages += f"; without these it runs slower: pip install {' '.join(found.missing_packages)}"
     rows = (
-        ("class", f"{found.model_class} ({found.model_type}){', part of a whole model' if found.is_part else ''}"),
+        ("class", f"{found.model_class} ({found.model_type}){', in a pretrained VLM' if found.is_part else ''}"),
         ("context", "no limit" if found.context is None else f"{grouped(found.context)} tokens"),
         ("size", f"width {grouped(found.hidden_size)}, {found.num_layers} layers"),
-        ("vocabulary", f"{grouped(found.vocab_size)} rows of the embedding, {ids}"),
+        ("vocabulary", f"{grouped(found.vocab_size)} embeddings, {ids}"),
         ("chat template", "llm.chat_template" if settings.chat_template else template),
         ("end tokens", " ".join(found.end_tokens) or "unknown"),
         (
             "thinking",
             "llm.enable_thinking turns it on and off"
             if found.has_thinking_switch
-            else "the template has no switch for it",
+            else "the chat template cannot turn it on or off",
         ),
         ("license", found.license or "unknown"),
         ("attention", ", ".join(found.attention)),
         ("sliding window", "none" if found.sliding_window is None else f"{grouped(found.sliding_window)} tokens"),
         (
             "packed batches",
-            "data.batching=packed works" if found.is_packable else "not known to work; data.batching=by_length does",
+            "data.batching=packed works" if found.is_packable else "not known to work; use data.batching=by_length",
         ),
-        ("captions", engine),
+        ("decoding engine", engine),
         ("optional packages", packages),
     )
-    return Description(f"{part}.checkpoint", settings.checkpoint, rows, found.problems, found.plain())
+    return Description(f"{group}.checkpoint", settings.checkpoint, rows, found.problems, found.plain())
 
 
 def _describe_encoder(config: Config) -> Description:
-    """A vision encoder, as far as its configuration says."""
+    """Describes a vision encoder from its configuration file."""
     from vlmcap.models.encoders.tower import read_config
 
     folder = _folder(config, "encoder")
-    whole = read_config(folder)
-    vision = whole.get("vision_config") or whole
+    content = read_config(folder)
+    vision = content.get("vision_config") or content
     width, patch, side = (vision.get(name) for name in ("hidden_size", "patch_size", "image_size"))
     if width is None or patch is None:
         raise UserError(
-            f"encoder.checkpoint {folder} holds no vision encoder but a {whole.get('model_type')}; take another "
+            f"encoder.checkpoint {folder} is a {content.get('model_type')} and has no vision encoder; choose another "
             "checkpoint"
         )
     is_square = isinstance(patch, int) and isinstance(side, int)
     plain = {
-        "model_class": ", ".join(whole.get("architectures") or ()) or None,
-        "model_type": vision.get("model_type") or whole.get("model_type"),
+        "model_class": ", ".join(content.get("architectures") or ()) or None,
+        "model_type": vision.get("model_type") or content.get("model_type"),
         "image_size": side,
         "patch_size": patch,
         "grid": [side // patch] * 2 if is_square else None,

@@ -1,4 +1,4 @@
-"""`vlmcap evaluate`, which is `evaluate.py`: scores a checkpoint on a split."""
+"""`vlmcap evaluate`, the same as `evaluate.py`: scores a checkpoint on a split."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vlmcap.program import report_user_errors
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")
 def main(node: DictConfig) -> float:
-    """Takes the checkpoint's own configuration, puts the overrides given here over it, and scores."""
+    """Scores a checkpoint with its own configuration and the given overrides; returns CIDEr, or NaN without it."""
     with report_user_errors():
         if node.checkpoint is None:
             raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
         from vlmcap.reporting.report.run_page import leave_page
         from vlmcap.training.callbacks.progress import show_scores
-        from vlmcap.training.checkpoints.load import read_checkpoint  # heavy, and not needed for --help and --cfg
+        from vlmcap.training.checkpoints.load import read_checkpoint  # heavy; --help and --cfg do not need it
         from vlmcap.training.run import evaluate
         from vlmcap.training.summary import tokenizer_version
 

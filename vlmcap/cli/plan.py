@@ -1,4 +1,4 @@
-"""`vlmcap plan`: what a configuration takes on its GPU, before anything is downloaded."""
+"""`vlmcap plan`: estimates the memory, time and disk of a configuration before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def run(options: Namespace) -> None:
     """Prints the plan of a configuration, of a sweep, or of a table of combinations.
 
     Raises:
-        UserError: An override is wrong, or parts do not fit together.
-        SystemExit: With code 1 where the configuration does not fit, or neither the sweep nor what is proposed for it
-            keeps to the budget.
+        UserError: An override is invalid, or components do not fit together.
+        SystemExit: With code 1 if the configuration does not fit its GPU, or neither the sweep nor any proposed change
+            keeps to its budget.
     """
     silence_libraries()
     if options.multirun:
@@ -33,10 +33,10 @@ def run(options: Namespace) -> None:
     elif options.grid:
         _grid(options.overrides, options.output, as_json=options.json)
     else:
-        _one(options.overrides, as_json=options.json, is_pretrained_vlm=options.all)
+        _one(options.overrides, as_json=options.json, shows_all=options.all)
 
 
-def _one(overrides: Sequence[str], *, as_json: bool, is_pretrained_vlm: bool) -> None:
+def _one(overrides: Sequence[str], *, as_json: bool, shows_all: bool) -> None:
     overrides = [NO_DATA, *overrides]
     config = planned(overrides)
     check_single_run(overrides, config)
@@ -46,7 +46,7 @@ def _one(overrides: Sequence[str], *, as_json: bool, is_pretrained_vlm: bool) ->
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:
-        show_plan(plan, is_pretrained_vlm=is_pretrained_vlm)
+        show_plan(plan, is_pretrained_vlm=shows_all)
     if not plan.fits:
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""`vlmcap report`: which of many runs to take."""
+"""`vlmcap report`: compares runs and writes a page, tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.locks import claimed_folder
 from vlmcap.reporting.report.analysis import Wanted, analyse
-from vlmcap.reporting.report.data import Report
 from vlmcap.reporting.report.folders import find_runs, read_run
-from vlmcap.reporting.report.page import pictures_of, report_page
+from vlmcap.reporting.report.page import read_all_frames, report_page
 from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
+from vlmcap.reporting.report.records import Report
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown, show_report
 from vlmcap.terminal import transient_bar
 
 
 def run(options: Namespace) -> None:
-    """Makes the report and prints its leaderboard, and in the last line what came out.
+    """Writes the report, and prints its leaderboard and its conclusion in the last line.
 
     Raises:
-        UserError: There is no run, no run has the metric, or the folder cannot be made.
+        UserError: There is no run, no run has the metric, or the folder cannot be created.
     """
     given = override_values(options.overrides, program="vlmcap report", read=("monitor", "evaluation.tokenizer"))
     metric, tokenizer = options.metric or given.get("monitor"), options.tokenizer or given.get("evaluation.tokenizer")
@@ -36,21 +36,23 @@ def run(options: Namespace) -> None:
 
 
 def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report:
-    """Reads runs, compares them and writes everything.
+    """Reads runs, compares them and writes the report.
 
     Args:
-        folders: Of runs, or of sweeps.
-        output: A folder that is made; files of an earlier report in it are replaced.
-        wanted: Metric, title and sizes.
+        folders: Folders of runs or of sweeps.
+        output: Folder to create; files of an earlier report in it are replaced.
+        wanted: Metric, title, number of clips and tokenizer.
 
     Raises:
-        UserError: There is no run, no run has the metric, or the folder cannot be made.
+        UserError: There is no run, no run has the metric, or the folder cannot be created.
     """
     paths = find_runs(folders)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be made a folder: {error.strerror}") from error
+        raise UserError(
+            f"--output: the folder {output} cannot be created ({error.strerror}); choose another one"
+        ) from error
     with claimed_folder(output, "--output"):
         with transient_bar("Reading runs", 2 * len(paths)) as advance:
             runs = []
@@ -64,11 +66,10 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
 
 def _write(report: Report, output: Path) -> None:
     with transient_bar("Reading videos", len(report.clips)) as advance:
-        pictures = pictures_of(report.clips, advance=advance)
+        pictures = read_all_frames(report.clips, advance=advance)
     _write_text(output / "index.html", report_page(report, pictures))
-    _write_text(
-        output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report)
-    )  # the mark lets spreadsheets read Korean
+    # The byte order mark lets spreadsheets read Korean.
+    _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))
     _write_text(output / "report.md", report_markdown(report))
     for name, draw in (("leaderboard", draw_leaderboard), ("pareto", draw_fronts), ("curves", draw_curves)):
         draw(report, output / f"{name}.png")

@@ -1,4 +1,4 @@
-"""`vlmcap spectrum`: how many directions an encoder's patch features use, and how local they are."""
+"""`vlmcap spectrum`: measures the effective rank and the locality of encoders' patch features."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from vlmcap.spectrum.measure_encoder import SpectrumSettings, show_spectra
 
 
 def run(options: Namespace) -> None:
-    """Prints the figures of each encoder, and writes them and their pictures.
+    """Prints the figures of each encoder, and writes them with pictures to a folder.
 
     Raises:
-        UserError: An override is wrong, or an encoder or a clip cannot be read.
+        UserError: An override is invalid, or an encoder or a clip cannot be read.
     """
     settings = SpectrumSettings(options.clips, options.tokens, options.layers, tuple(options.images or ()))
     show_spectra(options.overrides, settings, options.output, as_json=options.json)

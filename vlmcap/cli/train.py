@@ -1,4 +1,4 @@
-"""`vlmcap train`, which is `train.py`: trains a captioner; `vlmcap train --help` lists the parts."""
+"""`vlmcap train`, the same as `train.py`: trains a captioner; `vlmcap train --help` lists the components."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmcap.sweeping.study import trial_of_job
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def main(node: DictConfig) -> float:
-    """Runs one configuration and returns its objective, for sweeps."""
+    """Trains one configuration and returns its objective, which sweeps compare."""
     with report_user_errors():
         with recorded() as record:
             name_components(node, HydraConfig.get())
@@ -28,14 +28,12 @@ def main(node: DictConfig) -> float:
             if not is_sweep():
                 check_single_run(record.overrides, config)
             record.begin(config)
-            from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
+            from vlmcap.training.run import train  # heavy; --help and --cfg do not need it
 
             record.objective = train(with_auto_resume(config), trial_of_job(config.sweep))
         from vlmcap.reporting.report.run_page import leave_page
         from vlmcap.training.processes import is_main
 
-        if is_main(
-            config
-        ):  # the run is over and its end is written down: nothing that happens to its page changes that
+        if is_main(config):  # outside of `recorded`: a problem with the page must not change the status of the run
             leave_page(Path(config.paths.output_dir), read_yaml, version=__version__)
         return record.objective

@@ -1,6 +1,6 @@
-"""The W&B workspace that compares runs, built in code.
+"""Builds the W&B workspace that compares runs.
 
-Nothing here asks the network. Each panel reads a name of `vlmcap.config.names`, which is what runs log.
+Nothing here uses the network. Panels read the names in `vlmcap.config.names`, which runs log.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any
 from vlmcap.config import Config, names
 
 PARALLEL = ("encoder", "projector", "llm", "tuning", "hardware", "num_frames", "lora_rank", "seed")
-"""Factors of the parallel coordinates, in front of memory and score."""
+"""Factors shown in the parallel coordinates plot, before memory and score."""
 
 
 def sections(objective: str = Config.monitor) -> dict[str, list[Any]]:
-    """Title to panels.
+    """Returns the panels of each section by its title.
 
     Args:
-        objective: The score that runs are compared by.
+        objective: Metric that runs are compared by.
     """
     return {
-        f"{objective} by part": _score_panels(objective),
+        f"{objective} by component": _score_panels(objective),
         "Factors": _factor_panels(objective),
         "Score against cost": _cost_panels(objective),
         "Captions": _caption_panels(),
         "Learning curves": _curves(
-            {"loss": (names.TRAIN_LOSS, names.VAL_LOSS), "scores": names.SCORES, "rates": names.RATES}
+            {"loss": (names.TRAIN_LOSS, names.VAL_LOSS), "scores": names.SCORES, "learning rates": names.RATES}
         ),
         "Memory and throughput": _speed_panels(),
         "Collapse": _curves({name.removeprefix("val/").replace("_", " "): (name,) for name in names.COLLAPSE}),
@@ -34,17 +34,17 @@ def sections(objective: str = Config.monitor) -> dict[str, list[Any]]:
 
 
 def workspace(project: str, entity: str, objective: str = Config.monitor) -> Any:
-    """The workspace, whose runs are grouped by encoder and language model; `.save()` publishes it.
+    """Builds the workspace, which groups runs by encoder and language model; `.save()` publishes it.
 
     Args:
-        project: Of W&B.
-        entity: User or team that has the project.
-        objective: The score that runs are compared by.
+        project: W&B project.
+        entity: User or team that owns the project.
+        objective: Metric that runs are compared by.
     """
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces import expr
 
-    made = [
+    ws_sections = [
         ws.Section(
             name=title, panels=panels, is_open=index < 4, layout_settings=ws.SectionLayoutSettings(columns=2, rows=2)
         )
@@ -55,7 +55,7 @@ def workspace(project: str, entity: str, objective: str = Config.monitor) -> Any
         entity=entity,
         project=project,
         name="vlmcap: comparison of runs",
-        sections=made,
+        sections=ws_sections,
         settings=ws.WorkspaceSettings(x_axis=names.STEP, max_runs=50),
         runset_settings=ws.RunsetSettings(
             filters=expr.And(expr.Metric("JobType") == "train"),
@@ -66,9 +66,9 @@ def workspace(project: str, entity: str, objective: str = Config.monitor) -> Any
     )
 
 
-def spec(made: Any) -> dict[str, Any]:
-    """A workspace as the JSON that W&B keeps of it."""
-    content: dict[str, Any] = json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
+def spec(workspace: Any) -> dict[str, Any]:
+    """Returns the JSON that W&B stores for a workspace."""
+    content: dict[str, Any] = json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True))
     return content
 
 
@@ -77,13 +77,13 @@ def _score_panels(objective: str) -> list[Any]:
 
     return [
         wr.BarPlot(
-            title=f"{objective} by {part}: mean and standard error",
+            title=f"{objective} by {factor}: mean and standard error",
             metrics=[wr.Metric(objective)],
-            groupby=wr.Config(part),
+            groupby=wr.Config(factor),
             groupby_aggfunc="mean",
             groupby_rangefunc="stderr",
         )
-        for part in ("encoder", "llm", "projector", "tuning")
+        for factor in ("encoder", "llm", "projector", "tuning")
     ]
 
 
@@ -137,7 +137,7 @@ def _speed_panels() -> list[Any]:
         names.PARAMETERS: "Parameters",
     }
     return [
-        *_curves({"tokens a second": (names.TOKENS_PER_S,)}),
+        *_curves({"tokens per second": (names.TOKENS_PER_S,)}),
         *(wr.BarPlot(title=label, metrics=[wr.Metric(name)]) for name, label in bars.items()),
     ]
 

@@ -1,1 +1,1 @@
-"""Many runs as one: what becomes of each job, what is not run again, and how the next ones are chosen and started."""
+"""Sweeps: which jobs are run and how they are started, their results, and which of them need not run again."""

@@ -1,6 +1,6 @@
-"""A job as bytes that another process runs, as Hydra's own launchers for other processes send it.
+"""Serializes jobs for other processes, in the same way as Hydra's launchers, and runs them there.
 
-`python -m vlmcap.sweeping.child` is a process of one job, which it reads from its standard input.
+`python -m vlmcap.sweeping.child` reads one job from its standard input and runs it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from vlmcap.compose import register_schemas
 from vlmcap.program import HYDRA_FOLDER
 
 
-class Packer:
-    """Packs jobs.
+class JobPacker:
+    """Serializes the jobs of a sweep.
 
     Args:
-        context: Hydra's.
-        task: What a job does.
-        master: The configuration of the program around the jobs.
+        context: Hydra context.
+        task: Function that runs a job.
+        master: Configuration of the sweep's own program.
     """
 
     def __init__(self, context: HydraContext, task: TaskFunction, master: DictConfig) -> None:
         self._context, self._task, self._master = context, task, master
 
     def pack(self, overrides: Sequence[str], number: int) -> tuple[bytes, Path]:
-        """A job for `run_packed`, and the folder that it will write to, which is made."""
+        """Creates the folder of a job; returns the job as bytes for `run_packed`, and the folder."""
         import cloudpickle
         from hydra.core.singleton import Singleton
 
@@ -38,22 +38,19 @@ class Packer:
             config.hydra.job.id = config.hydra.job.num = number
         folder = Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
         (folder / HYDRA_FOLDER).mkdir(parents=True, exist_ok=True)
-        # A task of a script, which is no module that can be imported elsewhere, travels by value.
+        # cloudpickle sends the task of a script by value, as another process cannot import it by name.
         return cloudpickle.dumps((self._context, self._task, config, Singleton.get_state())), folder
 
 
 def run_packed(packed: bytes) -> None:
-    """Runs a job here; how it ended stands in its `status.json`."""
+    """Runs a job in this process; its result is in its `status.json`."""
     import cloudpickle
     from hydra.core.singleton import Singleton
     from hydra.core.utils import run_job, setup_globals
 
     register_schemas()
     context, task, config, state = cloudpickle.loads(packed)
-    sys.argv = [
-        "vlmcap",
-        *config.hydra.overrides.task,
-    ]  # whatever the launcher's process is, the job is one of `vlmcap train`
+    sys.argv = ["vlmcap", *config.hydra.overrides.task]  # in place of the arguments of the launcher's process
     setup_globals()
     Singleton.set_state(state)
     run_job(

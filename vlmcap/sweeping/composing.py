@@ -1,4 +1,4 @@
-"""The jobs of a sweep, composed and hashed before the first one starts."""
+"""Composes the jobs of a sweep before the first one starts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vlmcap.sweep_syntax import expand, short_names
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A combination.
+    """One combination of a sweep.
 
     Attributes:
-        overrides: Of the job.
-        name: What tells it from the others.
-        config: None where it is wrong.
-        refusal: What is wrong.
-        trial: Where the trial of a search stands, for the job's environment; empty for none.
+        overrides: Overrides of the job.
+        name: Short name made of the values in which jobs differ.
+        config: Composed configuration; None if it is invalid.
+        refusal: Error message of an invalid configuration, else empty.
+        trial: Address of the trial of a search, for the job's environment; empty without a search.
     """
 
     overrides: tuple[str, ...]
@@ -41,16 +41,16 @@ class Job:
 
     @property
     def config_hash(self) -> str | None:
-        """Equal for jobs that come to the same."""
+        """Hash that is equal for equivalent configurations; None for an invalid one."""
         return None if self.config is None else config_hash(self.config)
 
 
 class Composer:
-    """Composes jobs as Hydra's launchers will.
+    """Composes jobs in the same way as Hydra's launchers.
 
     Args:
-        context: Hydra's.
-        master: The configuration of the program around the jobs.
+        context: Hydra context.
+        master: Configuration of the sweep's own program.
     """
 
     def __init__(self, context: HydraContext, master: DictConfig) -> None:
@@ -58,14 +58,14 @@ class Composer:
 
     @property
     def parser(self) -> OverridesParser:
-        """Of Hydra's override syntax."""
+        """Parser of Hydra's override syntax."""
         return OverridesParser.create(config_loader=self._loader)
 
     def parse(self, arguments: Sequence[str]) -> list[Override]:
-        """The arguments as Hydra reads them.
+        """Parses arguments.
 
         Raises:
-            UserError: One cannot be read.
+            UserError: An argument cannot be parsed.
         """
         try:
             return self.parser.parse_overrides([*arguments])
@@ -73,11 +73,11 @@ class Composer:
             raise UserError(explain(innermost(error))) from error
 
     def grid(self, arguments: Sequence[str]) -> list[Job]:
-        """Every combination of the arguments.
+        """Composes every combination of the arguments.
 
         Raises:
-            UserError: One cannot be read or composed, none is without a mistake, or what is of the sweep as a whole is
-                swept.
+            UserError: An argument cannot be parsed, no combination is valid, or a key is swept that needs one value
+                for the whole sweep.
         """
         combinations, swept = expand(arguments, self.parser)
         check_arguments(arguments, swept)
@@ -88,10 +88,10 @@ class Composer:
         return jobs
 
     def job(self, overrides: Sequence[str], name: str, trial: str = "") -> Job:
-        """One combination; a mistake of its values is kept in it, as the others can run.
+        """Composes one combination; an invalid value is recorded in the job, because the others can run.
 
         Raises:
-            UserError: There is no such part or key.
+            UserError: A component or a key does not exist.
         """
         try:
             node: Any = self._loader.load_sweep_config(self._master, [*overrides])
@@ -99,7 +99,7 @@ class Composer:
             raise UserError(explain(innermost(error))) from error
         OmegaConf.set_struct(node, False)
         hydra_node = node.pop("hydra")
-        node.paths.output_dir = ""  # not known yet, and without effect
+        node.paths.output_dir = ""  # not known yet, and not part of the hash
         try:
             name_components(node, hydra_node)
             config, refusal = checked_config(node, overrides), ""
@@ -109,16 +109,20 @@ class Composer:
 
 
 def check_arguments(arguments: Sequence[str], swept: Sequence[str]) -> None:
-    """Nothing where every job can have a folder of its own, and one sweep holds for all.
+    """Checks that each job can have a folder of its own, and that settings of the sweep have one value.
+
+    Args:
+        arguments: Arguments of the command.
+        swept: Keys that have several values.
 
     Raises:
-        UserError: A key is against that.
+        UserError: A setting of the sweep is swept, or `paths.output_dir` is set.
     """
     for key in swept:
         if key.split(".")[0] in ("sweep", "launcher"):
-            raise UserError(f"{key} is of the sweep as a whole and cannot be swept; give it one value")
+            raise UserError(f"{key} applies to the whole sweep and cannot have several values; give it one value")
     for argument in arguments:
         if argument.lstrip("+").startswith("paths.output_dir="):
             raise UserError(
-                "paths.output_dir would put every job of a sweep into one folder; give sweep.folder=… in its place"
+                "paths.output_dir would put every job of a sweep into one folder; set sweep.folder=… instead"
             )

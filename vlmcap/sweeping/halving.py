@@ -1,7 +1,8 @@
 """`sweep=halving`: successive halving (Jamieson and Talwalkar, https://arxiv.org/abs/1502.07943).
 
-All combinations run with few clips and epochs, the better share goes on with more, until one is left that runs with all
-of them. A round costs each combination so much more as fewer are left, so that all rounds cost about the same.
+All combinations run with few clips and epochs, the better ones run again with more, and so on until one is left, which
+runs with all clips and epochs. The cost per combination grows as their number shrinks, so all rounds cost about the
+same.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.sweeping.composing import Composer, Job
 from vlmcap.sweeping.job import FINISHED
-from vlmcap.sweeping.runner import Done, Runner
+from vlmcap.sweeping.runner import JobResult, Runner
 
-FILE = "halving.json"
+ROUNDS_FILE = "halving.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +28,15 @@ class Round:
     """One round.
 
     Attributes:
-        share: Of the last round's clips times epochs.
-        jobs: Of the combinations still in it.
-        ends: What became of them.
-        kept: Of each, whether it goes on.
+        share: Work of a job as a share of the last round's clips times epochs, in (0, 1].
+        jobs: Jobs of the remaining combinations.
+        results: Results of the jobs, in the same order.
+        kept: For each job, whether its combination reaches the next round.
     """
 
     share: float
     jobs: Sequence[Job]
-    ends: Sequence[Done]
+    results: Sequence[JobResult]
     kept: Sequence[bool]
 
 
@@ -43,10 +44,10 @@ class Halving:
     """Runs the rounds.
 
     Args:
-        sweep: How.
-        composer: Makes jobs.
-        runner: Runs them.
-        objective: Its name, and `max` or `min`.
+        sweep: Settings of the sweep.
+        composer: Composes jobs.
+        runner: Runs jobs.
+        objective: Name of the objective, and `max` or `min`.
     """
 
     def __init__(
@@ -55,20 +56,20 @@ class Halving:
         self._sweep, self._composer, self._runner, self._objective = sweep, composer, runner, objective
 
     def check(self, candidates: Sequence[Job]) -> None:
-        """Nothing where the rounds can be made.
+        """Checks that the number of clips, of which rounds take shares, is known for every candidate.
 
         Raises:
-            UserError: It is not known how many clips there are.
+            UserError: It is not known.
         """
         for job in candidates:
             if not job.refusal and self._sweep.scaled is not Scaled.epochs:
                 num_clips(job.config)
 
     def run(self, candidates: Sequence[Job]) -> list[Round]:
-        """All rounds; each is written into `halving.json` when it is over, and found again in its jobs' folders by a resumed sweep.
+        """Runs all rounds and records each in `halving.json`; a resumed sweep finds finished jobs in their folders.
 
         Args:
-            candidates: The combinations, as the last round runs them.
+            candidates: The combinations, configured for the last round.
         """
         left = [job for job in candidates if not job.refusal]
         self._runner.run([job for job in candidates if job.refusal])
@@ -77,57 +78,57 @@ class Halving:
         for index, size in enumerate(sizes):
             share = self._sweep.keep ** (len(sizes) - 1 - index)
             print(
-                f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the work of the "
-                "last round",
+                f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the last round's "
+                "clips and epochs",
                 flush=True,
             )
             jobs = [
                 self._composer.job(scaled(job, share, self._sweep.scaled), _named(job, index, len(sizes)))
                 for job in left
             ]
-            ends = self._runner.run(jobs)
+            results = self._runner.run(jobs)
             after = sizes[index + 1] if index + 1 < len(sizes) else size
-            chosen = best(ends, after, self._objective[1])
-            rounds.append(Round(share, jobs, ends, [number in chosen for number in range(len(ends))]))
+            chosen = best(results, after, self._objective[1])
+            rounds.append(Round(share, jobs, results, [number in chosen for number in range(len(results))]))
             self._write(rounds)
             left = [left[number] for number in chosen]
             if not left:
-                print("No combination of this round came to an end, so none can go on.", flush=True)
+                print("No combination of this round finished, so there is no next round.", flush=True)
                 break
         return rounds
 
     def _write(self, rounds: Sequence[Round]) -> None:
         plain = {"objective": self._objective[0], "mode": self._objective[1], "rounds": [_plain(one) for one in rounds]}
-        with replacing(self._runner.folder / FILE) as partial:
+        with replacing(self._runner.folder / ROUNDS_FILE) as partial:
             partial.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def round_sizes(count: int, keep: float) -> list[int]:
-    """How many combinations each round has, down to one: `[8, 4, 2, 1]` of 8 where half of them is kept."""
+    """Returns the number of combinations in each round, down to one: `round_sizes(8, 0.5) == [8, 4, 2, 1]`."""
     sizes = [count]
     while sizes[-1] > 1:
         sizes.append(max(1, min(sizes[-1] - 1, math.floor(sizes[-1] * keep + 0.5))))
     return sizes
 
 
-def best(ends: Sequence[Done], count: int, mode: str) -> list[int]:
-    """Positions of the best finished ones, in their order."""
+def best(results: Sequence[JobResult], count: int, mode: str) -> list[int]:
+    """Returns the indices of the `count` best finished jobs, in ascending order."""
     sign = 1.0 if mode == "min" else -1.0
     scored = [
         (sign * one.status.objective, index)
-        for index, one in enumerate(ends)
+        for index, one in enumerate(results)
         if one.status.status == FINISHED and one.status.objective is not None
     ]
     return sorted(index for _, index in sorted(scored)[:count])
 
 
 def scaled(job: Job, share: float, what: Scaled) -> list[str]:
-    """The overrides of a job with a share of its clips and epochs, their product where both are scaled.
+    """Returns the overrides of a job with a share of its clips and epochs, at least one of each.
 
-    At least one of each.
+    If both are scaled, the share is that of their product.
 
     Raises:
-        UserError: It is not known how many clips there are.
+        UserError: The number of clips is not known.
     """
     config = job.config
     assert config is not None
@@ -149,7 +150,7 @@ def scaled(job: Job, share: float, what: Scaled) -> list[str]:
 
 
 def num_clips(config: Config | None) -> int:
-    """Training clips of the last round.
+    """Returns the number of training clips of the last round.
 
     Raises:
         UserError: It is not known.
@@ -160,7 +161,7 @@ def num_clips(config: Config | None) -> int:
     if isinstance(config.data, DemoDataConfig):
         return config.data.demo.num_train
     raise UserError(
-        "sweep=halving takes shares of data.max_clips, which has no value; give the clips of the last round"
+        "sweep=halving needs data.max_clips, which has no value; set it to the number of clips of the last round"
     )
 
 
@@ -180,6 +181,6 @@ def _plain(one: Round) -> dict[str, Any]:
                 "objective": end.status.objective,
                 "is_kept": kept,
             }
-            for job, end, kept in zip(one.jobs, one.ends, one.kept, strict=True)
+            for job, end, kept in zip(one.jobs, one.results, one.kept, strict=True)
         ],
     }

@@ -1,4 +1,4 @@
-"""One job: its `status.json`, written whatever becomes of it, and read by the sweep that started it."""
+"""The `status.json` of a job: written when the job ends in any way, and read by the sweep that started it."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from vlmcap.errors import (
 from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
 
-FILE = "status.json"
+STATUS_FILE = "status.json"
 FINISHED, FAILED, REFUSED, PRUNED, INTERRUPTED = "finished", "failed", "refused", "pruned", "interrupted"
-TRIAL_VARIABLE = "VLMCAP_TRIAL"  # in the environment of a job that a search started
-BEGUN = "the run goes on, or was killed"
+TRIAL_VARIABLE = "VLMCAP_TRIAL"  # environment variable of a job that a search started
+BEGUN = "the run is in progress or was killed"
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The end of a run.
+    """Result of a run.
 
     Attributes:
-        status: `finished`; `refused` before anything was trained; `failed` at work; `pruned` as its trial was worse
-            than others; `interrupted` by a signal, or not over yet.
-        reason: One sentence; empty where the run finished.
-        error: The exception's class.
-        config_hash: Of `vlmcap.compose.config_hash`; None where the configuration itself was wrong.
-        overrides: Of the command.
-        objective: What `train.py` returns; a pruned run's last value.
+        status: `finished`; `refused` before training began; `failed` later; `pruned` because its trial was worse than
+            others; `interrupted` by a signal, or still in progress.
+        reason: One sentence; empty if the run finished.
+        error: Class name of the exception.
+        config_hash: Hash of the configuration; None if the configuration is invalid.
+        overrides: Overrides of the command.
+        objective: Value that `train.py` returns, or the last value of a pruned run.
         plan: `peak_gib` and `usable_gib` of a run that did not fit its GPU.
-        seconds: From start to end.
+        seconds: Seconds from start to end.
     """
 
     status: str
@@ -60,7 +60,7 @@ class Status:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end, with scores."""
+        """Whether the run was completed."""
         return self.status == FINISHED
 
     def write(self, folder: Path) -> None:
@@ -69,32 +69,31 @@ class Status:
         plain = asdict(self) | {"overrides": list(self.overrides), "seconds": round(self.seconds, 2)}
         text = json.dumps(plain, ensure_ascii=False, indent=2) + "\n"
         try:
-            with replacing(folder / FILE) as partial:
+            with replacing(folder / STATUS_FILE) as partial:
                 partial.write_text(text, encoding="utf-8")
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (folder / FILE).is_file():
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (folder / STATUS_FILE).is_file():
                 raise
-            with (folder / FILE).open(
-                "r+", encoding="utf-8"
-            ) as file:  # a full disk still has the block of the file that is there
+            # On a full disk, the blocks of the existing file can still be overwritten.
+            with (folder / STATUS_FILE).open("r+", encoding="utf-8") as file:
                 file.write(text)
                 file.truncate()
 
 
 def read_status(folder: Path) -> Status | None:
-    """What became of the run in a folder; None where nothing says so."""
+    """Reads the status of the run in a folder; returns None if there is none."""
     try:
-        plain: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        plain: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
         return Status(**{known.name: plain[known.name] for known in fields(Status) if known.name in plain})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
 class Record:
-    """What a job says of itself while it runs.
+    """State of a running job, from which its status is written.
 
     Args:
-        overrides: Of the command.
+        overrides: Overrides of the command.
     """
 
     def __init__(self, overrides: list[str]) -> None:
@@ -102,17 +101,15 @@ class Record:
         self.config: Config | None = None
         self.config_hash: str | None = None
         self.objective = math.nan
-        self.claim = ExitStack()  # holds the folder until the end is written down
+        self.claim = ExitStack()  # holds the folder until the status is written
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Folder of the run."""
         return output_folder() if self.config is None or is_sweep() else Path(self.config.paths.output_dir)
 
     def begin(self, config: Config) -> None:
-        """Says which configuration runs.
-
-        A job of a sweep leaves a file at once, by which one that is killed is known again.
+        """Claims the folder of the run; a job of a sweep also writes a status, by which a killed job is recognised.
 
         Raises:
             InUseError: Another run writes to the folder.
@@ -125,7 +122,7 @@ class Record:
             self._write(INTERRUPTED, BEGUN)
 
     def end(self, error: BaseException | None) -> None:
-        """Writes what became of it; a plain run that made no folder leaves none."""
+        """Writes the final status, unless this is a single run that has not created its folder."""
         if not is_sweep() and not (self.folder / "config.yaml").is_file():
             return
         status = self._status(error)
@@ -146,7 +143,7 @@ class Record:
         return FAILED if isinstance(error, Exception) else INTERRUPTED
 
     def _has_trained(self) -> bool:
-        """Whether this run, and not an earlier one in its folder, came as far as its own `config.yaml`."""
+        """Whether this run, rather than an earlier one in the same folder, wrote its `config.yaml`."""
         file = self.folder / "config.yaml"
         return self.config is not None and file.is_file() and file.stat().st_mtime >= self.started
 
@@ -167,7 +164,7 @@ class Record:
 
 
 def with_auto_resume(config: Config) -> Config:
-    """The configuration of a job that goes on from its last checkpoint, where `sweep.resume=true` and an earlier start left one."""
+    """Sets `checkpoint=last` if `sweep.resume=true` and an earlier start of the job left a checkpoint."""
     last = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
     is_left = config.sweep.resume and config.checkpoint is None and last.is_file()
     return replace(config, checkpoint="last") if is_left else config
@@ -175,18 +172,18 @@ def with_auto_resume(config: Config) -> Config:
 
 @contextmanager
 def recorded() -> Iterator[Record]:
-    """A job whose end is written down; the exception goes on."""
+    """Writes the status of the job when it ends; exceptions are propagated."""
     from hydra.core.hydra_config import HydraConfig
 
     record = Record([*HydraConfig.get().overrides.task])
     with record.claim:
         try:
             yield record
-        except InUseError:  # the folder tells of another run
+        except InUseError:  # the status in the folder belongs to another run
             raise
         except BaseException as error:
             if _is_first_process():
-                with suppress(OSError):  # the disk may be what is full, and the run's own error says so
+                with suppress(OSError):  # the disk may be full, which the run's own error reports
                     record.end(error)
             raise
         if _is_first_process():
@@ -194,7 +191,7 @@ def recorded() -> Iterator[Record]:
 
 
 def _is_first_process() -> bool:
-    """Of several that train together."""
+    """Whether this is the first of the processes that train together."""
     return all(os.environ.get(name, "0") in ("", "0") for name in ("LOCAL_RANK", "RANK"))
 
 
@@ -212,11 +209,11 @@ def _reason(status: str, error: BaseException | None) -> str:
 
 
 def _planned(config: Config) -> dict[str, float] | None:
-    """What the plan says of a run that ran out of memory; None where it cannot be made."""
+    """Returns the planned memory of a run that ran out of memory; None if it cannot be planned."""
     from vlmcap.planning.make_plan import make_plan
 
     try:
         plan = make_plan(config)
-    except Exception:  # the run's own failure is what counts
+    except Exception:  # must not hide the failure of the run
         return None
     return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.device.usable_gib, 3)}

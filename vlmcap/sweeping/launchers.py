@@ -1,4 +1,4 @@
-"""What starts jobs: in this process, in one process a GPU, on Slurm, on Ray."""
+"""Launchers, which start the jobs of a sweep: in this process, in one process per GPU, on Slurm, or on Ray."""
 
 from __future__ import annotations
 
@@ -16,33 +16,30 @@ from omegaconf import DictConfig
 
 from vlmcap.config import LauncherConfig, ParallelLauncherConfig, RayLauncherConfig, SubmititLauncherConfig
 from vlmcap.errors import UserError, first_line
-from vlmcap.sweeping.child import Packer, run_packed
+from vlmcap.sweeping.child import JobPacker, run_packed
 from vlmcap.sweeping.job import BEGUN, read_status
-from vlmcap.sweeping.runner import Starter
+from vlmcap.sweeping.runner import JobLauncher
 
 L = TypeVar("L", bound=ParallelLauncherConfig)
-LOG = "output.log"  # in the folder of the run: what it printed
+LOG = "output.log"  # printed output of a run, in its folder
 
 
 def num_parallel(launcher: LauncherConfig) -> int:
-    """Jobs that a search starts at a time."""
+    """Returns the number of jobs that a search runs in parallel."""
     if not isinstance(launcher, ParallelLauncherConfig):
         return 1
-    return len(shares(launcher, visible_devices()))
+    return len(device_shares(launcher, visible_devices()))
 
 
 def batch_size(launcher: LauncherConfig) -> int | None:
-    """Jobs that one call of the launcher is given.
-
-    None is all of them, of which it runs as many at a time as it may.
-    """
+    """Returns the number of jobs passed to one call of the launcher; None passes all, which it schedules itself."""
     if not isinstance(launcher, ParallelLauncherConfig):
-        return 1  # the line of a job stands in front of what it prints
+        return 1  # so that the line of a job precedes its output
     return launcher.n_jobs if isinstance(launcher, SubmititLauncherConfig) and launcher.is_local else None
 
 
 def visible_devices() -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them; the GPUs stay untouched."""
+    """Returns the GPUs of this process as named in CUDA_VISIBLE_DEVICES, without initialising CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
@@ -51,12 +48,12 @@ def visible_devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def shares(launcher: ParallelLauncherConfig, devices: list[str]) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each job that runs at a time; with more jobs than GPUs they share them.
+def device_shares(launcher: ParallelLauncherConfig, devices: list[str]) -> list[str]:
+    """Returns CUDA_VISIBLE_DEVICES for each parallel job; if there are more jobs than GPUs, jobs share them.
 
     Args:
-        launcher: How many at a time, and GPUs for each.
-        devices: Of `visible_devices`.
+        launcher: Number of parallel jobs and of GPUs per job.
+        devices: Result of `visible_devices`.
     """
     size = launcher.gpus_per_job if launcher.gpus_per_job is not None else 1
     groups = (
@@ -66,11 +63,11 @@ def shares(launcher: ParallelLauncherConfig, devices: list[str]) -> list[str]:
     return [groups[index % len(groups)] if groups else "" for index in range(count)]
 
 
-def needed(library: str) -> Any:
-    """The library of a launcher, which is of the same name.
+def import_library(library: str) -> Any:
+    """Imports the library of a launcher, which has the launcher's name.
 
     Raises:
-        UserError: It is not installed.
+        UserError: The library is not installed.
     """
     try:
         import_module("cloudpickle")
@@ -80,52 +77,54 @@ def needed(library: str) -> Any:
         raise UserError(f'launcher={library} needs {library}: pip install "vlmcap[{extra}]"') from error
 
 
-def say_ended(folder: Path) -> None:
-    """One line for a job that another process ran."""
+def print_result(folder: Path) -> None:
+    """Prints one line with the result of a job that another process ran."""
     status = read_status(folder)
-    word, reason = (status.status, status.reason) if status and status.reason != BEGUN else ("ended without a word", "")
-    print(f"Job {folder.name}: {word}{': ' if reason else ''}{reason}", flush=True)
+    if status is None or status.reason == BEGUN:
+        print(f"Job {folder.name}: ended without writing its status", flush=True)
+    else:
+        print(f"Job {folder.name}: {status.status}{': ' if status.reason else ''}{status.reason}", flush=True)
 
 
 class _Launcher(Generic[L]):
-    """A launcher whose jobs run in processes of their own.
+    """Base of launchers whose jobs run in processes of their own.
 
     Args:
-        launcher: What each job is given, and how many run at a time.
-        packer: Makes the bytes that the processes run.
+        launcher: Resources per job, and number of parallel jobs.
+        packer: Serializes jobs.
 
     Raises:
         UserError: The library is not installed.
     """
 
-    library: ClassVar[str]  # its module, and the name of the launcher
+    library: ClassVar[str]  # name of the library's module and of the launcher
 
-    def __init__(self, launcher: L, packer: Packer) -> None:
-        self._library, self._launcher, self._packer = needed(self.library), launcher, packer
+    def __init__(self, launcher: L, packer: JobPacker) -> None:
+        self._library, self._launcher, self._packer = import_library(self.library), launcher, packer
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> None:
-        """Runs all jobs, as many at a time as may run; returns when all are over."""
+        """Runs all jobs, as many in parallel as the launcher allows; returns when all have ended."""
         self._run(
             [self._packer.pack(overrides, initial_job_idx + index) for index, overrides in enumerate(job_overrides)]
         )
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
-        """Runs jobs, each with the folder that it writes to."""
+        """Runs serialized jobs, each given with its folder."""
         raise NotImplementedError
 
 
 class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
-    """`launcher=joblib`: some jobs at a time on this computer, each in a fresh process that sees its own GPU and no other.
+    """`launcher=joblib`: parallel jobs on this computer, each in a new process that sees only its own GPUs.
 
-    joblib hands the jobs out; their processes are not joblib's own, as one that the system kills would end the others
-    with it, and one that is used again keeps the GPU that it had.
+    joblib schedules threads, each of which starts a process. joblib's own worker processes are not used: if the system
+    kills one, the others end too, and a reused one keeps the GPU of its previous job.
     """
 
     library = "joblib"
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
         free: queue.Queue[str] = queue.Queue()
-        given = shares(self._launcher, visible_devices())
+        given = device_shares(self._launcher, visible_devices())
         for share in given:
             free.put(share)
         run = self._library.delayed(self._run_one)
@@ -138,23 +137,20 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
             with (folder / LOG).open("ab") as log:
                 command = [sys.executable, "-m", "vlmcap.sweeping.child"]
                 own = environment | {"CUDA_VISIBLE_DEVICES": share}
-                # By a pipe: bytes that are run must not lie where another could exchange them.
+                # The job is sent through a pipe, as another user could replace a file of pickled code.
                 subprocess.run(command, input=packed, env=own, stdout=log, stderr=subprocess.STDOUT, check=False)
         finally:
             free.put(share)
-        say_ended(folder)
+        print_result(folder)
 
     def _environment(self, num_jobs: int) -> dict[str, str]:
-        """The environment of a job: the modules that this process finds, and one share of the cores."""
+        """Returns the environment of a job: the module search path of this process, and a share of the cores."""
         cores = self._launcher.cpus_per_job or max(1, (os.cpu_count() or 1) // num_jobs)
         return {"OMP_NUM_THREADS": str(cores)} | dict(os.environ) | _module_paths()
 
 
 class RayLauncher(_Launcher[RayLauncherConfig]):
-    """`launcher=ray`: a Ray task for each combination, on this computer or on a cluster.
-
-    Ray gives each its own GPUs.
-    """
+    """`launcher=ray`: one Ray task per combination, on this computer or on a cluster; Ray assigns the GPUs."""
 
     library = "ray"
 
@@ -171,7 +167,7 @@ class RayLauncher(_Launcher[RayLauncherConfig]):
             **started,
         )
         try:
-            # A process a job, which is not started again by itself: `sweep.resume=true` does, from its last checkpoint.
+            # One process per job, without retries: `sweep.resume=true` restarts a job from its last checkpoint.
             task = self._library.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_packed)
             targets = {task.remote(one): folder for one, folder in packed}
             waiting = [*targets]
@@ -181,15 +177,15 @@ class RayLauncher(_Launcher[RayLauncherConfig]):
                     self._library.get(done)
                 except self._library.exceptions.RayError as error:
                     print(f"Job {targets[done].name}: {first_line(error)}", flush=True)
-                say_ended(targets[done])
+                print_result(targets[done])
         finally:
             self._library.shutdown()
 
 
 class SubmititLauncher(_Launcher[SubmititLauncherConfig]):
-    """`launcher=submitit`: a Slurm job for each combination, as one array, or the same on this computer to try it.
+    """`launcher=submitit`: one job per combination in a Slurm array, or locally with `launcher.is_local=true`.
 
-    It uses submitit itself: Hydra's launcher for it gives up at the first job that fails, while the others still run.
+    It calls submitit directly, because Hydra's submitit launcher stops at the first failure while other jobs still run.
     """
 
     library = "submitit"
@@ -203,8 +199,8 @@ class SubmititLauncher(_Launcher[SubmititLauncherConfig]):
         jobs = executor.map_array(run_packed, [one for one, _ in packed])
         try:
             for job, (_, target) in zip(jobs, packed, strict=True):
-                job.wait()  # one that was killed leaves no status, and the others go on
-                say_ended(target)
+                job.wait()  # unlike job.result(), it does not raise if the job was killed
+                print_result(target)
         except BaseException:
             for job in jobs:
                 job.cancel()
@@ -212,7 +208,7 @@ class SubmititLauncher(_Launcher[SubmititLauncherConfig]):
 
 
 def parameters(launcher: SubmititLauncherConfig) -> dict[str, Any]:
-    """What submitit is told, for Slurm or for this computer."""
+    """Returns the parameters of submitit's executor, for Slurm or for this computer."""
     common = {
         "name": "vlmcap",
         "timeout_min": launcher.timeout_min,
@@ -230,21 +226,23 @@ def parameters(launcher: SubmititLauncherConfig) -> dict[str, Any]:
     return {key: value for key, value in (common | ({} if launcher.is_local else slurm)).items() if value is not None}
 
 
-def make_launcher(launcher: LauncherConfig, context: HydraContext, task: TaskFunction, master: DictConfig) -> Starter:
-    """The launcher of a configuration.
+def make_launcher(
+    launcher: LauncherConfig, context: HydraContext, task: TaskFunction, master: DictConfig
+) -> JobLauncher:
+    """Creates the launcher of a configuration.
 
     Args:
-        launcher: Which, and with what.
-        context: Hydra's.
-        task: What a job does.
-        master: The configuration of the program around the jobs.
+        launcher: Settings of the launcher.
+        context: Hydra context.
+        task: Function that runs a job.
+        master: Configuration of the sweep's own program.
 
     Raises:
-        UserError: Its extra is not installed.
+        UserError: The library of the launcher is not installed.
     """
-    own: dict[str, Any] = {kind.library: kind for kind in (JoblibLauncher, RayLauncher, SubmititLauncher)}
-    if launcher.kind in own:
-        made: Starter = own[launcher.kind](launcher, Packer(context, task, master))
+    native: dict[str, Any] = {kind.library: kind for kind in (JoblibLauncher, RayLauncher, SubmititLauncher)}
+    if launcher.kind in native:
+        made: JobLauncher = native[launcher.kind](launcher, JobPacker(context, task, master))
         return made
     from hydra.core.plugins import Plugins
 

@@ -1,4 +1,4 @@
-"""Starts the jobs of a sweep in its folder, takes finished ones as they are, and keeps what became of each."""
+"""Runs the jobs of a sweep in its folder, except finished ones, and collects their results."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from vlmcap.sweeping.composing import Job
 from vlmcap.sweeping.job import (
     BEGUN,
     FAILED,
-    FILE,
     FINISHED,
     INTERRUPTED,
     PRUNED,
     REFUSED,
+    STATUS_FILE,
     TRIAL_VARIABLE,
     Status,
     read_status,
 )
 
 
-class Starter(Protocol):
-    """Hydra's launchers, and ours."""
+class JobLauncher(Protocol):
+    """Interface of Hydra's launchers and of those in `vlmcap.sweeping.launchers`."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> object:
-        """Runs jobs and returns when all are over; what became of them stands in their folders."""
+        """Runs jobs and returns when all have ended; their folders hold the results."""
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """A job and what became of it.
+class JobResult:
+    """A job and its result.
 
     Attributes:
-        job: The combination.
-        number: The name of its folder.
-        status: Its end.
-        is_new: Whether it ran now.
+        job: The job.
+        number: Number of the job, which is the name of its folder.
+        status: Status at its end.
+        is_new: False if an earlier start of the sweep had finished it.
     """
 
     job: Job
@@ -52,30 +52,30 @@ class Done:
 
     @property
     def is_failure(self) -> bool:
-        """Whether it came to nothing."""
+        """Whether the job gave no result: it neither finished nor was pruned."""
         return self.status.status not in (FINISHED, PRUNED)
 
 
 class Runner:
-    """The jobs of one sweep.
+    """Runs the jobs of one sweep.
 
     Args:
-        folder: Of the sweep.
-        starter: Starts them.
-        is_resumed: Whether the folder holds an earlier part of this sweep.
-        batch_size: Jobs that are started together, each batch when the one before is over; None is all.
+        folder: Folder of the sweep.
+        launcher: Launcher that runs the jobs.
+        is_resumed: Whether to continue the sweep in the folder.
+        batch_size: Number of jobs passed to the launcher at a time; None passes all.
 
     Raises:
-        UserError: The folder holds a sweep, and it is not to go on.
+        UserError: The folder holds a sweep and `is_resumed` is not set.
     """
 
-    def __init__(self, folder: Path, starter: Starter, *, is_resumed: bool, batch_size: int | None) -> None:
-        self.folder, self._starter, self._batch_size = folder, starter, batch_size
-        self.done: list[Done] = []
+    def __init__(self, folder: Path, launcher: JobLauncher, *, is_resumed: bool, batch_size: int | None) -> None:
+        self.folder, self._launcher, self._batch_size = folder, launcher, batch_size
+        self.results: list[JobResult] = []
         found = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
         if found and not is_resumed:
             raise UserError(
-                f"sweep.folder={folder} holds a sweep; add sweep.resume=true to go on with it, or give another folder"
+                f"sweep.folder={folder} already holds a sweep; set sweep.resume=true to continue it, or another folder"
             )
         self._next = found[-1] + 1 if found else 0
         statuses = ((number, read_status(folder / str(number))) for number in found)
@@ -83,32 +83,32 @@ class Runner:
             status.config_hash: number for number, status in statuses if status is not None and status.config_hash
         }
 
-    def run(self, jobs: Sequence[Job]) -> list[Done]:
-        """Runs what has not been run, and gives the end of every job, in their order."""
-        numbers = [self._number(job) for job in jobs]  # of jobs that come to the same, one runs
-        ends: dict[int, Done] = {}
+    def run(self, jobs: Sequence[Job]) -> list[JobResult]:
+        """Runs the jobs that have not finished yet; returns the results of all jobs in their order."""
+        numbers = [self._number(job) for job in jobs]  # equivalent jobs share a number and run once
+        results: dict[int, JobResult] = {}
         waiting: dict[int, Job] = {}
         for number, job in zip(numbers, jobs, strict=True):
             status = read_status(self.folder / str(number))
             if status is not None and status.is_finished:
-                print(f"Job {number}, {job.name}: finished before.", flush=True)
-                ends[number] = Done(job, number, status, is_new=False)
+                print(f"Job {number}, {job.name}: already finished", flush=True)
+                results[number] = JobResult(job, number, status, is_new=False)
             elif job.refusal:
-                ends[number] = self._refuse(number, job)
+                results[number] = self._refuse(number, job)
             elif owner := living_owner(self.folder / str(number)):  # a job that outlived an earlier start of the sweep
-                print(f"Job {number}, {job.name}: it still runs, {owner}", flush=True)
-                ends[number] = Done(job, number, Status(INTERRUPTED, f"it still runs, {owner}"))
+                print(f"Job {number}, {job.name}: still running, {owner}", flush=True)
+                results[number] = JobResult(job, number, Status(INTERRUPTED, f"still running, {owner}"))
             else:
                 waiting[number] = job
-        self.done += ends.values()
+        self.results += results.values()
         pairs = list(waiting.items())
         size = self._batch_size or max(1, len(pairs))
         for start in range(0, len(pairs), size):
-            ends |= {one.number: one for one in self._launch(pairs[start : start + size])}
-        return [ends[number] for number in numbers]
+            results |= {one.number: one for one in self._launch(pairs[start : start + size])}
+        return [results[number] for number in numbers]
 
     def _number(self, job: Job) -> int:
-        """The folder of a job: that of an earlier start where there is one."""
+        """Returns the number of a job: the one from an earlier start of the sweep if there is one."""
         key = job.config_hash
         if key is not None and key in self._known:
             return self._known[key]
@@ -117,30 +117,30 @@ class Runner:
             self._known[key] = number
         return number
 
-    def _refuse(self, number: int, job: Job) -> Done:
-        """Writes down a combination whose configuration is wrong; nothing is started for it."""
+    def _refuse(self, number: int, job: Job) -> JobResult:
+        """Records a combination whose configuration is invalid; nothing is started for it."""
         target = self.folder / str(number)
         print(f"Job {number}, {job.name}: refused: {job.refusal}", flush=True)
         status = Status(REFUSED, job.refusal, "UserError", None, job.overrides)
         status.write(target)
         (target / HYDRA_FOLDER).mkdir(exist_ok=True)
         write_yaml([*job.overrides], target / HYDRA_FOLDER / "overrides.yaml")
-        return Done(job, number, status)
+        return JobResult(job, number, status)
 
-    def _launch(self, batch: Sequence[tuple[int, Job]]) -> list[Done]:
+    def _launch(self, batch: Sequence[tuple[int, Job]]) -> list[JobResult]:
         for number, job in batch:
             print(f"Job {number}, {job.name}: {self.folder / str(number)}", flush=True)
         problem = ""
         try:
-            self._starter.launch([self._overrides(number, job) for number, job in batch], batch[0][0])
+            self._launcher.launch([self._overrides(number, job) for number, job in batch], batch[0][0])
         except Exception as error:
             problem = first_line(error)
-            if not any((self.folder / str(number) / FILE).is_file() for number, _ in batch):
+            if not any((self.folder / str(number) / STATUS_FILE).is_file() for number, _ in batch):
                 raise UserError(f"the jobs could not be started: {problem}") from error
         finally:
-            ends = [self._ended(number, job, problem) for number, job in batch]
-            self.done += ends
-        return ends
+            results = [self._result(number, job, problem) for number, job in batch]
+            self.results += results
+        return results
 
     def _overrides(self, number: int, job: Job) -> list[str]:
         trial = [f"++hydra.job.env_set.{TRIAL_VARIABLE}={quoted(job.trial)}"] if job.trial else []
@@ -151,14 +151,15 @@ class Runner:
             *trial,
         ]
 
-    def _ended(self, number: int, job: Job, problem: str) -> Done:
-        """What a job left; one that was killed could not say so itself."""
+    def _result(self, number: int, job: Job, problem: str) -> JobResult:
+        """Reads the result of a job; for a job that was killed, it writes the status."""
         target = self.folder / str(number)
         status = read_status(target)
         if owner := living_owner(target):
-            return Done(job, number, Status(INTERRUPTED, f"it still runs, {owner}"))
+            return JobResult(job, number, Status(INTERRUPTED, f"still running, {owner}"))
         if status is None or (status.status == INTERRUPTED and status.reason == BEGUN):
-            reason = f"its process ended without a word{': ' + problem if problem else ', as one that the system kills for its memory'}"
+            why = f": {problem}" if problem else "; the system may have killed it to free memory"
+            reason = f"its process ended without writing its status{why}"
             status = Status(FAILED, reason, None, job.config_hash, job.overrides)
             status.write(target)
-        return Done(job, number, status)
+        return JobResult(job, number, status)

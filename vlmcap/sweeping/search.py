@@ -1,4 +1,4 @@
-"""`sweep=optuna`: Hydra's sweep syntax as a search space, and the trials that Optuna proposes in it."""
+"""`sweep=optuna`: reads a search space in Hydra's sweep syntax, and runs the trials that Optuna proposes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _WHOLE = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """What is searched and what is fixed.
+    """Keys that are searched, and overrides that are fixed.
 
     Attributes:
-        distributions: Optuna's, by key.
-        choices: The values of the keys that have few; numbers between bounds have none.
+        distributions: Optuna distribution of each searched key.
+        choices: Values of each searched key that has at most about a hundred of them.
         fixed: Overrides of every trial.
     """
 
@@ -40,25 +40,25 @@ class SearchSpace:
     fixed: tuple[str, ...]
 
     def overrides(self, params: dict[str, Any]) -> list[str]:
-        """Of a trial."""
+        """Returns the overrides of a trial."""
         return [*self.fixed, *(f"{key}={params[key]}" for key in self.distributions)]
 
     def points(self) -> list[dict[str, Any]]:
-        """Every combination of the choices.
+        """Returns every combination of the choices.
 
         Raises:
-            UserError: A key has no end of values.
+            UserError: A key has too many values to list them.
         """
         endless = [key for key in self.distributions if key not in self.choices]
         if endless:
             raise UserError(
-                f"sweep.sampler=grid cannot try every value of {endless[0]}; give a list or a range, or "
+                f"sweep.sampler=grid cannot try every value of {endless[0]}; give it a list or a range, or set "
                 "sweep.sampler=tpe"
             )
         return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
 
     def probes(self) -> list[dict[str, Any]]:
-        """A few points that hold every choice, to find misspelt ones before anything runs."""
+        """Returns a few points that together cover every choice, to find misspelt values before anything runs."""
         width = max((len(values) for values in self.choices.values()), default=1)
         lows = {key: one.low for key, one in self.distributions.items() if key not in self.choices}
         return [
@@ -67,10 +67,10 @@ class SearchSpace:
 
 
 def read_space(overrides: Sequence[Override]) -> SearchSpace:
-    """The search space of parsed overrides; of a key that is there twice the last counts.
+    """Reads the search space from parsed overrides; if a key is given twice, the last one counts.
 
     Raises:
-        UserError: Nothing is to be searched, or a space is empty.
+        UserError: No key is searched, or a space is empty.
     """
     distributions: dict[str, Any] = {}
     choices: dict[str, list[Any]] = {}
@@ -86,7 +86,7 @@ def read_space(overrides: Sequence[Override]) -> SearchSpace:
         if (values := _values(distributions[key])) is not None:
             choices[key] = values
     if not distributions:
-        raise UserError("sweep=optuna has nothing to search; give a key several values, as in tuning.lora.rank=8,16,32")
+        raise UserError("sweep=optuna needs a key with several values, such as tuning.lora.rank=8,16,32")
     return SearchSpace(distributions, choices, tuple(fixed.values()))
 
 
@@ -99,7 +99,7 @@ def _distribution(key: str, override: Override) -> Any:
     is_log = "log" in getattr(value, "tags", ())
     try:
         if is_interval:
-            if _WHOLE.search(override.input_line or ""):  # Hydra makes floats of the bounds
+            if _WHOLE.search(override.input_line or ""):  # Hydra converts the bounds to floats
                 return IntDistribution(int(value.start), int(value.end), log=is_log)
             return FloatDistribution(value.start, value.end, log=is_log)
         if is_range and not value.shuffle:
@@ -110,11 +110,11 @@ def _distribution(key: str, override: Override) -> Any:
             return FloatDistribution(float(values[0]), float(values[-1]), step=float(value.step))
         return CategoricalDistribution(sweep_values(override))
     except (ValueError, IndexError) as error:
-        raise UserError(f"{override.input_line} is no space to search: {error}") from error
+        raise UserError(f"{override.input_line} is not a valid search space: {error}") from error
 
 
 def _values(distribution: Any) -> list[Any] | None:
-    """The values of a distribution that has at most a hundred of them."""
+    """Lists the values of a distribution; returns None for more than about a hundred numbers."""
     if hasattr(distribution, "choices"):
         return [*distribution.choices]
     step = getattr(distribution, "step", None)
@@ -125,50 +125,58 @@ def _values(distribution: Any) -> list[Any] | None:
 
 
 class Search:
-    """Runs trials until there are `sweep.n_trials`, those of an earlier start included.
+    """Runs trials until there are `sweep.n_trials`, including those of an earlier start.
 
     Args:
-        sweep: How.
-        space: What is searched.
-        composer: Makes jobs of trials.
-        runner: Runs them.
+        sweep: Settings of the sweep.
+        space: Search space.
+        composer: Composes the jobs of trials.
+        runner: Runs the jobs.
         mode: `max` or `min`.
-        width: Trials at a time.
+        num_parallel: Number of parallel trials.
 
     Raises:
-        UserError: A choice does not exist, or Optuna is not installed; nothing was made.
+        UserError: A choice does not exist, or Optuna is not installed; nothing has been written.
     """
 
     def __init__(
-        self, sweep: OptunaSweepConfig, space: SearchSpace, composer: Composer, runner: Runner, mode: str, width: int
+        self,
+        sweep: OptunaSweepConfig,
+        space: SearchSpace,
+        composer: Composer,
+        runner: Runner,
+        mode: str,
+        num_parallel: int,
     ) -> None:
-        self._sweep, self._space, self._composer, self._runner, self._width = sweep, space, composer, runner, width
+        self._sweep, self._space, self._composer, self._runner = sweep, space, composer, runner
+        self._num_parallel = num_parallel
         import_optuna()
         for point in space.probes():
             composer.job(space.overrides(point), "")
         points = space.points() if sweep.sampler is Sampler.grid else []
-        self._study = open_study(sweep, runner.folder, mode, is_parallel=width > 1)
+        self._study = open_study(sweep, runner.folder, mode, is_parallel=num_parallel > 1)
         for point in points:
             self._study.enqueue_trial(point, skip_if_exists=True)
 
     def run(self) -> None:
-        """Asks, runs and tells."""
-        while batch := self._next():
+        """Asks the study for trials, runs them, and reports their values, until the search is over."""
+        while batch := self._next_trials():
             jobs = [self._job(trial) for trial in batch]
-            for trial, done in zip(batch, self._runner.run(jobs), strict=True):
-                status = done.status
+            for trial, result in zip(batch, self._runner.run(jobs), strict=True):
+                status = result.status
                 value = status.objective if status.status == FINISHED else None
                 tell(self._study, trial.number, value, is_pruned=status.status == PRUNED)
 
-    def _next(self) -> list[optuna.trial.FrozenTrial]:
-        """The trials to run now: first those that an earlier start left open."""
+    def _next_trials(self) -> list[optuna.trial.FrozenTrial]:
+        """Returns the trials to run next, beginning with those that an earlier start did not finish."""
         from optuna.trial import TrialState
 
         trials = self._study.get_trials(deepcopy=False)
         left = self._sweep.n_trials - sum(trial.state.is_finished() for trial in trials)
-        chosen = [trial for trial in trials if trial.state is TrialState.RUNNING][: max(0, min(left, self._width))]
+        count = max(0, min(left, self._num_parallel))
+        chosen = [trial for trial in trials if trial.state is TrialState.RUNNING][:count]
         num_waiting = sum(trial.state is TrialState.WAITING for trial in trials)
-        while len(chosen) < min(left, self._width) and (self._sweep.sampler is not Sampler.grid or num_waiting > 0):
+        while len(chosen) < count and (self._sweep.sampler is not Sampler.grid or num_waiting > 0):
             asked = self._study.ask(self._space.distributions)
             chosen.append(self._study.get_trials(deepcopy=False)[asked.number])
             num_waiting -= 1

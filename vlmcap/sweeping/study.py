@@ -1,4 +1,4 @@
-"""An Optuna study in the folder of a sweep, from the side of the search and from that of a job."""
+"""The Optuna study in the folder of a sweep, as the search and its jobs use it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vlmcap.sweeping.job import TRIAL_VARIABLE
 if TYPE_CHECKING:
     import optuna
 
-FILE, NAME = "study.db", "vlmcap"
+STUDY_FILE, STUDY_NAME = "study.db", "vlmcap"
 
 
 def open_study(sweep: OptunaSweepConfig, folder: Path, mode: str, *, is_parallel: bool) -> optuna.Study:
-    """The study of a sweep, an earlier one where there is one.
+    """Creates the study of a sweep, or loads an existing one.
 
     Args:
-        sweep: Its sampler and seed.
-        folder: Of the sweep.
+        sweep: Settings of the sweep: sampler and seed.
+        folder: Folder of the sweep.
         mode: `max` or `min`.
-        is_parallel: Whether trials are asked for before others are told.
+        is_parallel: Whether trials are asked for before the values of others are known.
 
     Raises:
         UserError: Optuna is not installed.
@@ -34,12 +34,12 @@ def open_study(sweep: OptunaSweepConfig, folder: Path, mode: str, *, is_parallel
     import optuna
 
     folder.mkdir(parents=True, exist_ok=True)
-    storage = _storage(folder / FILE)
+    storage = _storage(folder / STUDY_FILE)
     direction = optuna.study.StudyDirection.MINIMIZE if mode == "min" else optuna.study.StudyDirection.MAXIMIZE
-    study = optuna.create_study(storage=storage, study_name=NAME, direction=direction, load_if_exists=True)
-    seed = sweep.seed + len(study.get_trials(deepcopy=False))  # a study that goes on must not draw the same again
+    study = optuna.create_study(storage=storage, study_name=STUDY_NAME, direction=direction, load_if_exists=True)
+    seed = sweep.seed + len(study.get_trials(deepcopy=False))  # a resumed study must not repeat its random draws
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constant_liar is called experimental
+        warnings.simplefilter("ignore")  # Optuna warns that constant_liar is experimental
         study.sampler = (
             optuna.samplers.TPESampler(seed=seed, constant_liar=is_parallel)
             if sweep.sampler is Sampler.tpe
@@ -49,10 +49,10 @@ def open_study(sweep: OptunaSweepConfig, folder: Path, mode: str, *, is_parallel
 
 
 def trial_of_job(sweep: SweepConfig) -> optuna.Trial | None:
-    """The trial that this process runs, to report to; None outside of a search.
+    """Returns the trial of this process, which values are reported to; None outside of a search.
 
     Args:
-        sweep: How trials are pruned.
+        sweep: Settings of the sweep, with those of pruning.
     """
     address = os.environ.get(TRIAL_VARIABLE, "")
     if not (address and isinstance(sweep, OptunaSweepConfig)):
@@ -69,24 +69,24 @@ def trial_of_job(sweep: SweepConfig) -> optuna.Trial | None:
         else optuna.pruners.NopPruner()
     )
     storage = _storage(Path(path))
-    study = optuna.load_study(study_name=NAME, storage=storage, pruner=pruner)
-    study_id = storage.get_study_id_from_name(NAME)
+    study = optuna.load_study(study_name=STUDY_NAME, storage=storage, pruner=pruner)
+    study_id = storage.get_study_id_from_name(STUDY_NAME)
     return optuna.Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, int(number)))
 
 
 def trial_address(folder: Path, number: int) -> str:
-    """Where a job finds its trial, as text for its environment."""
-    return f"{folder / FILE}#{number}"
+    """Returns the address of a trial, which its job reads from its environment."""
+    return f"{folder / STUDY_FILE}#{number}"
 
 
 def tell(study: optuna.Study, number: int, value: float | None, *, is_pruned: bool) -> None:
-    """Tells the study how a trial ended.
+    """Reports the result of a trial to its study.
 
     Args:
-        study: It.
-        number: Of the trial.
-        value: The objective; None for a trial that came to nothing.
-        is_pruned: Whether it was stopped; its reports count.
+        study: Study of the sweep.
+        number: Number of the trial.
+        value: Objective; None if the trial failed.
+        is_pruned: Whether the trial was pruned; the study uses the values that it reported until then.
     """
     import_optuna()
     import optuna
@@ -100,10 +100,10 @@ def tell(study: optuna.Study, number: int, value: float | None, *, is_pruned: bo
 
 
 def import_optuna() -> None:
-    """Makes Optuna silent.
+    """Imports Optuna and disables its informational messages.
 
     Raises:
-        UserError: It is not installed.
+        UserError: Optuna is not installed.
     """
     try:
         import optuna
@@ -115,6 +115,5 @@ def import_optuna() -> None:
 def _storage(path: Path) -> optuna.storages.RDBStorage:
     from optuna.storages import RDBStorage
 
-    return RDBStorage(
-        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 100}}
-    )  # seconds to wait for another job's writing
+    # timeout: seconds to wait while another job writes
+    return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 100}})

@@ -1,8 +1,6 @@
-"""A real headless Chromium for tests, driven over a pipe by its DevTools protocol.
+"""A headless Chromium for tests, controlled through a pipe with its DevTools protocol; it needs only the browser.
 
-Nothing to install beside the browser.
-
-https://chromedevtools.github.io/devtools-protocol/; messages are JSON, a zero byte after each.
+https://chromedevtools.github.io/devtools-protocol/; messages are JSON, each followed by a zero byte.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 _FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
-    "--no-sandbox",  # root, as in a container, has no other way
+    "--no-sandbox",  # required for root, for instance in a container
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
@@ -38,7 +36,7 @@ _FLAGS = (
 
 
 def find_chromium() -> str | None:
-    """The browser: that of `CHROMIUM`, or the first that is on the path."""
+    """Returns the browser named in `CHROMIUM`, or the first one on the path."""
     named = os.environ.get("CHROMIUM")
     return named or next((found for name in NAMES if (found := shutil.which(name))), None)
 
@@ -49,7 +47,7 @@ NEEDS_BROWSER = pytest.mark.skipif(
 
 
 class Browser:
-    """A browser with a fresh profile and one page; a context manager that ends it."""
+    """A browser with a new profile and one page; as a context manager, it is closed at the end."""
 
     def __init__(self, program: str, *, timeout_s: float = 60.0) -> None:
         self.timeout_s = timeout_s
@@ -57,7 +55,7 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(prefix="vlmcap-browser-", ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # The protocol's pipe is file 3 (commands) and 4 (answers) of the browser.
+        # The browser reads commands from file descriptor 3 and writes answers to 4.
         shell = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
         command = [
             "/bin/bash",
@@ -93,8 +91,8 @@ class Browser:
         self.close()
 
     def close(self) -> None:
-        """Ends the browser and removes its profile."""
-        os.close(self._out)  # a browser whose pipe ends goes by itself
+        """Closes the browser and removes its profile."""
+        os.close(self._out)  # the browser exits when its pipe is closed
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -104,7 +102,7 @@ class Browser:
         self._profile.cleanup()
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """The answer to one command of the protocol."""
+        """Sends a command of the protocol and returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params} | (
             {"sessionId": self._session} if self._session else {}
@@ -122,7 +120,7 @@ class Browser:
                 self.events.append(answer)
 
     def open(self, page: Path) -> None:
-        """Loads a file; what happened before is forgotten."""
+        """Loads a file and clears earlier events."""
         self.events.clear()
         self.send("Page.navigate", url=page.resolve().as_uri())
         deadline_s = time.monotonic() + self.timeout_s
@@ -130,19 +128,19 @@ class Browser:
             self.events.append(self._next(deadline_s, "loading"))
 
     def open_kept(self, page: Path, button: str, script: str, value: object, *, within_s: float = 10.0) -> None:
-        """Loads a file, on which the choice of a button before is kept.
+        """Loads a file again and waits until it shows a setting that was chosen before.
 
-        A browser that has just started or is busy may lose what a page stores; the choice is then made again.
+        A browser that has just started or is busy may lose the stored setting, which is then chosen again.
 
         Args:
-            page: The file.
-            button: Selector of the button, which changes from one value to the other.
-            script: Expression of the value.
-            value: The chosen one.
-            within_s: Seconds within which the choice must be kept.
+            page: File of the page.
+            button: Selector of the button that toggles the setting.
+            script: Expression of the setting.
+            value: Expected value of the setting.
+            within_s: Timeout in seconds.
 
         Raises:
-            AssertionError: It is not kept.
+            AssertionError: The setting is not kept.
         """
         deadline_s = time.monotonic() + within_s
         self.open(page)
@@ -153,7 +151,7 @@ class Browser:
             self.open(page)
 
     def right_edge(self, page: Path, width: int, selector: str) -> float:
-        """How far a page and the elements of a selector reach to the right in a window of a width, in pixels."""
+        """Returns the rightmost pixel of a page and of the selected elements in a window of the given width."""
         self.show_as(width=width)
         self.open(page)
         edges = f"[...document.querySelectorAll({selector!r})].map((node) => node.getBoundingClientRect().right)"
@@ -161,7 +159,7 @@ class Browser:
         return found
 
     def run(self, script: str) -> Any:
-        """The value of an expression, which may be a promise."""
+        """Returns the value of an expression, which may be a promise."""
         answer = self.send(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
         )
@@ -170,19 +168,19 @@ class Browser:
         return answer["result"].get("value")
 
     def texts(self, selector: str) -> list[str]:
-        """What the elements say."""
+        """Returns the texts of the selected elements."""
         found: list[str] = self.run(f"[...document.querySelectorAll({selector!r})].map((node) => node.textContent)")
         return found
 
     def click(self, selector: str, text: str = "") -> None:
-        """Clicks the first element that fits and, with `text`, says just that."""
+        """Clicks the first selected element, or the first one with the given text."""
         self.run(
             f"[...document.querySelectorAll({selector!r})].find((node) => !{text!r} || node.textContent === "
             f"{text!r}).click()"
         )
 
     def write(self, selector: str, value: str) -> None:
-        """Sets a field as typing or choosing does."""
+        """Sets the value of a field and fires the events of typing and choosing."""
         node = f"document.querySelector({selector!r})"
         self.run(
             f"{node}.value = {value!r}; {node}.dispatchEvent(new Event('input')); {node}.dispatchEvent(new "
@@ -190,7 +188,7 @@ class Browser:
         )
 
     def press(self, key: str, code: int) -> None:
-        """One key, as a person presses it; `code` is its Windows key code."""
+        """Presses a key; `code` is its Windows key code."""
         text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
@@ -205,7 +203,7 @@ class Browser:
         media: str = "",
         motion: str = "no-preference",
     ) -> None:
-        """Size of the window, the system's colours, `print` or the screen, and whether the system asks to `reduce` motion."""
+        """Emulates a window size, the system's colour scheme and motion preference, and `print` or screen media."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
         )
@@ -216,7 +214,7 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", media=media, features=features)
 
     def picture(self, *, whole: bool = False, clip: dict[str, float] | None = None) -> bytes:
-        """A PNG of what is to be seen, of the whole page, or of a part (x, y, width, height in CSS pixels)."""
+        """Returns a PNG of the viewport, of the whole page, or of a clip (x, y, width, height in CSS pixels)."""
         part: dict[str, Any] = {"clip": clip | {"scale": 1}} if clip else {}
         answer = self.send(
             "Page.captureScreenshot", format="png", captureBeyondViewport=whole or clip is not None, **part
@@ -224,22 +222,22 @@ class Browser:
         return base64.b64decode(answer["data"])
 
     def errors(self) -> list[str]:
-        """Uncaught exceptions, console errors and warnings, and what the browser itself complained of."""
-        self.run("0")  # what was sent before is read now
+        """Returns uncaught exceptions, and errors and warnings of the console and of the browser."""
+        self.run("0")  # reads all pending events
         found = []
         for event in self.events:
-            name, told = event["method"], event.get("params", {})
+            name, params = event["method"], event.get("params", {})
             is_error = name == "Runtime.exceptionThrown"
             is_error = is_error or (
-                name == "Runtime.consoleAPICalled" and told["type"] in {"error", "warning", "assert"}
+                name == "Runtime.consoleAPICalled" and params["type"] in {"error", "warning", "assert"}
             )
-            is_error = is_error or (name == "Log.entryAdded" and told["entry"]["level"] in {"error", "warning"})
+            is_error = is_error or (name == "Log.entryAdded" and params["entry"]["level"] in {"error", "warning"})
             if is_error:
-                found.append(json.dumps(told, ensure_ascii=False)[:1000])
+                found.append(json.dumps(params, ensure_ascii=False)[:1000])
         return found
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for, but those whose content stands in the address."""
+        """Returns the requested addresses except data URLs."""
         self.run("0")
         urls = [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"

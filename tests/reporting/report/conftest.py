@@ -33,12 +33,12 @@ def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     from vlmcap.data.decoding.video import write_video
-    from vlmcap.reporting.report.page import pictures_of, report_page
+    from vlmcap.reporting.report.page import read_all_frames, report_page
 
     frames = np.random.default_rng(0).integers(0, 255, (8, 90, 160, 3)).astype(np.uint8)
     write_video(folder / "a.mp4", frames, fps=4)
     report = make_report(videos=[str(folder / "a.mp4")] * 3)
-    (folder / "index.html").write_text(report_page(report, pictures_of(report.clips)), encoding="utf-8")
+    (folder / "index.html").write_text(report_page(report, read_all_frames(report.clips)), encoding="utf-8")
     return folder / "index.html"
 
 

@@ -1,11 +1,11 @@
-"""A report invented for tests of its page: every field filled, hostile text where people write text."""
+"""A synthetic report for tests of its page, with every field filled and hostile text in all texts of users."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from vlmcap.reporting.report.data import (
+from vlmcap.reporting.report.records import (
     CaptionRow,
     CategoryRow,
     ClipRow,
@@ -64,12 +64,12 @@ def make_run(name: str, group: str, factors: dict[str, Any], score: float | None
 
 
 def make_group(
-    name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_level: bool = False
+    name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_tied: bool = False
 ) -> GroupRow:
-    """A line of the leaderboard with the means of its runs; `is_level` is as of the data, the best included."""
+    """A group with the means of its runs."""
     done = [run for run in runs if METRIC in run.scores]
     means = {key: sum(run.scores[key] for run in done) / len(done) for key in (METRIC, "val/bleu_4")} if done else {}
-    p_value = 0.4 if is_level else 0.0005
+    p_value = 0.4 if is_tied else 0.0005
     difference = (
         Difference(means[METRIC] - 3, means[METRIC] - 3.3, means[METRIC] - 2.7, "clips and seeds", p_value, p_value)
         if done
@@ -94,16 +94,13 @@ def make_group(
         over="clips and seeds" if done else "",
         difference=None if is_best else difference,
         is_best=is_best,
-        is_level=is_level or is_best,
+        is_tied=is_tied or is_best,
         costs=costs,
     )
 
 
 def make_clips(runs: Sequence[RunRow], count: int, videos: Sequence[str] = ()) -> list[ClipRow]:
-    """Clips, of which the first caption is hostile and the last is empty.
-
-    `videos` are those of the first ones, others are not there.
-    """
+    """Makes clips; the first one has a hostile and an empty caption, and only the first ones have existing `videos`."""
     rows = []
     for index in range(count):
         texts = [f"파란 연 {number} 개가 하늘에 천천히 움직인다. 클립{index:03d}" for number in range(len(runs))]
@@ -139,10 +136,7 @@ def make_report(
     seeds: int = 2,
     encoders: Sequence[str] = ("siglip2", "dinov3", "clip"),
 ) -> Report:
-    """Encoders by seeds, each a little worse than the one before, the second level with the best.
-
-    And a job that failed.
-    """
+    """Makes a report of encoders by seeds, in descending order of scores, the second tied with the best, one failed."""
     runs, groups = [], []
     for place, encoder in enumerate(encoders):
         factors = {"encoder": encoder, "projector": "mlp"}
@@ -155,7 +149,7 @@ def make_report(
                 own[0].id, "g2", factors, own[0].scores[METRIC], is_collapsed=True, warnings=["all captions are alike"]
             )
         runs += own
-        groups.append(make_group(f"g{place}", factors, own, is_best=place == 0, is_level=place == 1))
+        groups.append(make_group(f"g{place}", factors, own, is_best=place == 0, is_tied=place == 1))
     lost = {"encoder": "clip", "projector": HOSTILE}
     failed = make_run("rx0", "gx", lost, None)
     finished = list(runs)
@@ -184,5 +178,5 @@ def make_report(
             for name in ("바다", HOSTILE)
         ],
         clips=make_clips(finished, num_clips, videos),
-        notes=[Note("Intervals allow for the choice of clips.", "구간은 클립 선택을 고려합니다.")],
+        notes=[Note("Intervals account for the choice of clips.", "구간은 클립 선택을 고려합니다.")],
     )

@@ -1,7 +1,4 @@
-"""Folders as `train.py` leaves them, without training.
-
-Real configurations, real scores of invented captions of a known quality.
-"""
+"""Writes run folders like those of `train.py`: synthetic captions with real configurations and scores."""
 
 from __future__ import annotations
 
@@ -26,10 +23,7 @@ CATEGORIES = ("바다", "도시", "숲")
 def make_clips(
     count: int, *, split: str = "val", folder: Path | None = None, has_categories: bool = True
 ) -> list[Clip]:
-    """Clips with Korean captions.
-
-    With a folder, the first three are real videos in it and the last one is a broken file.
-    """
+    """Makes clips with Korean captions; in `folder`, the first three have real videos and the last a broken file."""
     rng = random.Random(f"clips of {split}")
     clips = []
     for index in range(count):
@@ -48,8 +42,8 @@ def make_clips(
     return clips
 
 
-def say(clips: Sequence[Clip], quality: float, seed: int) -> list[Prediction]:
-    """A caption a clip, of which each word is right with a probability of `quality` and else taken from another clip."""
+def make_predictions(clips: Sequence[Clip], quality: float, seed: int) -> list[Prediction]:
+    """Makes a caption per clip in which each word is correct with probability `quality`, else from a random clip."""
     rng = random.Random(seed)
     words = [word for clip in clips for word in clip.captions[0].split()]
     return [
@@ -84,18 +78,18 @@ def write_run(
     """Writes a run.
 
     Args:
-        folder: Its own.
-        overrides: As after `python train.py`, without the seed.
-        quality: Share of right words in its captions.
-        seed: Of the run, and of what its captions get wrong.
-        clips: Of each split: 30 of `val` and 30 of `test` if None.
-        predictions: What it said, in place of captions of that quality.
-        status: Content of `status.json`, which is not written if None.
-        memory_gib: At the peak.
-        seconds: In all.
-        trained: Parameters.
-        sweep: Whether it looks like a job of `-m`, with Hydra's own files.
-        has_summary: Whether it came to an end.
+        folder: Folder of the run.
+        overrides: Overrides of `train.py`, without the seed.
+        quality: Share of correct words in the captions.
+        seed: Seed of the run and of the errors in its captions.
+        clips: Clips by split; None for 30 of `val` and 30 of `test`.
+        predictions: Predictions by split, in place of captions of the given quality.
+        status: Content of `status.json`; None to omit the file.
+        memory_gib: Peak memory.
+        seconds: Duration of the run.
+        trained: Number of trained parameters.
+        sweep: Whether the folder is that of a sweep's job, with Hydra's files.
+        has_summary: Whether the run finished.
     """
     from vlmcap.config import EvaluationConfig
     from vlmcap.training.callbacks.scorer import CaptionScorer, describe_tokenizer
@@ -115,12 +109,12 @@ def write_run(
     clips = clips or {split: make_clips(30, split=split) for split in ("val", "test")}
     scores: dict[str, float] = {}
     for number, (split, those) in enumerate(clips.items()):
-        said = say(those, quality, 1000 * seed + number) if predictions is None else predictions[split]
-        write_predictions(folder / "predictions" / f"{split}.jsonl", said, scorer.tokenizer)
+        found = make_predictions(those, quality, 1000 * seed + number) if predictions is None else predictions[split]
+        write_predictions(folder / "predictions" / f"{split}.jsonl", found, scorer.tokenizer)
         metrics = ("bleu_1", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "length_ratio")
-        scores |= {f"{split}/{name}": value for name, value in scorer.score(said, metrics=metrics).items()}
-        scores |= {f"{split}/{name}": value for name, value in scorer._by_category(said).items()}
-    _write_course(folder, scores)
+        scores |= {f"{split}/{name}": value for name, value in scorer.score(found, metrics=metrics).items()}
+        scores |= {f"{split}/{name}": value for name, value in scorer._by_category(found).items()}
+    _write_metrics(folder, scores)
     summary = {
         "scores": scores,
         "tokenizer": describe_tokenizer(scorer.tokenizer),
@@ -141,10 +135,7 @@ def write_run(
 
 
 def write_one_run(folder: Path, videos: Path) -> Path:
-    """A run of the demo that knows facts.
-
-    12 test clips, of which three are videos and one says what could harm a page, and a plan.
-    """
+    """Writes a run of the demo with facts, a plan and 12 test clips: three have videos, one has a hostile caption."""
     from tests.reporting.report.invented import HOSTILE
     from vlmcap.config import EvaluationConfig
     from vlmcap.demo.grammar import FACTS
@@ -154,7 +145,7 @@ def write_one_run(folder: Path, videos: Path) -> Path:
     facts = videos / "facts.json"
     facts.write_text(json.dumps(FACTS, ensure_ascii=False), encoding="utf-8")
     clips = {split: make_clips(12, split=split, folder=videos / split) for split in ("val", "test")}
-    predictions = {split: say(those, 0.7, 3) for split, those in clips.items()}
+    predictions = {split: make_predictions(those, 0.7, 3) for split, those in clips.items()}
     predictions["test"][4] = Prediction(clips["test"][4], HOSTILE)
     overrides = ["monitor=val/facts/mean", f"evaluation.facts={facts}"]
     write_run(folder, overrides, clips=clips, predictions=predictions, sweep=False)
@@ -170,8 +161,8 @@ def write_one_run(folder: Path, videos: Path) -> Path:
     return folder
 
 
-def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
-    """Losses of 40 steps, two validations, and the final scores, as the logger writes them."""
+def _write_metrics(folder: Path, scores: Mapping[str, float]) -> None:
+    """Writes `metrics.jsonl` like the logger: losses of 40 steps, two validations and the final scores."""
     records: list[dict[str, Any]] = []
     for step in range(2, 42, 2):
         records.append(
@@ -194,10 +185,10 @@ def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
 
 
 def write_sweep(root: Path, *, seeds: int = 2, num_clips: int = 30, videos: Path | None = None) -> Path:
-    """A multirun folder: two encoders by two projectors by seeds, of which siglip2 + mlp is best, and two jobs that failed.
+    """Writes the folder of a sweep: two encoders by two projectors by seeds, and two jobs without a result.
 
-    clip is 0.2 worse than siglip2 in `quality`, cross_attention 0.1 worse than mlp. The job of the language model that
-    is too large was refused by its plan, another ended in an error.
+    siglip2 + mlp is best; `quality` is 0.2 lower with clip and 0.1 lower with cross_attention. The job with a language
+    model that is too large was refused by its plan, another one failed.
     """
     root.mkdir(parents=True, exist_ok=True)
     (root / "multirun.yaml").write_text("hydra: {}\n", encoding="utf-8")

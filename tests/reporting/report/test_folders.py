@@ -1,4 +1,4 @@
-"""Folders as they are found in life: torn, half-written, refused, of other programs."""
+"""Run folders that are complete, broken, unfinished, refused, or written by other programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from vlmcap.compose import read_yaml
 from vlmcap.errors import UserError
 from vlmcap.reporting.report.captions import read_captions
-from vlmcap.reporting.report.folders import MOST_POINTS, RunFolder, find_runs, read_course, read_run
+from vlmcap.reporting.report.folders import MAX_POINTS, RunFolder, find_runs, read_curves, read_run
 
 
 def copied(sweep: Path, folder: Path, number: int = 0) -> Path:
@@ -44,14 +44,14 @@ def test_links_in_a_circle_end(sweep: Path, tmp_path: Path) -> None:
     assert [path.name for path in find_runs([tmp_path])] == ["first"]
 
 
-def test_folders_that_hold_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing is no folder"):
+def test_folders_without_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing is not a folder"):
         find_runs([tmp_path / "missing"])
     with pytest.raises(UserError, match="holds no run"):
         find_runs([tmp_path])
 
 
-def test_a_whole_run(sweep: Path) -> None:
+def test_a_complete_run(sweep: Path) -> None:
     run = read(sweep / "0")
     assert (run.status, run.reason, run.warnings) == ("finished", "", [])
     assert run.config["encoder.name"] == "siglip2"
@@ -87,11 +87,11 @@ def test_a_run_that_was_killed(sweep: Path, tmp_path: Path) -> None:
     run = read(folder)
     assert (run.status, run.scores, run.predictions) == ("unfinished", {}, {})
     assert run.curve["train/loss"]
-    assert run.warnings == ["Lines of metrics.jsonl that cannot be read and are left out: 1."]
+    assert run.warnings == ["Skipped lines of metrics.jsonl that cannot be read: 1."]
     assert run.command == "python train.py encoder=siglip2 projector=mlp llm=qwen3_4b hardware=l4 seed=0"
 
 
-def test_torn_files_become_warnings(sweep: Path, tmp_path: Path) -> None:
+def test_broken_files_become_warnings(sweep: Path, tmp_path: Path) -> None:
     folder = copied(sweep, tmp_path / "run")
     (folder / "summary.json").write_text('{"scores": {"val/ci')
     (folder / "config.yaml").write_text("encoder: [unclosed")
@@ -152,14 +152,14 @@ def test_long_courses_are_thinned(tmp_path: Path) -> None:
             for step in range(1, 1001)
         )
     )
-    course = read_course(path, [])
-    assert course.keys() == {"train/loss", "train/lr_x"}
-    assert len(course["train/loss"]) <= MOST_POINTS + 1
-    assert course["train/loss"][0][0] == 1
-    assert course["train/loss"][-1] == (1000, 0.001)
+    curves = read_curves(path, [])
+    assert curves.keys() == {"train/loss", "train/lr_x"}
+    assert len(curves["train/loss"]) <= MAX_POINTS + 1
+    assert curves["train/loss"][0][0] == 1
+    assert curves["train/loss"][-1] == (1000, 0.001)
 
 
-def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:
+def test_captions_with_broken_and_repeated_lines(tmp_path: Path) -> None:
     row = {
         "id": "b",
         "video": "b.mp4",
@@ -186,8 +186,8 @@ def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:
     )
     assert {name: values.tolist() for name, values in captions.scores.items()} == {"cider": [2.0, 3.0]}
     assert warnings == [
-        "Lines of val.jsonl that cannot be read and are left out: 3.",
-        "Clips that stand more than once in val.jsonl, of which the last line counts: 1.",
+        "Skipped lines of val.jsonl that cannot be read: 3.",
+        "Clips that val.jsonl contains more than once; the last line counts: 1.",
     ]
     (tmp_path / "empty.jsonl").touch()
     assert read_captions(tmp_path / "empty.jsonl", warnings, {}) is None

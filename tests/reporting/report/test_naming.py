@@ -1,4 +1,4 @@
-"""The few keys that runs differ in, and names of them."""
+"""The keys in which runs differ, and the names of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(config: dict[str, Any], *overrides: str, name: str = "0") -> RunFolder:
     return RunFolder(Path(name), config=flatten(base | config), overrides=list(overrides))
 
 
-def test_groups_stand_for_what_they_bring() -> None:
+def test_groups_replace_the_keys_that_they_determine() -> None:
     runs = [run({}), run({"llm": LLM["b"]}), run({"llm": LLM["b"], "encoder": {"name": "siglip2"}})]
     factors = find_factors(runs)
     assert factors == ["encoder", "llm"]
@@ -30,7 +30,7 @@ def test_groups_stand_for_what_they_bring() -> None:
     assert factor_values(runs[2], factors) == {"encoder": "siglip2", "llm": "b"}
 
 
-def test_single_values_count_where_groups_do_not_decide_them() -> None:
+def test_keys_that_groups_do_not_determine_are_factors() -> None:
     frames = {"name": "demo", "num_frames": 16}
     runs = [run({}), run({"data": frames}), run({"llm": LLM["b"]}), run({"llm": LLM["b"], "data": frames})]
     factors = find_factors(runs)
@@ -38,8 +38,8 @@ def test_single_values_count_where_groups_do_not_decide_them() -> None:
     assert group_name(runs[3], factors) == "b, num_frames=16"
 
 
-def test_what_somebody_typed_is_never_hidden_behind_a_group() -> None:
-    """Two encoders with two learning rates: which of both it was cannot be known, and both must be seen."""
+def test_overrides_are_never_replaced_by_a_group() -> None:
+    """With two encoders and two learning rates, either may cause a difference, so both must be shown."""
     first, second = {"optim": {"lr": 1e-4}}, {"optim": {"lr": 2e-4}, "encoder": {"name": "siglip2"}}
     assert find_factors([run(first), run(second)]) == ["encoder"]
     factors = find_factors([run(first, "optim.lr=1e-4"), run(second, "encoder=siglip2", "optim.lr=2e-4")])
@@ -47,7 +47,7 @@ def test_what_somebody_typed_is_never_hidden_behind_a_group() -> None:
     assert group_name(run(second), factors) == "siglip2, lr=0.0002"
 
 
-def test_seeds_places_and_loggers_do_not_matter() -> None:
+def test_seeds_paths_and_loggers_are_ignored() -> None:
     one = run(
         {
             "seed": 1,
@@ -55,14 +55,20 @@ def test_seeds_places_and_loggers_do_not_matter() -> None:
             "encoder": {"name": "clip", "checkpoint": "/c1/demo/e"},
         }
     )
-    two = run({"seed": 2, "paths": {"output_dir": "y", "cache_dir": "/c2"}, "encoder": {"name": "clip", "checkpoint": "/c2/demo/e"},
-               "logger": {"kind": "wandb"}})  # fmt: skip
+    two = run(
+        {
+            "seed": 2,
+            "paths": {"output_dir": "y", "cache_dir": "/c2"},
+            "encoder": {"name": "clip", "checkpoint": "/c2/demo/e"},
+            "logger": {"kind": "wandb"},
+        }
+    )
     assert find_factors([one, two]) == []
     assert comparable_config(one.config) == comparable_config(two.config)
     assert group_name(one, []) == "clip + a"
 
 
-def test_keys_are_told_apart_by_as_much_as_it_takes() -> None:
+def test_keys_are_shortened_as_far_as_they_stay_unique() -> None:
     loras = [{"name": "x", "lora": {"rank": a}, "other": {"rank": b}} for a, b in ((1, 1), (2, 1), (1, 3))]
     runs = [run({"tuning": lora}) for lora in loras]
     factors = find_factors(runs)
@@ -70,9 +76,9 @@ def test_keys_are_told_apart_by_as_much_as_it_takes() -> None:
     assert group_name(runs[2], factors) == "lora.rank=1, other.rank=3"
 
 
-def test_a_whole_model_has_no_parts_of_its_own() -> None:
-    whole = run({"model": {"name": "qwen2_5_vl_7b"}, "encoder": {"name": "native"}, "llm": {"name": "native"}})
-    runs = [run({"model": {"name": "assembled"}}), whole]
+def test_a_pretrained_vlm_is_named_without_components() -> None:
+    vlm = run({"model": {"name": "qwen2_5_vl_7b"}, "encoder": {"name": "native"}, "llm": {"name": "native"}})
+    runs = [run({"model": {"name": "assembled"}}), vlm]
     assert [group_name(one, find_factors(runs)) for one in runs] == ["clip + a", "qwen2_5_vl_7b"]
 
 
@@ -83,7 +89,7 @@ def test_a_run_without_configuration_is_named_by_its_folder() -> None:
     assert factor_values(bare, ["llm"]) == {"llm": None}
 
 
-def test_ids_are_short_and_stay() -> None:
+def test_ids_are_short_and_stable() -> None:
     ids = short_ids(["one", "two", "one"], "r")
     assert len(ids) == 2
     assert ids["one"] == short_ids(["one"], "r")["one"]

@@ -1,4 +1,4 @@
-"""The page as a file: nothing in it can act but its own code, it holds all of the report, and it stays small."""
+"""The page as a file: it runs only its own code, contains the whole report, and stays small."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.reporting.report.invented import HOSTILE, make_report, make_run
 from vlmcap.data.decoding.video import write_video
 from vlmcap.reporting.report.page import (
     FULL,
-    MAX_POINTS,
+    MAX_CURVE_POINTS,
     SCRIPTS,
-    Pictures,
-    clip_pictures,
+    ClipFrames,
     page_data,
-    pictures_of,
+    read_all_frames,
+    read_clip_frames,
     report_page,
 )
 
@@ -59,11 +59,11 @@ def test_hostile_text_is_data(page: str) -> None:
     assert page.count("<script") == page.count("</script>") == 2, "the data's and the page's own"
     assert "<img" not in page.replace("&lt;img", "")
     data = embedded(page)
-    assert data["clips"][0]["captions"][0]["text"] == HOSTILE, "and yet all of it is there"
+    assert data["clips"][0]["captions"][0]["text"] == HOSTILE, "but the text is complete"
     assert data["title"] == f"encoders {HOSTILE}"
 
 
-def test_only_the_pages_own_code_may_act(page: str) -> None:
+def test_only_the_pages_own_code_may_run(page: str) -> None:
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
     assert policy is not None
     allowed = policy.group(1).replace("&#x27;", "'")
@@ -77,14 +77,14 @@ def test_only_the_pages_own_code_may_act(page: str) -> None:
 
 
 def test_no_address_is_fetched(page: str) -> None:
-    own = page.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    own = page.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
     data = json.dumps(embedded(page))
     assert not re.findall(r"https?://", own.replace(data, ""))
     assert not re.findall(r"url\(|@import", own)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_make_no_markup_of_text(name: str) -> None:
+def test_scripts_create_no_markup_from_text(name: str) -> None:
     source = (WEB / name).read_text(encoding="utf-8")
     assert not re.findall(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|fetch\(|XMLHttp|srcdoc", source
@@ -107,13 +107,13 @@ def test_every_word_is_in_both_languages() -> None:
     assert used <= words.keys()
 
 
-def test_all_of_the_report_is_there(page: str) -> None:
+def test_the_page_contains_the_whole_report(page: str) -> None:
     data, report = embedded(page), make_report()
     assert [run["id"] for run in data["runs"]] == [run.id for run in report.runs]
     assert data["groups"][1]["difference"]["p_value"] == 0.4
     assert data["runs"][-1]["reason"] == report.runs[-1].reason
     whole = [data["common_config"] | run["config"] for run in data["runs"]]
-    assert whole == [run.config for run in report.runs], "what is common to all runs is written once"
+    assert whole == [run.config for run in report.runs], "the common part of configurations is stored once"
     assert data["common_config"] == {"data.root": "data/clips", "llm.layers": [1, 2]}
 
 
@@ -122,7 +122,7 @@ def test_a_run_without_configuration_keeps_none() -> None:
     bare = dataclasses.replace(report.runs[-1], config={})
     data = page_data(dataclasses.replace(report, runs=[*report.runs[:-1], bare]), {})
     assert data["runs"][-1]["config"] == {}
-    assert data["common_config"], "which does not keep others from having some in common"
+    assert data["common_config"], "the others still share theirs"
 
 
 def test_long_curves_are_thinned_but_for_their_ends() -> None:
@@ -130,7 +130,7 @@ def test_long_curves_are_thinned_but_for_their_ends() -> None:
     run = make_run("r00", "g0", {"encoder": "clip", "projector": "mlp"}, 3.0, curve={"train/loss": points})
     data = page_data(dataclasses.replace(make_report(), runs=[run]), {})
     found = data["runs"][0]["curve"]["train/loss"]
-    assert len(found) == MAX_POINTS
+    assert len(found) == MAX_CURVE_POINTS
     assert found[0][0] == 0
     assert found[-1][0] == 4999
     assert [step for step, _ in found] == sorted({step for step, _ in found})
@@ -158,53 +158,54 @@ def test_twenty_runs_of_forty_long_captions_are_below_five_megabytes() -> None:
         dataclasses.replace(run, curve={f"train/{n}": steps for n in range(6)}, config=keys | run.config)
         for run in report.runs
     ]
-    pictures = {clip.id: Pictures(("A" * 9000,) * 4) for clip in clips}
+    pictures = {clip.id: ClipFrames(("A" * 9000,) * 4) for clip in clips}
     page = report_page(dataclasses.replace(report, clips=clips, runs=runs), pictures)
     assert len(page.encode()) < 5_000_000
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_a_clip_are_small_jpegs(video: Path) -> None:
-    found = clip_pictures(str(video), num_frames=3)
+def test_frames_of_a_clip_are_small_jpegs(video: Path) -> None:
+    found = read_clip_frames(str(video), num_frames=3)
     assert found.reason == ""
     assert len(found.frames) == 3
     for frame in found.frames:
         content = base64.b64decode(frame)
         picture = Image.open(BytesIO(content))
         assert picture.format == "JPEG"
-        assert picture.size == (200, 75), "as wide as may be, in its own proportions"
+        assert picture.size == (200, 75), "the maximum width, with the aspect ratio kept"
         assert len(content) < 12_000, "even of noise"
 
 
-def test_a_video_that_cannot_be_shown_is_told(tmp_path: Path) -> None:
+def test_a_video_that_cannot_be_read_has_a_reason(tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    assert clip_pictures(str(tmp_path / "lost.mp4")) == Pictures(
+    assert read_clip_frames(str(tmp_path / "lost.mp4")) == ClipFrames(
         reason="lost.mp4 cannot be read: there is no such file"
     )
-    assert "broken.mp4" in clip_pictures(str(broken)).reason
-    assert "no video" in clip_pictures("").reason
+    assert "broken.mp4" in read_clip_frames(str(broken)).reason
+    assert "no video" in read_clip_frames("").reason
     archive = tmp_path / "clips.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("other.mp4", b"x")
-    assert clip_pictures(f"zip://lost.mp4::{archive}").reason
+    assert read_clip_frames(f"zip://lost.mp4::{archive}").reason
 
 
-def test_pictures_are_bounded(video: Path) -> None:
+def test_the_number_and_size_of_frames_are_limited(video: Path) -> None:
     clips = make_report(num_clips=4, videos=[str(video)] * 4).clips
-    assert [bool(one.frames) for one in pictures_of(clips, max_clips=2).values()] == [True, True, False, False]
-    few = pictures_of(clips, max_bytes=1)
+    assert [bool(one.frames) for one in read_all_frames(clips, max_clips=2).values()] == [True, True, False, False]
+    few = read_all_frames(clips, max_bytes=1)
     assert [one.reason for one in few.values()] == ["", FULL, FULL, FULL]
 
 
-def test_pictures_and_reasons_reach_the_page() -> None:
+def test_frames_and_reasons_are_in_the_page() -> None:
     report = make_report(num_clips=3)
     own = dataclasses.replace(report.clips[2], thumbnails=["own"])
     report = dataclasses.replace(report, clips=[*report.clips[:2], own])
     data = page_data(
-        report, {"clip_000": Pictures(("AAAA",)), "clip_001": Pictures(reason="lost"), "clip_002": Pictures(("BBBB",))}
+        report,
+        {"clip_000": ClipFrames(("AAAA",)), "clip_001": ClipFrames(reason="lost"), "clip_002": ClipFrames(("BBBB",))},
     )
     assert [(clip["thumbnails"], clip["picture_note"]) for clip in data["clips"]] == [
         (["AAAA"], ""),

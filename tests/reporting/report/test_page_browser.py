@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium: what a person can do with it."""
+"""The page in a headless Chromium: interaction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_section_is_there(browser: Browser) -> None:
         "document.querySelector(link.getAttribute('href')))"
     )
     assert "siglip2 + mlp is the best of 3 configurations." in browser.texts(".answer")[0]
-    assert "cannot be told from it on this data: dinov3 + mlp" in browser.texts(".answer")[0]
+    assert "Not significantly different on this data: dinov3 + mlp" in browser.texts(".answer")[0]
 
 
 def test_hostile_text_stays_text(browser: Browser) -> None:
@@ -59,7 +59,7 @@ def test_the_leaderboard_sorts_by_every_column(browser: Browser) -> None:
     browser.click('[data-sort="score"]')
     assert order(browser) == ["g0", "g1", "g2", "gx"]
     browser.click('[data-sort="score"]')
-    assert order(browser) == ["g2", "g1", "g0", "gx"], "what has no score is last either way"
+    assert order(browser) == ["g2", "g1", "g0", "gx"], "missing scores are last in both directions"
 
 
 def test_a_heading_sorts_by_keyboard_and_keeps_the_focus(browser: Browser) -> None:
@@ -75,18 +75,18 @@ def test_the_leaderboard_filters_by_text_and_by_factor(browser: Browser) -> None
     browser.write("#leaderboard input[type=search]", "failed")
     assert order(browser) == ["gx"]
     browser.write("#leaderboard input[type=search]", "no such")
-    assert "Nothing fits the filter." in browser.texts(".board tbody")[0]
+    assert "No row matches the filter." in browser.texts(".board tbody")[0]
     browser.write("#leaderboard input[type=search]", "")
     browser.write("#leaderboard select", '"clip"')
     assert order(browser) == ["g2", "gx"]
 
 
-def test_words_say_what_the_numbers_mean(browser: Browser) -> None:
-    said = browser.texts(".board td.verdict")
-    assert said[:3] == [
-        "The best score.",
-        "No difference that these clips and seeds can show.",
-        "Worse by more than chance explains.",
+def test_verdicts(browser: Browser) -> None:
+    verdicts = browser.texts(".board td.verdict")
+    assert verdicts[:3] == [
+        "Best score.",
+        "No significant difference over these clips and seeds.",
+        "Significantly worse.",
     ]
     assert browser.texts(".board tbody tr:nth-child(3) td.number")[1] == "< 0.001"
     assert browser.run("document.querySelectorAll('.board svg.bar rect').length") == 5, (
@@ -95,21 +95,21 @@ def test_words_say_what_the_numbers_mean(browser: Browser) -> None:
 
 
 def test_runs_are_shown_one_by_one(browser: Browser) -> None:
-    browser.click(".choice button", "Each run")
+    browser.click(".choice button", "By run")
     assert order(browser) == ["r00", "r01", "r10", "r11", "r20", "r21", "rx0"]
     assert len(browser.texts(".badge.collapsed")) == 2, "in the table and above it"
 
 
-def test_what_went_wrong_is_told_first(browser: Browser) -> None:
-    told = browser.texts(".troubles tbody tr")
-    assert len(told) == 2
-    assert "all captions are alike" in told[0]
-    assert "failed" in told[1]
-    assert "the loss became NaN <img" in told[1]
-    assert "12.5\u00a0GiB" in told[1]
+def test_problems_are_listed(browser: Browser) -> None:
+    rows = browser.texts(".troubles tbody tr")
+    assert len(rows) == 2
+    assert "all captions are alike" in rows[0]
+    assert "failed" in rows[1]
+    assert "the loss became NaN <img" in rows[1]
+    assert "12.5\u00a0GiB" in rows[1]
 
 
-def test_pictures_are_seen_and_missing_ones_told(browser: Browser) -> None:
+def test_frames_are_shown_and_missing_ones_reported(browser: Browser) -> None:
     browser.click("[role=tab]", "All")
     sizes = browser.run("[...document.querySelectorAll('.frames img')].map((picture) => picture.naturalWidth)")
     assert len(sizes) == 12, "four frames of three clips"
@@ -159,7 +159,7 @@ def test_runs_are_picked(browser: Browser) -> None:
     assert browser.run(shown) == 5
 
 
-def test_curves_tell_values(browser: Browser) -> None:
+def test_curves_show_values(browser: Browser) -> None:
     browser.run("document.querySelector('svg.curves').scrollIntoView({block: 'center', behavior: 'instant'})")
     box = browser.run(
         "(() => { const b = document.querySelector('svg.curves').getBoundingClientRect(); return [b.left, b.top]; })()"
@@ -175,7 +175,7 @@ def test_curves_tell_values(browser: Browser) -> None:
     assert "step" in browser.texts("#tip")[0]
 
 
-def test_the_front_is_drawn_and_points_speak(browser: Browser) -> None:
+def test_the_front_is_drawn_and_points_have_tooltips(browser: Browser) -> None:
     assert browser.run("document.querySelectorAll('#costs path.front').length") == 3
     browser.run("document.querySelector('#costs .point').focus()")
     assert "siglip2 + mlp" in browser.texts("#tip")[0]
@@ -190,7 +190,8 @@ def test_configurations_are_compared_and_commands_copied(browser: Browser) -> No
     assert browser.texts(".config tbody th") == ["data.root", "encoder.name", "llm.layers", "seed"]
     browser.write("#configuration input[type=search]", "LLM")
     assert browser.texts(".config tbody th") == ["llm.layers"]
-    copied = "new Promise((done) => { document.addEventListener('copy', () => done(String(document.activeElement.value)), {once: true});"
+    copied = "new Promise((done) => { document.addEventListener('copy', "
+    copied += "() => done(String(document.activeElement.value)), {once: true});"
     copied += "navigator.clipboard.writeText = (text) => { done(text); return Promise.resolve(); };"
     copied += "document.querySelector('.command .copy').click(); })"
     assert browser.run(copied) == "python train.py encoder=siglip2 seed=0"

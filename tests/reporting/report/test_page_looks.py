@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium: languages, colours, sizes, paper."""
+"""The page in a headless Chromium: languages, themes, widths and print."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.reporting.report.browser import NEEDS_BROWSER, Browser
 pytestmark = [pytest.mark.browser, NEEDS_BROWSER]
 
 
-def test_all_is_said_in_korean_and_remembered(browser: Browser, page_file: Path) -> None:
-    english = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .quiet"))
+def test_all_texts_are_in_korean_and_the_language_is_remembered(browser: Browser, page_file: Path) -> None:
+    english = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .muted"))
     browser.click("#language")
     assert browser.run("document.documentElement.lang") == "ko"
     assert browser.run("document.activeElement.id") == "language"
     assert "순위표" in browser.texts("h2")
-    assert "이 클립과 시드로는 차이를 보일 수 없습니다." in browser.texts("td.verdict")
+    assert "이 클립과 시드에서는 유의한 차이가 없습니다." in browser.texts("td.verdict")
     assert browser.texts(".notes li") == ["구간은 클립 선택을 고려합니다."]
     words = browser.run("Object.values(WORDS).filter((pair) => pair[0] !== pair[1]).map((pair) => pair[0])")
-    left = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .quiet")) & english
+    left = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .muted")) & english
     assert left & set(words) == {"English"} & left
     browser.open_kept(page_file, "#language", "document.documentElement.lang", "ko")
     browser.click("#language")
@@ -42,17 +42,17 @@ def test_dark_and_light(browser: Browser, page_file: Path) -> None:
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
     browser.click("#theme")
     assert browser.run("getComputedStyle(document.body).backgroundColor") == light
-    browser.open_kept(page_file, "#theme", theme, "light")  # as was chosen, although the system is dark
+    browser.open_kept(page_file, "#theme", theme, "light")  # the chosen theme, although the system is dark
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(browser: Browser, scheme: str) -> None:
+def test_text_has_enough_contrast(browser: Browser, scheme: str) -> None:
     """WCAG 2.1 asks for a contrast of 4.5."""
     browser.run(f"setTheme({scheme!r})")
     pairs = [
         ("text", "back"),
-        ("quiet", "back"),
-        ("quiet", "raised"),
+        ("muted", "back"),
+        ("muted", "raised"),
         ("text", "tint"),
         ("accent", "tint"),
         ("same", "back"),
@@ -83,9 +83,10 @@ def test_nothing_is_wider_than_the_window(browser: Browser, width: int, page_fil
     assert browser.right_edge(page_file, width, ".drawing svg") <= width
 
 
-def test_everything_that_acts_has_a_name(browser: Browser) -> None:
+def test_every_control_has_a_name(browser: Browser) -> None:
     script = """[...document.querySelectorAll('button, select, input, a, svg[role=img], [tabindex="0"][role]')]
-      .filter((node) => !(node.textContent.trim() || node.getAttribute('aria-label') || node.closest('label')?.textContent.trim()))
+      .filter((node) => !(node.textContent.trim() || node.getAttribute('aria-label')
+        || node.closest('label')?.textContent.trim()))
       .map((node) => node.outerHTML.slice(0, 120))"""
     assert browser.run(script) == []
 
@@ -96,6 +97,6 @@ def test_it_prints(browser: Browser) -> None:
     assert content.startswith(b"%PDF")
     browser.show_as(width=800, media="print")
     picture = Image.open(BytesIO(browser.picture())).convert("RGB")
-    assert picture.getpixel((2, 2)) == (255, 255, 255), "on white, whatever the screen has"
+    assert picture.getpixel((2, 2)) == (255, 255, 255), "print is on white in both themes"
     assert browser.run("getComputedStyle(document.querySelector('.controls')).display") == "none"
     browser.show_as(width=1280)

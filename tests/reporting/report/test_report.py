@@ -1,4 +1,4 @@
-"""Whole reports of synthetic runs: rank, tests, what is not compared, clips, files and the command."""
+"""Whole reports of synthetic runs: ranks, tests, excluded runs, clips, files and the command."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.reporting.report.run_folders import make_clips, say, write_run
+from tests.reporting.report.run_folders import make_clips, make_predictions, write_run
 from vlmcap import cli
 from vlmcap.compose import read_yaml
 from vlmcap.demo.grammar import FACTS
 from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
 from vlmcap.reporting.report.analysis import Wanted, analyse
-from vlmcap.reporting.report.data import Report
 from vlmcap.reporting.report.folders import find_runs, read_run
+from vlmcap.reporting.report.records import Report
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown
 from vlmcap.training.callbacks.scorer import Prediction
 
@@ -46,7 +46,7 @@ def test_the_leaderboard(report: Report) -> None:
     assert report.factors == ["encoder", "projector", "llm"]
     best, *others = report.groups
     assert best.name == "siglip2 + mlp + qwen3_4b"
-    assert (best.is_best, best.is_level, best.difference, best.seeds) == (True, True, None, [0, 1])
+    assert (best.is_best, best.is_tied, best.difference, best.seeds) == (True, True, None, [0, 1])
     runs = {run.id: run for run in report.runs}
     assert best.scores["val/cider"] == pytest.approx(sum(runs[name].scores["val/cider"] for name in best.runs) / 2)
     assert best.over == "clips and seeds"
@@ -63,7 +63,7 @@ def test_the_leaderboard(report: Report) -> None:
     assert others[-1].scores == {}
 
 
-def test_runs_that_came_to_nothing_stand_last(report: Report) -> None:
+def test_runs_without_a_result_are_last(report: Report) -> None:
     assert [run.status for run in report.runs] == ["finished"] * 8 + ["refused", "failed"]
     assert report.runs[0].name.startswith("siglip2 + mlp + qwen3_4b, seed ")
     # The failed one has the configuration of a group, and is counted there without a score.
@@ -108,18 +108,18 @@ def test_fewer_clips(sweep: Path) -> None:
     assert report_of(sweep, clips=0).clips == []
 
 
-def test_one_reading_gives_the_same_report_as_another(sweep: Path, report: Report) -> None:
+def test_reports_of_the_same_runs_are_equal(sweep: Path, report: Report) -> None:
     again = report_of(sweep).plain()
     assert json.dumps(again | {"created": ""}, allow_nan=False) == json.dumps(
         report.plain() | {"created": ""}, allow_nan=False
     )
 
 
-def test_scores_that_are_counted_from_the_texts(sweep: Path) -> None:
+def test_scores_that_are_computed_from_the_texts(sweep: Path) -> None:
     found = report_of(sweep, metric="val/bleu_4")
     assert "val/bleu_4" in found.groups[0].intervals
     assert found.groups[0].over == "clips and seeds"
-    assert found.runs[0].warnings == []  # what is counted is what the run said of itself
+    assert found.runs[0].warnings == []  # the computed scores are those of the run's summary
 
 
 def test_a_score_that_is_not_of_clips(sweep: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_score_that_is_not_of_clips(sweep: Path) -> None:
     assert found.groups[1].difference is not None
 
 
-def test_other_clips_and_tokenisers_are_told_and_not_compared(sweep: Path, tmp_path: Path) -> None:
+def test_runs_with_other_clips_or_tokenizers_are_not_compared(sweep: Path, tmp_path: Path) -> None:
     fewer = write_run(tmp_path / "fewer", ["encoder=clip", *JOB], clips={"val": make_clips(20)}, quality=0.99)
     other = shutil.copytree(sweep / "0", tmp_path / "other")
     lines = (
@@ -141,15 +141,15 @@ def test_other_clips_and_tokenisers_are_told_and_not_compared(sweep: Path, tmp_p
     shutil.rmtree(bare / "predictions")
     found = report_of(sweep, fewer, other, bare)
     runs = {Path(run.folder).name: run for run in found.runs}
-    assert "its 20 clips are not the 30 of most runs" in runs["fewer"].not_compared
-    assert "tokens are by whitespace" in runs["other"].not_compared
+    assert "its 20 clips differ from the 30 clips of most runs" in runs["fewer"].not_compared
+    assert "it was scored with whitespace" in runs["other"].not_compared
     assert "--tokenizer mecab_ko" in runs["other"].not_compared
     assert "captions are missing" in runs["bare"].not_compared
-    assert found.runs[0].name.startswith("siglip2 + mlp")  # 0.99 on other clips is no first place
+    assert found.runs[0].name.startswith("siglip2 + mlp")  # 0.99 on other clips is not comparable
     assert [clip.captions for clip in found.clips if any(c.run == runs["fewer"].id for c in clip.captions)] == []
     assert any("Runs with val/cider that are not compared: 3." in note.en for note in found.notes)
     again = report_of(sweep, other, tokenizer="mecab_ko")
-    assert "tokens" not in {Path(run.folder).name: run for run in again.runs}["other"].not_compared
+    assert "scored with" not in {Path(run.folder).name: run for run in again.runs}["other"].not_compared
 
 
 def test_a_repeated_run_is_no_second_seed(sweep: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_repeated_run_is_no_second_seed(sweep: Path, tmp_path: Path) -> None:
     assert Path(repeated.folder).name == "again"
 
 
-def test_scoring_anew_with_another_tokeniser(sweep: Path) -> None:
+def test_scoring_again_with_another_tokenizer(sweep: Path) -> None:
     found = report_of(sweep, tokenizer="char")
     run = next(run for run in found.runs if Path(run.folder).name == "0")
     rows = [json.loads(line) for line in (sweep / "0" / "predictions" / "val.jsonl").read_text("utf-8").splitlines()]
@@ -179,13 +179,13 @@ def test_captions_that_do_not_belong_to_the_scores(sweep: Path, tmp_path: Path) 
     folder = shutil.copytree(sweep / "0", tmp_path / "mixed")
     shutil.copy(sweep / "7" / "predictions" / "val.jsonl", folder / "predictions" / "val.jsonl")
     (run,) = report_of(folder).runs
-    assert any("by its captions, which are counted here" in warning for warning in run.warnings)
+    assert any("for its captions; the latter is used here" in warning for warning in run.warnings)
 
 
-def test_collapsed_captions_are_warned_of(tmp_path: Path) -> None:
+def test_collapsed_captions_cause_a_warning(tmp_path: Path) -> None:
     clips = {"val": make_clips(12)}
-    said = {"val": [Prediction(clip, "바다가 보인다.") for clip in clips["val"]]}
-    write_run(tmp_path / "a", ["encoder=clip", *JOB], clips=clips, predictions=said)
+    predictions = {"val": [Prediction(clip, "바다가 보인다.") for clip in clips["val"]]}
+    write_run(tmp_path / "a", ["encoder=clip", *JOB], clips=clips, predictions=predictions)
     write_run(tmp_path / "b", ["encoder=siglip2", *JOB], clips=clips)
     found = report_of(tmp_path)
     collapsed = {run.name: run.is_collapsed for run in found.runs}
@@ -194,7 +194,7 @@ def test_collapsed_captions_are_warned_of(tmp_path: Path) -> None:
     assert "The captions have collapsed" in report_markdown(found)
 
 
-def test_facts_have_intervals_where_the_lexicon_is_there(tmp_path: Path) -> None:
+def test_facts_have_intervals_if_the_lexicon_exists(tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False), "utf-8")
     clips = {"val": make_clips(15, has_categories=False)}
     for name, quality in (("a", 0.9), ("b", 0.5)):
@@ -221,7 +221,7 @@ def test_a_single_run_and_runs_without_any_score(sweep: Path, tmp_path: Path) ->
     assert "nothing to compare it with" in conclusion(found)
     assert found.effects == found.fronts == []
     shutil.copytree(sweep / "8", tmp_path / "8")
-    with pytest.raises(UserError, match="none of the 1 runs has a score yet; the first one: the plan needs 31"):
+    with pytest.raises(UserError, match=r"none of the 1 runs has a score yet; .*says: the plan needs 31"):
         report_of(tmp_path)
 
 
@@ -269,16 +269,16 @@ def test_the_command(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "<title>비교</title>" in page
     assert "siglip2 + mlp + qwen3_4b" in page
     assert not list(output.glob(".*"))
-    cli.main(["report", str(sweep), "--output", str(output)])  # again, over what is there
+    cli.main(["report", str(sweep), "--output", str(output)])  # again, over the existing files
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["missing"], "missing is no folder"),
-        (["{sweep}", "--metric", "val/cidr"], "--metric val/cidr is in none of the runs"),
+        (["missing"], "missing is not a folder"),
+        (["{sweep}", "--metric", "val/cidr"], "no run has the metric --metric val/cidr"),
         (["{sweep}", "--clips", "-1"], "--clips must be 0 or more"),
-        (["{sweep}", "--output", "{file}"], "cannot be made a folder"),
+        (["{sweep}", "--output", "{file}"], "cannot be created"),
         (["{sweep}", "--tokenizer", "mecab"], "Unknown tokenizer 'mecab'"),
     ],
 )
@@ -295,10 +295,10 @@ def test_mistakes(
     assert error.count("\n") == 1
 
 
-def test_pictures_draw_no_boxes_for_letters_that_no_font_has(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
+def test_names_with_letters_that_no_font_has_are_not_drawn(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
     from vlmcap.reporting.report import pictures
 
-    monkeypatch.setattr(pictures, "_KOREAN", ())
+    monkeypatch.setattr(pictures, "_KOREAN_FONTS", ())
     pictures._families.cache_clear()
     pictures._drawable.cache_clear()
     group = report.groups[0]
@@ -312,6 +312,6 @@ def test_pictures_draw_no_boxes_for_letters_that_no_font_has(monkeypatch: pytest
     pictures._drawable.cache_clear()
 
 
-def test_predictions_of_known_quality_are_what_they_say() -> None:
+def test_predictions_of_quality_1_are_the_references() -> None:
     clips = make_clips(10)
-    assert [row.text for row in say(clips, 1.0, 0)] == [clip.captions[0] for clip in clips]
+    assert [row.text for row in make_predictions(clips, 1.0, 0)] == [clip.captions[0] for clip in clips]

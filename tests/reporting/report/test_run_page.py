@@ -1,7 +1,4 @@
-"""The page that one run leaves.
-
-What it holds, what it makes of facts and of another clip's video, and that it never costs the run.
-"""
+"""The page of a single run: its contents, facts, captions of other videos, and that its failure never fails a run."""
 
 from __future__ import annotations
 
@@ -44,13 +41,13 @@ def page(one_run: Path) -> str:
 
 def test_it_shows_twelve_test_clips_that_play(page: str) -> None:
     data = embedded(page)
-    assert data["metric"] == "test/facts/mean", "the monitored score, on the clips that are kept for the end"
+    assert data["metric"] == "test/facts/mean", "the monitored metric on the test clips"
     assert [clip["id"] for clip in data["clips"]] == sorted(clip["id"] for clip in data["clips"])
     assert len(data["clips"]) == NUM_CLIPS and all(clip["id"].startswith("test_") for clip in data["clips"])
     shown = [len(clip["thumbnails"]) for clip in data["clips"] if clip["thumbnails"]]
     assert shown == [8] * 3, "all frames of the short ones"
     assert sum("cannot be read" in clip["picture_note"] for clip in data["clips"]) == NUM_CLIPS - 3, (
-        "each says why it has none"
+        "each states why it has none"
     )
     assert len(page.encode()) < 3_000_000
 
@@ -67,11 +64,9 @@ def test_facts_are_right_or_wrong(page: str) -> None:
     marks = mark_facts("파란 연이 왼쪽으로 간다. \U0001f388", "빨간 연이 왼쪽으로 간다.", LEXICON)
     assert marks == [(0, 2, "colour", False), (6, 10, "way", True)]
     assert mark_facts("파란 연과 빨간 연", "빨간 연", LEXICON) == [(0, 2, "colour", False), (6, 8, "colour", False)], (
-        "two values say none"
+        "two values state no fact"
     )
-    assert mark_facts("파란 연", "연 하나", LEXICON) == [], (
-        "no clip counts for a fact that its reference does not state"
-    )
+    assert mark_facts("파란 연", "연 하나", LEXICON) == [], "a fact that the reference does not state is not marked"
     assert mark_facts("파란 연", "빨간 연", None) == []
 
 
@@ -88,14 +83,14 @@ def test_another_clips_video_is_the_next_ones_or_the_measured_one(one_run: Path,
     assert (found[name]["clip"], found[name]["text"]) == ("far.mp4", "빨간 연")
 
 
-def test_what_captions_say_is_data(page: str) -> None:
+def test_captions_are_data(page: str) -> None:
     assert HOSTILE not in page
     assert page.count("<script") == page.count("</script>") == 2
     assert "default-src &#x27;none&#x27;" in page
     assert any("onerror=" in clip["captions"][0]["text"] for clip in embedded(page)["clips"])
 
 
-def test_commands_go_on_from_the_run(one_run: Path) -> None:
+def test_next_commands(one_run: Path) -> None:
     run = read_run(one_run, read_yaml)
     commands = next_commands(run, ["zip://a.mp4::clips.zip", "my clips/a.mp4"])
     assert commands["caption"] == f"vlmcap caption 'my clips/a.mp4' --checkpoint {one_run}/checkpoints/best.ckpt"
@@ -114,7 +109,7 @@ def test_commands_go_on_from_the_run(one_run: Path) -> None:
     assert installed["sweep"] == "vlmcap train -m encoder=clip seed=0,1,2"
 
 
-def test_an_evaluation_has_a_page_without_what_only_training_has(
+def test_the_page_of_an_evaluation_has_no_training_commands(
     one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = json.loads((one_run / "summary.json").read_text())["scores"]
@@ -131,7 +126,7 @@ def test_an_evaluation_has_a_page_without_what_only_training_has(
     assert "first/best.ckpt" in data["commands"]["caption"] and len(data["clips"]) == NUM_CLIPS
 
 
-def test_the_plan_stands_beside_what_it_took(one_run: Path, page: str) -> None:
+def test_planned_and_actual_costs(one_run: Path, page: str) -> None:
     run = embedded(page)["runs"][0]
     assert (run["planned_gib"], run["planned_fit_s"], run["peak_memory_gib"], run["seconds"]["fit"]) == (
         11.5,
@@ -152,24 +147,25 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_room")
-def test_a_full_disk_costs_the_page_and_not_the_run(one_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_does_not_fail_the_run(one_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leave_page(one_run, read_yaml, version="0.1.0")
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
     assert (
-        "index.html was not written (OSError: [Errno 28] No space left on device); the run itself is complete." in said
+        "index.html was not written (OSError: [Errno 28] No space left on device); the run itself is complete."
+        in printed
     )
     assert not (one_run / "index.html").exists()
 
 
-def test_a_run_without_scores_says_why_it_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_scores_prints_why_it_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, ["encoder=clip"], has_summary=False)
     leave_page(tmp_path, read_yaml, version="0.1.0")
     assert "index.html was not written (UserError: none of the 1 runs has a score yet" in capsys.readouterr().out
     assert not (tmp_path / "index.html").exists()
 
 
-def test_slow_videos_are_given_up(one_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_videos_are_skipped(one_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_S", 0.0)
     data = embedded(run_page(one_run, read_yaml, version="0.1.0"))
     assert [clip["thumbnails"] for clip in data["clips"]] == [[]] * NUM_CLIPS

@@ -1,7 +1,4 @@
-"""The page of one run in a real headless Chromium.
-
-What plays, what is coloured, what can be copied, and how it looks.
-"""
+"""The page of a single run in a headless Chromium: animation, highlighting, copying and layout."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ MOVES = f"new Promise((done) => {{ const first = {PLACE}; setTimeout(() => done(
 def test_every_section_is_there(run_browser: Browser) -> None:
     names = ["overview", "clips", "scores", "curves", "categories", "took", "next", "configuration"]
     assert run_browser.run("[...document.querySelectorAll('main > section')].map((node) => node.id)") == names
-    assert run_browser.texts(".answer .lead")[0].startswith("Facts, mean 0.")
-    assert "A model that does not look reaches about 0." in run_browser.texts(".answer p")[1]
+    assert run_browser.texts(".answer .lead")[0].startswith("Facts (mean) 0.")
+    assert "A model that ignores the video reaches about 0." in run_browser.texts(".answer p")[1]
     assert len(run_browser.texts(".clip")) == 12
-    assert run_browser.texts("#curves h3") == ["Loss", "Score while training", "Learning rates"]
+    assert run_browser.texts("#curves h3") == ["Loss", "Score during training", "Learning rates"]
     assert run_browser.run("document.querySelectorAll('#curves path').length") >= 3
 
 
@@ -49,7 +46,7 @@ def test_nothing_moves_where_the_system_asks_for_less_motion(run_browser: Browse
     run_browser.open(run_page_file)
     assert run_browser.run(SHOWN) == 3 and not run_browser.run(MOVES)
     run_browser.click("#play", "Play")
-    assert run_browser.run(MOVES), "unless somebody wants it"
+    assert run_browser.run(MOVES), "unless the user wants it"
 
 
 def test_facts_are_coloured(run_browser: Browser) -> None:
@@ -59,7 +56,7 @@ def test_facts_are_coloured(run_browser: Browser) -> None:
     texts = run_browser.run(f"{first}.marks.map(([start, end]) => [...{first}.text].slice(start, end).join(''))")
     assert run_browser.texts(".clip:first-child dd.said-of span") == texts
     assert len(run_browser.texts(".clip dd.other-video")) == 12 and run_browser.texts(".clip dd.other-video .wrong")
-    assert "of 7 facts right" in run_browser.texts(".clip header")[0]
+    assert "of 7 facts correct" in run_browser.texts(".clip header")[0]
     run_browser.write("#clips .controls select", "reference")
     assert run_browser.texts(".clip dd.said-of .same") and not run_browser.texts(".clip dd.said-of .wrong")
     run_browser.click("[role=tab]", "Worst")
@@ -72,15 +69,16 @@ def test_hostile_text_stays_text(run_browser: Browser) -> None:
     assert run_browser.run("document.querySelectorAll('main img:not(.frames img), main script').length") == 0
 
 
-def test_scores_say_how_to_read_them(run_browser: Browser) -> None:
+def test_scores_have_explanations(run_browser: Browser) -> None:
     rows = run_browser.texts(".readings:first-of-type tbody tr[data-score='facts/direction'] *")
-    assert rows[0].startswith("Fact: direction") and "A model that does not look reaches about 0." in rows[1]
-    unread = "[...document.querySelectorAll('#scores > .scroll tbody tr')].filter((row) => !row.querySelector('.reading').textContent).length"
-    assert run_browser.run(unread) == 0
+    assert rows[0].startswith("Fact: direction") and "A model that ignores the video reaches about 0." in rows[1]
+    rows_of_scores = "[...document.querySelectorAll('#scores > .scroll tbody tr')]"
+    unexplained = f"{rows_of_scores}.filter((row) => !row.querySelector('.reading').textContent).length"
+    assert run_browser.run(unexplained) == 0
     assert run_browser.texts("#took tbody tr") == [
         "Peak memory11.5\u00a0GiB10.0\u00a0GiB",
         "Preparing clips, features and the model–20\u00a0s",
-        "Training with its validations8\u00a0min 0\u00a0s9\u00a0min 10\u00a0s",
+        "Training, including validation8\u00a0min 0\u00a0s9\u00a0min 10\u00a0s",
         "Scoring the best checkpoint–30\u00a0s",
         "Whole run–10\u00a0min",
     ]
@@ -96,7 +94,7 @@ def test_commands_are_copied(run_browser: Browser, one_run: Path) -> None:
     assert run_browser.run(copied) == f"vlmcap report {one_run} multirun --output report"
 
 
-def test_all_is_said_in_korean(run_browser: Browser) -> None:
+def test_all_texts_are_in_korean(run_browser: Browser) -> None:
     selector = "button, h2, h3, th, .reading, .command-name, #took th, .clip dt, .answer p"
     english = set(run_browser.texts(selector))
     run_browser.click("#language")

@@ -1,1 +1,1 @@
-"""Runs in one folder of tables, pictures and a page."""
+"""Reports that compare runs: a page, tables and pictures."""

@@ -1,4 +1,4 @@
-"""From run folders to a `Report`."""
+"""Compares runs: builds a `Report` from run folders."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from vlmcap.metrics.clip_metrics import ClipMetric
 from vlmcap.metrics.significance import Resampled
-from vlmcap.reporting.report.captions import MOST_RUNS, Captions, choose_clips, find_clip_metric, read_captions
-from vlmcap.reporting.report.data import COSTS, Front, GroupRow, Note, Report, RunRow
+from vlmcap.reporting.report.captions import MAX_RUNS, Captions, choose_clips, find_clip_metric, read_captions
 from vlmcap.reporting.report.estimates import find_effects
 from vlmcap.reporting.report.folders import RunFolder
 from vlmcap.reporting.report.naming import choose_metric, columns, find_factors, is_higher_better, metric_label
+from vlmcap.reporting.report.records import COSTS, Front, GroupRow, Note, Report, RunRow
 from vlmcap.reporting.report.rows import Member, find_categories, group_rows, identify, run_rows
 from vlmcap.reporting.report.scoring import comparable, find_lexicon, resample, score_clips
 
@@ -24,13 +24,13 @@ Advance = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is asked of a report.
+    """Options of a report.
 
     Attributes:
-        metric: Such as `val/cider`; None for what the runs monitored.
-        title: None for the names of the folders.
-        clips: At most, with captions side by side.
-        tokenizer: Scores everything anew by this one; None keeps the scores that the runs have.
+        metric: Metric that runs are compared by, such as `val/cider`; None for the one that the runs monitored.
+        title: Title of the page; None for the names of the folders.
+        clips: Maximum number of clips shown with captions side by side.
+        tokenizer: Tokenizer that scores all captions again; None keeps the scores of the runs.
     """
 
     metric: str | None = None
@@ -40,13 +40,13 @@ class Wanted:
 
 
 def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance: Advance = lambda: None) -> Report:
-    """The report of some runs, but for the thumbnails.
+    """Builds the report of runs, without thumbnails.
 
     Args:
-        runs: At least one, as read.
-        wanted: Metric and sizes.
-        version: Of vlmcap.
-        advance: Called once a run.
+        runs: At least one run.
+        wanted: Options of the report.
+        version: Version of vlmcap.
+        advance: Callback called once per run, for a progress bar.
 
     Raises:
         UserError: No run has the metric.
@@ -74,7 +74,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
         member.id: member.captions[split] for member in members if member.is_compared and split in member.captions
     }
     clip_metric = find_clip_metric(list(compared.values()))
-    some = next(iter(compared.values()), None)
+    first = next(iter(compared.values()), None)
     return Report(
         title=wanted.title or _title(runs),
         created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -83,8 +83,8 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
         metric_label=metric_label(metric),
         is_higher_better=is_higher_better(metric),
         clip_metric=clip_metric,
-        tokenizer=some.tokenizer if some else next((run.tokenizer for run in runs if run.tokenizer), ""),
-        num_clips=len(some) if some else 0,
+        tokenizer=first.tokenizer if first else next((run.tokenizer for run in runs if run.tokenizer), ""),
+        num_clips=len(first) if first else 0,
         metrics=shown,
         factors=factors,
         runs=rows,
@@ -100,7 +100,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
 
 
 def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bool) -> list[Front]:
-    """For each cost that two groups know: those that no other beats at a lower or equal cost."""
+    """Returns the Pareto front of each cost that is known for at least two groups."""
     fronts = []
     for cost in COSTS:
         known = [
@@ -120,7 +120,7 @@ def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bo
 
 @dataclass(slots=True)
 class _Found:
-    """Captions of each split, and resampled scores by their whole name."""
+    """Captions of each split, and resampled scores by name with split."""
 
     texts: dict[str, Captions] = field(default_factory=dict)
     samples: dict[str, Resampled] = field(default_factory=dict)
@@ -156,35 +156,31 @@ def _title(runs: Sequence[RunFolder]) -> str:
 
 _OVER = {
     "clips and seeds": Note(
-        "Intervals (95 %) allow for the choice of clips (bootstrap) and for the seeds (Student's t, Welch); a "
-        "configuration with one "
-        "seed is given the seed variance of the others.",
-        "구간(95 %)은 클립 선택(부트스트랩)과 시드(스튜던트 t, Welch)를 함께 고려합니다. "
-        "시드가 하나뿐인 구성에는 다른 구성들의 시드 분산을 씁니다.",
+        "The 95 % intervals account for the choice of clips (bootstrap) and for the seeds (Student's t, Welch). A "
+        "configuration with a single seed uses the seed variance of the others.",
+        "95 % 구간은 클립 선택(부트스트랩)과 시드(스튜던트 t, Welch)를 함께 고려합니다. "
+        "시드가 하나뿐인 구성에는 다른 구성들의 시드 분산을 사용합니다.",
     ),
     "clips": Note(
-        "Intervals (95 %) allow for the choice of clips alone (paired bootstrap). Every configuration has one seed: "
-        "another seed may move "
-        "a score by more than that.",
-        "구간(95 %)은 클립 선택만 고려합니다(쌍체 부트스트랩). "
+        "The 95 % intervals account only for the choice of clips (paired bootstrap). Every configuration has a single "
+        "seed, and another seed may change a score by more than its interval.",
+        "95 % 구간은 클립 선택만 고려합니다(쌍체 부트스트랩). "
         "구성마다 시드가 하나뿐이므로 다른 시드에서는 점수가 구간보다 크게 달라질 수 있습니다.",
     ),
     "seeds": Note(
-        "Intervals (95 %) allow for the seeds alone (Student's t, Welch): this score is not made of scores of clips, "
-        "or captions are "
-        "missing.",
-        "구간(95 %)은 시드만 고려합니다(스튜던트 t, Welch). 이 점수는 클립별 점수로 이루어지지 않거나 캡션 파일이 "
-        "없습니다.",
+        "The 95 % intervals account only for the seeds (Student's t, Welch), because this score is not computed per "
+        "clip or captions are missing.",
+        "95 % 구간은 시드만 고려합니다(스튜던트 t, Welch). 이 점수는 클립별로 계산되지 않거나 캡션 파일이 없습니다.",
     ),
     "": Note(
-        "No interval is known: one seed each, and no scores of clips.",
-        "구성마다 시드가 하나이고 클립별 점수가 없어 구간을 알 수 없습니다.",
+        "There are no intervals, because every configuration has a single seed and no scores per clip.",
+        "구성마다 시드가 하나이고 클립별 점수가 없어 구간을 구할 수 없습니다.",
     ),
 }
 
 
 def make_notes(runs: Sequence[RunRow], groups: Sequence[GroupRow], metric: str) -> list[Note]:
-    """The notes of a report, the most important first."""
+    """Returns the notes of a report, most important first."""
     best = next((group for group in groups if group.is_best), None)
     over = next((group.difference.over for group in groups if group.difference), best.over if best else "")
     notes = [_OVER[over]]
@@ -192,12 +188,10 @@ def make_notes(runs: Sequence[RunRow], groups: Sequence[GroupRow], metric: str) 
     if tested:
         notes.append(
             Note(
-                f"p-values are two-sided and Holm-corrected for {tested} comparisons with the best. The best was "
-                "chosen by the same "
-                "numbers, so its lead is a little too large; a fresh split shows the true one.",
+                f"The p-values are two-sided and Holm-corrected for {tested} comparisons with the best configuration. "
+                "As it was chosen by the same scores, its lead is slightly overestimated; confirm it on another split.",
                 f"p 값은 양측이며 최고 구성과의 비교 {tested}건에 대해 Holm 보정했습니다. 최고 구성을 같은 점수로 "
-                "골랐으므로 차이가 조금 "
-                "크게 보일 수 있습니다. 다른 분할에서 확인하세요.",
+                "골랐으므로 차이가 조금 크게 보일 수 있습니다. 다른 분할에서 확인하세요.",
             )
         )
     return [*notes, *_about_runs(runs, metric)]
@@ -208,8 +202,8 @@ def _about_runs(runs: Sequence[RunRow], metric: str) -> list[Note]:
     if left_out := sum(bool(run.not_compared) for run in runs):
         notes.append(
             Note(
-                f"Runs with {metric} that are not compared: {left_out}. Their clips, references or tokeniser are "
-                "others, as each says.",
+                f"Runs with {metric} that are not compared: {left_out}. Their clips, references or tokenizer differ; "
+                "each run gives the reason.",
                 f"{metric} 점수가 있는 실행 {left_out}개는 클립, 참조 또는 토크나이저가 달라 비교하지 않습니다. "
                 "이유는 각 실행에 있습니다.",
             )
@@ -217,19 +211,21 @@ def _about_runs(runs: Sequence[RunRow], metric: str) -> list[Note]:
     if failed := sum(metric not in run.scores for run in runs):
         notes.append(
             Note(
-                f"Runs without {metric}, which failed, were refused or did not end: {failed}.",
+                f"Runs without {metric} because they failed, were refused or did not end: {failed}.",
                 f"실행 {failed}개에는 {metric} 점수가 없습니다. 실패했거나 거부되었거나 끝나지 않았습니다.",
             )
         )
     if any(run.config.get("hardware.accelerator") == "cpu" for run in runs):
         notes.append(
             Note(
-                "Peak memory of a run on a CPU is that of its process, earlier jobs of the same sweep included.",
+                "The peak memory of a CPU run is that of its process, including earlier jobs of the same sweep.",
                 "CPU 실행의 최대 메모리는 프로세스 전체 값이며 같은 스윕의 앞선 작업도 포함합니다.",
             )
         )
-    if sum(metric in run.scores and not run.not_compared for run in runs) > MOST_RUNS:
+    if sum(metric in run.scores and not run.not_compared for run in runs) > MAX_RUNS:
         notes.append(
-            Note(f"Captions are those of the {MOST_RUNS} best runs.", f"캡션은 상위 {MOST_RUNS}개 실행의 것입니다.")
+            Note(
+                f"Only captions of the {MAX_RUNS} best runs are shown.", f"상위 {MAX_RUNS}개 실행의 캡션만 표시합니다."
+            )
         )
     return notes

@@ -1,6 +1,6 @@
-"""What runs said of clips: files of predictions as columns, and the clips that a report shows.
+"""Captions of runs: reads prediction files, and chooses the clips that a report shows.
 
-It shows those that all runs get wrong, that all get right, that they differ on, and some at random.
+The chosen clips are those with the worst and the best mean score, those on which runs differ most, and random ones.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import numpy.typing as npt
 from vlmcap.metrics import FactLexicon
 from vlmcap.metrics.diversity import collapse_warning
 from vlmcap.metrics.tokenizers import normalize
-from vlmcap.reporting.report.data import CaptionRow, ClipRow, Mark, Reason
+from vlmcap.reporting.report.records import CaptionRow, ClipRow, Mark, Reason
 
 Floats = npt.NDArray[np.float64]
 
-MOST_RUNS = 40
-"""Whose captions are shown; of more runs, the best ones."""
-MOST_CHARACTERS = 2000
-"""Of a caption or reference that is shown."""
+MAX_RUNS = 40
+"""Number of runs whose captions are shown; of more runs, those of the best."""
+MAX_CHARACTERS = 2000
+"""Number of characters of a caption or reference that are shown."""
 _PREFERRED = ("cider", "rouge_l", "bleu_4")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captions:
-    """What a run said of N clips, sorted by id.
+    """Captions of a run for N clips, sorted by clip id.
 
     Attributes:
-        ids: Of the clips.
-        videos: A path or address a clip.
-        texts: A caption a clip.
-        references: What people said of each.
-        categories: Of each, empty where it has none.
-        scores: Name to a number a clip, (N,); of names that every clip has.
-        tokenizer: Of the scores, as the file says; empty if it does not.
-        digest: Equal for files of the same clips with the same references.
-        collapse: The sentence of a collapse, None where there is none.
+        ids: Clip ids.
+        videos: Path or address of each video.
+        texts: Caption of each clip.
+        references: Reference captions of each clip.
+        categories: Category of each clip; empty if it has none.
+        scores: Scores of the clips by metric name, (N,), for metrics that every clip has.
+        tokenizer: Tokenizer of the scores as stated in the file; empty if it is not.
+        digest: Hash that is equal for files with the same clips and references.
+        collapse: Warning about collapsed captions; None if they are varied.
     """
 
     ids: list[str]
@@ -61,15 +61,15 @@ class Captions:
 
 
 def read_captions(path: Path, warnings: list[str], shared: dict[str, str]) -> Captions | None:
-    """The captions of a file, None if it holds none.
+    """Reads the captions of a file; returns None if it has none.
 
     Args:
-        path: JSON lines as `train.py` and `evaluate.py` write them.
-        warnings: Gets sentences about lines that are left out.
-        shared: Texts read before: runs have the same references, which are then held once.
+        path: JSON lines as written by `train.py` and `evaluate.py`.
+        warnings: List that receives sentences about skipped lines.
+        shared: References read before, so that the equal references of runs are held in memory once.
     """
     rows: dict[str, dict[str, Any]] = {}
-    num_torn = num_double = 0
+    num_broken = num_repeated = 0
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
@@ -77,15 +77,15 @@ def read_captions(path: Path, warnings: list[str], shared: dict[str, str]) -> Ca
     for number, line in enumerate(line for line in lines if line.strip()):
         row = _row(line)
         if row is None:
-            num_torn += 1
+            num_broken += 1
             continue
         name = str(row.get("id", f"line {number + 1:06d}"))
-        num_double += name in rows
+        num_repeated += name in rows
         rows[name] = row
-    if num_torn:
-        warnings.append(f"Lines of {path.name} that cannot be read and are left out: {num_torn}.")
-    if num_double:
-        warnings.append(f"Clips that stand more than once in {path.name}, of which the last line counts: {num_double}.")
+    if num_broken:
+        warnings.append(f"Skipped lines of {path.name} that cannot be read: {num_broken}.")
+    if num_repeated:
+        warnings.append(f"Clips that {path.name} contains more than once; the last line counts: {num_repeated}.")
     return _columns([(name, rows[name]) for name in sorted(rows)], shared) if rows else None
 
 
@@ -115,7 +115,9 @@ def _columns(rows: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> 
         references=references,
         categories=[str(row.get("category") or "") for _, row in rows],
         scores={
-            name: np.array([scores[name] for scores in each], np.float64) for name in each[0] if _is_whole(name, each)
+            name: np.array([scores[name] for scores in each], np.float64)
+            for name in each[0]
+            if _is_complete(name, each)
         },
         tokenizer=" and ".join(sorted(tokenizers)),
         digest=hashlib.sha256(content.encode()).hexdigest(),
@@ -123,33 +125,31 @@ def _columns(rows: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> 
     )
 
 
-def _is_whole(name: str, each: list[dict[str, Any]]) -> bool:
-    """Whether every clip has this score."""
+def _is_complete(name: str, each: list[dict[str, Any]]) -> bool:
+    """Returns whether every clip has this score."""
     values = [scores.get(name) for scores in each]
     return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def find_clip_metric(runs: Sequence[Captions]) -> str:
-    """The score by which clips are chosen, which every run has for every clip; empty where there is none."""
+    """Returns the metric that clips are chosen by, which all runs have; empty if there is none."""
     return next((name for name in _PREFERRED if runs and all(name in run.scores for run in runs)), "")
 
 
 def choose_clips(
     runs: Mapping[str, Captions], metric: str, count: int, lexicon: FactLexicon | None = None
 ) -> list[ClipRow]:
-    """Up to `count` clips with the captions of all runs, an equal share for each `Reason`.
-
-    Runs differ where there are two.
+    """Chooses clips, an equal share for each `Reason`, and returns them with the captions of all runs.
 
     Args:
-        runs: Run id to its captions, best run first, all of the same clips.
-        metric: A score of clips that all runs have.
-        count: At most; 0 for none.
+        runs: Captions of the same clips by run id, best run first.
+        metric: Metric of clips that all runs have.
+        count: Maximum number of clips.
         lexicon: Facts that are marked in the texts.
     """
     if not runs or not metric or count < 1:
         return []
-    shown = dict(list(runs.items())[:MOST_RUNS])
+    shown = dict(list(runs.items())[:MAX_RUNS])
     scores = np.stack([run.scores[metric] for run in shown.values()])  # (runs, clips)
     means, spreads = scores.mean(0), np.ptp(scores, axis=0)
     reasons = _choose(
@@ -181,10 +181,7 @@ def choose_clips(
 
 
 def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[Mark]:
-    """Where the text as it is shown states facts that the reference states, in the order of the text.
-
-    No two marks overlap.
-    """
+    """Returns where the shown text states facts that the reference states too, in order and without overlaps."""
     if lexicon is None:
         return []
     stated, wanted, length = lexicon.extract(text), lexicon.extract(reference), len(shown_text(text, lexicon))
@@ -196,13 +193,13 @@ def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[M
     )
     marks: list[Mark] = []
     for start, end, fact in found:
-        if end <= min(length, MOST_CHARACTERS) and (not marks or start >= marks[-1][1]):
+        if end <= min(length, MAX_CHARACTERS) and (not marks or start >= marks[-1][1]):
             marks.append((start, end, fact, stated[fact] == wanted[fact]))
     return marks
 
 
 def _choose(means: Floats, spreads: Floats, count: int, names: Sequence[Reason]) -> dict[int, list[Reason]]:
-    """Clip to why it is chosen, in the order of reasons; ties go by place, so that the choice is the same each time."""
+    """Returns the reasons of each chosen clip; ties are broken by index, so the choice is reproducible."""
     orders: dict[Reason, npt.NDArray[np.intp]] = {
         "worst": np.argsort(means, kind="stable"),
         "best": np.argsort(-means, kind="stable"),
@@ -215,13 +212,13 @@ def _choose(means: Floats, spreads: Floats, count: int, names: Sequence[Reason])
         for index in orders[name][:share].tolist():
             if name != "different" or spreads[index] > 0:
                 chosen.setdefault(index, []).append(name)
-    for index in orders["random"].tolist():  # in place of those that two reasons chose
+    for index in orders["random"].tolist():  # fill up for clips that were chosen for two reasons
         if len(chosen) < count and index not in chosen:
             chosen[index] = ["random"]
     return chosen
 
 
 def shown_text(text: str, lexicon: FactLexicon | None) -> str:
-    """The text, not too long, and normalised where facts are to be marked in it."""
+    """Truncates a long text; with a lexicon, normalizes it first, because marks refer to the normalized text."""
     text = text if lexicon is None else normalize(text)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

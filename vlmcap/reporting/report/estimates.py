@@ -1,22 +1,23 @@
-"""Scores of groups of runs, differences between them, and effects of factors, with intervals that allow for the clips and for the seeds.
+"""Estimates scores of groups of runs, their differences and effects of factors, with 95 % intervals.
 
-The score of a group is the mean over its seeds. Two things could have come out otherwise.
+The score of a group is the mean over its seeds. Intervals account for two sources of variation.
 
 *Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.significance`), so that easy and hard clips
-cancel in differences.
+cancel out in differences.
 
-*Seeds.* A bootstrap of three seeds would see two thirds of their variance, and tails that are far too thin. So the
-deviation of a mean over seeds is drawn from Student's t: of its variance, the sum of s^2 / n over the groups in
-question, with the degrees of freedom that Welch and Satterthwaite give it (Welch, "The generalization of 'Student's'
-problem", Biometrika 1947). A group of one seed is given the variance of the others, pooled. To pool all would find
-more, but a model close to collapse is less steady than others: with three seeds and five times their spread in one
-group, pooling called a fifth of equal pairs different in a simulation, this six of a hundred.
+*Seeds.* A bootstrap of three seeds would underestimate their variance by a third and have tails that are far too thin.
+Instead, the deviation of a mean over seeds is drawn from Student's t distribution. Its variance is the sum of s^2 / n
+over the groups involved, with the degrees of freedom of Welch and Satterthwaite (Welch, "The generalization of
+'Student's' problem", Biometrika 1947). A group with a single seed gets the pooled variance of the others. Pooling the
+variance of all groups would find more differences, but a model close to collapse varies more than others: in a
+simulation with three seeds and one group with five times the spread, pooling reported 20 % of equal pairs as different,
+and this method 6 %.
 
-Where no group has two seeds nothing is known of them, and the interval is one over clips, that of
-`bootstrap` and of `paired_bootstrap` there, to the digit.
+If no group has two seeds, nothing is known about their variance, and the intervals are exactly those of `bootstrap` and
+`paired_bootstrap` in `vlmcap.metrics.significance`.
 
-Seeds are seen on the same clips, so what clips and seeds do together counts twice: intervals are a little too wide
-rather than too narrow.
+All seeds are scored on the same clips, so the interaction of clips and seeds counts twice, and intervals are slightly
+too wide rather than too narrow.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmcap.metrics.significance import Resampled, holm
-from vlmcap.reporting.report.data import Difference, Effect, Ends, Level, Over, Value
+from vlmcap.reporting.report.records import Difference, Effect, Ends, Level, Over, Value
 
 Floats = npt.NDArray[np.float64]
 Factors = Mapping[str, Value]
@@ -38,7 +39,7 @@ Factors = Mapping[str, Value]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunScore:
-    """A run's score, and what it is on resampled clips; None where its clips are not known."""
+    """Score of a run, and its scores on resampled clips; None if it has no scores per clip."""
 
     score: float
     samples: Resampled | None = None
@@ -46,10 +47,7 @@ class RunScore:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with its 95 % interval and the p-value of its being other than 0.
-
-    None where nothing is known of its spread.
-    """
+    """A value with its interval and the p-value of a difference from 0; both are None if its variation is unknown."""
 
     value: float
     ends: Ends | None
@@ -57,19 +55,19 @@ class Estimate:
     over: Over
 
     def as_difference(self, adjusted: float | None) -> Difference:
-        """The record of the report, with the corrected p-value."""
+        """Converts to the record of the report, with the corrected p-value."""
         low, high = self.ends or (None, None)
         return Difference(self.value, low, high, self.over, self.p_value, adjusted)
 
 
 class Estimator:
-    """Estimates for one metric.
+    """Estimates weighted sums of the groups' scores in one metric.
 
     Args:
-        groups: Group to the scores of its seeds, at least one; all samples of one length, on the same resampled clips.
-        confidence: Of the intervals.
-        seed: Of what is drawn for the seeds.
-        resamples: How many to draw where no clips are known.
+        groups: Scores of the seeds of each group, at least one; all samples have the same length and resampled clips.
+        confidence: Confidence level of the intervals.
+        seed: Seed of the draws for the seeds' variation.
+        resamples: Number of draws; must be the length of the samples if there are any.
     """
 
     def __init__(
@@ -88,10 +86,10 @@ class Estimator:
         self._pooled = squares / self._freedom if self._freedom else math.nan
 
     def estimate(self, weights: Mapping[str, float]) -> Estimate:
-        """The weighted sum of the groups' scores: `{a: 1}` is the score of a, `{b: 1, a: -1}` is b less a.
+        """Estimates a weighted sum of the groups' scores: `{a: 1}` is the score of a, `{b: 1, a: -1}` is b minus a.
 
         Args:
-            weights: Group to weight; groups that are not named weigh 0.
+            weights: Weight of each group; other groups have weight 0.
         """
         value = sum(weight * self.means[name] for name, weight in weights.items())
         clips, seeds = self._over_clips(weights), self._over_seeds(weights)
@@ -102,12 +100,12 @@ class Estimator:
         samples = samples if seeds is None else samples + seeds
         tails = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
         low, high = (float(end) for end in np.quantile(samples, tails))
-        # Equal but for rounding counts as equal, as in `paired_bootstrap`.
+        # Values that differ only by rounding count as equal, as in `paired_bootstrap`.
         extreme = np.abs(samples - value) >= abs(value) - 1e-12 * max(1.0, abs(value))
         return Estimate(value, (low, high), float((1 + extreme.sum()) / (1 + len(samples))), over)
 
     def differences(self, contrasts: Mapping[str, Mapping[str, float]]) -> dict[str, Difference]:
-        """The named contrasts, their p-values Holm-corrected for their number."""
+        """Estimates contrasts by name, with p-values Holm-corrected for their number."""
         found = {name: self.estimate(weights) for name, weights in contrasts.items()}
         corrected = holm([math.nan if one.p_value is None else one.p_value for one in found.values()])
         return {
@@ -128,7 +126,7 @@ class Estimator:
         return total
 
     def _over_seeds(self, weights: Mapping[str, float]) -> Floats | None:
-        """Deviations of the sum that other seeds would give; None where no group has two."""
+        """Draws deviations of the sum caused by other seeds; returns None if no group has two seeds."""
         if not self._freedom:
             return None
         variance = curvature = 0.0
@@ -148,17 +146,18 @@ class Estimator:
 def find_effects(
     factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, *, is_higher_better: bool
 ) -> list[Effect]:
-    """The effect of each factor with two levels or more.
+    """Estimates the effect of each factor with at least two levels.
 
-    Two groups are matched for a factor where they agree in all others. A level counts over the combinations that every
-    level has: in a grid of which one run failed, its combination counts for nobody. Where no combination has every
-    level, levels are plain means over their groups, which differ in other things too, and no difference is given.
+    Two groups match for a factor if they agree in all other factors. Levels are averaged over the combinations that
+    every level has: if one run of a grid failed, its combination is not counted for any level. If no combination has
+    every level, levels are plain means over their groups, which also differ in other factors, and no difference is
+    given.
 
     Args:
-        factors: Keys.
-        groups: Group to the values of its factors: those that have the metric and are compared.
-        estimator: Of that metric.
-        is_higher_better: Which level comes first.
+        factors: Keys of the factors.
+        groups: Factor values of each group that has the metric and is compared.
+        estimator: Estimator of the metric.
+        is_higher_better: Whether higher values of the metric are better.
     """
     effects = [_effect(factor, factors, groups, estimator, is_higher_better) for factor in factors]
     return [effect for effect in effects if effect is not None]
@@ -167,8 +166,8 @@ def find_effects(
 def _effect(
     factor: str, factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, is_higher_better: bool
 ) -> Effect | None:
-    levels: dict[str, list[str]] = {}  # level to its groups
-    combinations: dict[tuple[str, ...], dict[str, str]] = {}  # the other factors to level to group
+    levels: dict[str, list[str]] = {}  # groups by level
+    combinations: dict[tuple[str, ...], dict[str, str]] = {}  # group by values of the other factors, and by level
     values: dict[str, Value] = {}
     for group, own in groups.items():
         level = json.dumps(own[factor])

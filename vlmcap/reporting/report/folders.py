@@ -1,4 +1,4 @@
-"""Run folders, read as they are: what is missing or torn becomes a warning, never an error."""
+"""Reads run folders; missing or broken files become warnings, never errors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from typing import Any, cast, get_args
 
 from vlmcap.config.sweep import OF_A_SWEEP
 from vlmcap.errors import UserError
-from vlmcap.reporting.report.data import Status
+from vlmcap.reporting.report.records import Status
 
 ReadYaml = Callable[[Path], Any]
-"""From a YAML file to plain data; raises whatever it likes for a file that is none."""
+"""Function that reads a YAML file as plain data; it may raise any exception for an invalid file."""
 
-_MARKS = ("summary.json", "status.json", "metrics.jsonl", ".hydra/overrides.yaml")
+_RUN_FILES = ("summary.json", "status.json", "metrics.jsonl", ".hydra/overrides.yaml")
 _NOT_RUNS = {"checkpoints", "predictions", "wandb", "profile", "lightning_logs"}
 _SPLITS = ("val", "test", "train")
 _COUNTS = {"total": "parameters", "trained": "trained"}
 
-MOST_POINTS = 300
-"""Of a curve; of longer ones every second, third … point is kept, and the last."""
+MAX_POINTS = 300
+"""Points of a curve; of a longer one, every n-th point and the last are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """What one folder says; the fields are those of `RunRow`, and three more.
+    """Contents of a run folder. Most fields are those of `RunRow`.
 
     Attributes:
-        overrides: What was typed for this run alone.
-        checkpoint: That the scores at the end are of; empty where it is not known.
-        predictions: The file of each split whose captions are whole.
+        path: Folder of the run.
+        overrides: Overrides of this run.
+        checkpoint: Checkpoint of the final scores; empty if it is not known.
+        predictions: Prediction file of each split.
     """
 
     path: Path
@@ -59,45 +60,48 @@ class RunFolder:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The run folders among the given ones and below them, each once; `10` comes after `9`.
+    """Finds run folders in the given folders, each once and in natural order (`10` after `9`).
 
     Raises:
-        UserError: A folder is not there, or holds no run.
+        UserError: A folder does not exist or holds no run.
     """
     found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(
-                f"{folder} is no folder; give the folder of a run, or of a sweep such as multirun/<date>/<time>"
+                f"{folder} is not a folder; give the folder of a run, or of a sweep such as multirun/<date>/<time>"
             )
-        runs = list(_runs_below(folder, set()))
+        runs = list(_runs_in(folder, set()))
         if not runs:
-            raise UserError(f"{folder} holds no run: no summary.json, status.json or metrics.jsonl in it or below")
+            raise UserError(
+                f"{folder} holds no run: neither it nor its subfolders contain summary.json, status.json or "
+                "metrics.jsonl; give the folder of a run or of a sweep"
+            )
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
 
 
 def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
-    """A run of `train.py`, or what `evaluate.py` left.
+    """Reads the folder of a run of `train.py` or `evaluate.py`.
 
     Args:
-        folder: Its folder.
-        read_yaml: Of `config.yaml` and Hydra's files.
+        folder: Folder of the run.
+        read_yaml: Function that reads `config.yaml` and Hydra's files.
     """
     warnings: list[str] = []
     summary, status = _read_json(folder / "summary.json", warnings), _read_json(folder / "status.json", warnings)
     evaluation = _read_json(folder / "metrics.json", warnings)
     overrides = _overrides(folder, status, read_yaml)
     is_evaluation = bool(evaluation) and not (summary or status)
-    scores = _numbers(evaluation) | _numbers(_part(summary, "scores"))
+    scores = _numbers(evaluation) | _numbers(_object(summary, "scores"))
     predictions = {split: path for split in _SPLITS if (path := folder / "predictions" / f"{split}.jsonl").is_file()}
     if (folder / "predictions.jsonl").is_file():
         split = next((name.split("/")[0] for name in _numbers(evaluation)), "test")
         predictions.setdefault(split, folder / "predictions.jsonl")
-    parts = [part for part in _part(summary, "parameters").values() if isinstance(part, dict)]
-    seconds = _numbers(_part(summary, "seconds")) or _numbers({"total": status.get("seconds")})
-    plan = _numbers(_part(summary, "plan")) or _numbers(_part(status, "plan"))
+    parts = [part for part in _object(summary, "parameters").values() if isinstance(part, dict)]
+    seconds = _numbers(_object(summary, "seconds")) or _numbers({"total": status.get("seconds")})
+    plan = _numbers(_object(summary, "plan")) or _numbers(_object(status, "plan"))
     return RunFolder(
         path=folder,
         status=_status(summary, status, evaluation),
@@ -115,50 +119,47 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         parameters={name: sum(int(part.get(key) or 0) for part in parts) for name, key in _COUNTS.items()}
         if parts
         else {},
-        curve=read_course(folder / "metrics.jsonl", warnings),
+        curve=read_curves(folder / "metrics.jsonl", warnings),
         revision=str(summary.get("git_revision") or ""),
         predictions=predictions,
         warnings=warnings,
     )
 
 
-def read_course(path: Path, warnings: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """Metric to steps and values: the training loss, the rates, and every metric of the validations while training.
+def read_curves(path: Path, warnings: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Reads learning curves: steps and values of the training loss, learning rates and validation metrics.
 
-    The scores at the end, which the same file holds, are of other clips and of the best checkpoint: they would be a
-    false last point.
+    The file also holds the final scores, which are skipped: they belong to other clips and to the best checkpoint, and
+    would be a false last point.
 
     Args:
-        path: The file; there may be none.
-        warnings: Gets a sentence about torn lines.
+        path: `metrics.jsonl` of a run; it may be missing.
+        warnings: List that receives a sentence about broken lines.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
-    num_torn = 0
+    num_broken = 0
     for line in _lines(path):
         try:
             record = json.loads(line)
             step = int(record["step"])
         except (ValueError, KeyError, TypeError):
-            num_torn += 1
+            num_broken += 1
             continue
         for name, value in record.items():
-            if _is_course(name, record) and isinstance(value, int | float) and math.isfinite(value):
+            if _is_curve(name, record) and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((step, float(value)))
-    if num_torn:
-        warnings.append(f"Lines of {path.name} that cannot be read and are left out: {num_torn}.")
+    if num_broken:
+        warnings.append(f"Skipped lines of {path.name} that cannot be read: {num_broken}.")
     return {name: _thinned(sorted(points)) for name, points in curves.items()}
 
 
-def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """The folder itself, or the runs below it; nothing below a run is another.
-
-    Links are followed, but no folder is entered twice.
-    """
+def _runs_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yields the folder itself if it is a run, else the runs in its subfolders; no folder is entered twice."""
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
     is_evaluation = (folder / "metrics.json").is_file() and (folder / "predictions.jsonl").is_file()
-    if is_evaluation or any((folder / mark).is_file() for mark in _MARKS):
+    if is_evaluation or any((folder / name).is_file() for name in _RUN_FILES):
         yield folder
         return
     try:
@@ -167,16 +168,16 @@ def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
             for entry in os.scandir(folder)
             if entry.is_dir() and entry.name[0] != "." and entry.name not in _NOT_RUNS
         ]
-    except OSError:  # not for us to read
+    except OSError:  # no permission to read
         return
     for name in sorted(
         names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     ):
-        yield from _runs_below(folder / name, seen)
+        yield from _runs_in(folder / name, seen)
 
 
 def _read_json(path: Path, warnings: list[str]) -> dict[str, Any]:
-    """The object in a file; empty where there is none, with a warning where the file is torn."""
+    """Reads the object in a file; returns an empty one if the file is missing or, with a warning, broken."""
     if not path.is_file():
         return {}
     try:
@@ -189,13 +190,13 @@ def _read_json(path: Path, warnings: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _part(record: dict[str, Any], key: str) -> dict[str, Any]:
+def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The entries that are numbers; JSON's null, NaN and infinity are none."""
+    """Returns the entries that are finite numbers."""
     kept = {
         name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }
@@ -203,14 +204,14 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _status(summary: dict[str, Any], status: dict[str, Any], evaluation: dict[str, Any]) -> Status:
-    said = status.get("status")
-    if said in get_args(Status):
-        return cast(Status, said)
+    name = status.get("status")
+    if name in get_args(Status):
+        return cast(Status, name)
     return "finished" if summary or evaluation else "unfinished"
 
 
 def _config(folder: Path, read_yaml: ReadYaml, warnings: list[str]) -> dict[str, Any]:
-    """The resolved configuration, or what Hydra composed where the run ended before it was written."""
+    """Reads the resolved configuration, or the one that Hydra composed if the run ended before writing it."""
     for name in ("config.yaml", "evaluation.yaml", ".hydra/config.yaml"):
         if (folder / name).is_file():
             try:
@@ -221,10 +222,7 @@ def _config(folder: Path, read_yaml: ReadYaml, warnings: list[str]) -> dict[str,
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values of nested dictionaries.
-
-    A list is a value, and a reference to another key that is not resolved is left out.
-    """
+    """Flattens nested dictionaries to dotted keys; a list is one value, and unresolved interpolations are dropped."""
     if isinstance(value, dict):
         return {
             key: leaf
@@ -236,23 +234,20 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _overrides(folder: Path, status: dict[str, Any], read_yaml: ReadYaml) -> list[str]:
     try:
-        said = read_yaml(folder / ".hydra" / "overrides.yaml")
-    except Exception:  # there is none, or it is no YAML
-        said = status.get("overrides")
-    return [str(override) for override in said] if isinstance(said, list) else []
+        found = read_yaml(folder / ".hydra" / "overrides.yaml")
+    except Exception:  # missing or invalid
+        found = status.get("overrides")
+    return [str(override) for override in found] if isinstance(found, list) else []
 
 
 def _command(summary: dict[str, Any], overrides: list[str]) -> str:
-    """A job of a sweep is repeated by its own overrides, not by the sweep's command.
-
-    Its folder is not to be written again.
-    """
+    """Returns the command that repeats a run in a new folder; for a job of a sweep, it has the job's overrides."""
     overrides = [override for override in overrides if not override.startswith(OF_A_SWEEP)]
-    said = [str(word) for word in summary.get("command") or []]
-    if not said or "-m" in said or "--multirun" in said:
-        said = ["train.py", *overrides] if overrides or not said else said
-    python = ["python"] if said[0].endswith(".py") else []  # `vlmcap train` is a command itself
-    return shlex.join([*python, *(word for word in said if not word.startswith("paths.output_dir="))])
+    words = [str(word) for word in summary.get("command") or []]
+    if not words or "-m" in words or "--multirun" in words:
+        words = ["train.py", *overrides] if overrides or not words else words
+    python = ["python"] if words[0].endswith(".py") else []  # `vlmcap train` is an executable
+    return shlex.join([*python, *(word for word in words if not word.startswith("paths.output_dir="))])
 
 
 def _checkpoint(folder: Path) -> str:
@@ -264,8 +259,8 @@ def _evaluation_command(evaluation: dict[str, Any], overrides: list[str]) -> str
     return shlex.join(["python", "evaluate.py", f"checkpoint={evaluation.get('checkpoint', '')}", *rest])
 
 
-def _is_course(name: str, record: dict[str, Any]) -> bool:
-    # Only a validation while training has a loss.
+def _is_curve(name: str, record: dict[str, Any]) -> bool:
+    # Only validations during training log a loss.
     return name == "train/loss" or name.startswith("train/lr_") or (name.startswith("val/") and "val/loss" in record)
 
 
@@ -277,5 +272,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    stride = math.ceil(len(points) / MOST_POINTS)
+    stride = math.ceil(len(points) / MAX_POINTS)
     return points if stride <= 1 else [*points[:-1:stride], points[-1]]

@@ -1,4 +1,4 @@
-"""Names: of runs, by the few keys that they differ in, and of scores, by which they are compared."""
+"""Names runs by the few keys in which they differ, and chooses and labels the metrics of a report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from vlmcap.errors import UserError
 from vlmcap.metrics import METRIC_LABELS
-from vlmcap.reporting.report.data import Value
 from vlmcap.reporting.report.folders import RunFolder
+from vlmcap.reporting.report.records import Value
 
-_PARTS = ("model", "encoder", "projector", "llm")
-_GROUPS = (*_PARTS, "tuning", "hardware", "data", "optim", "evaluation", "trainer", "callbacks")
-_ABSENT = {"native", "assembled"}  # the part of a whole model, and the absence of one
-_NO_MATTER = (
+_COMPONENTS = ("model", "encoder", "projector", "llm")
+_GROUPS = (*_COMPONENTS, "tuning", "hardware", "data", "optim", "evaluation", "trainer", "callbacks")
+_ABSENT = {"native", "assembled"}  # a component of a pretrained VLM, and a model that is not one
+_IGNORED = (
     "seed",
     "monitor",
     "mode",
@@ -33,29 +33,30 @@ _NO_MATTER = (
     "trainer.progress_bar",
     "trainer.log_every_n_steps",
 )
-"""Keys, and beginnings of keys, that say where, how often or how watched a run is, and not what comes out."""
-_LOWER = ("loss", "self_bleu", "repetition_rate")  # ends of names; of all others more is better
-_BESIDE = ("cider", "bleu_4", "rouge_l", "meteor_ko", "content_f1", "facts/mean", "distinct_ratio")
+"""Keys and prefixes of keys that do not change the result of a run, apart from the seed."""
+_LOWER_IS_BETTER = ("loss", "self_bleu", "repetition_rate")  # suffixes of metric names
+_USUAL = ("cider", "bleu_4", "rouge_l", "meteor_ko", "content_f1", "facts/mean", "distinct_ratio")
 
 
 def comparable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without what does not change the result; files under the cache folder are named from there."""
+    """Drops the keys that do not change the result, and replaces the cache folder in paths by a placeholder."""
     cache = str(config.get("paths.cache_dir") or "")
     return {
         key: value.replace(cache, "${paths.cache_dir}") if cache and isinstance(value, str) else value
         for key, value in config.items()
-        if not key.startswith(_NO_MATTER)
+        if not key.startswith(_IGNORED)
     }
 
 
 def find_factors(runs: Sequence[RunFolder]) -> list[str]:
-    """The keys whose values tell all configurations apart, whatever the seed.
+    """Finds the keys whose values distinguish all configurations, ignoring the seed.
 
-    First come groups of files (`encoder` for `encoder.name`), then keys that somebody typed. What else differs is left
-    out where these decide it, as `llm.max_new_tokens` is by `llm`, and is a factor of its own where they do not.
+    Groups of YAML files come first (`encoder` for `encoder.name`), then keys that were given as overrides. Any other
+    differing key is dropped if these determine its value, as `llm` determines `llm.max_new_tokens`, and is a factor
+    otherwise.
 
     Args:
-        runs: With their configurations; those without one say nothing.
+        runs: Runs; those without a configuration are ignored.
     """
     configs = [comparable_config(run.config) for run in runs if run.config]
     differing = _differing(configs)
@@ -63,64 +64,62 @@ def find_factors(runs: Sequence[RunFolder]) -> list[str]:
     chosen = [f"{group}.name" for group in groups]
     typed = [key for key in dict.fromkeys(key for run in runs for key in map(_key, run.overrides)) if key in differing]
     for key in [*typed, *sorted(differing)]:
-        belongs = key.split(".")[0] in groups or key not in typed
-        if key not in chosen and not (belongs and _decides(configs, chosen, key)):
+        may_follow = key.split(".")[0] in groups or key not in typed
+        if key not in chosen and not (may_follow and _is_determined(configs, chosen, key)):
             chosen.append(key)
     return [key.removesuffix(".name") if key.removesuffix(".name") in groups else key for key in chosen]
 
 
 def factor_values(run: RunFolder, factors: Sequence[str]) -> dict[str, Value]:
-    """The value of each factor; None where the configuration does not say it."""
+    """Returns the value of each factor; None if the configuration does not contain it."""
     config = comparable_config(run.config)
     return {factor: _plain(config.get(f"{factor}.name" if factor in _GROUPS else factor)) for factor in factors}
 
 
 def group_name(run: RunFolder, factors: Sequence[str]) -> str:
-    """Such as `siglip2 + mlp, rank=8`.
-
-    Parts by their names, other keys with as much of the key as tells it from the others.
-    """
+    """Returns a name such as `siglip2 + mlp, rank=8`: names of components, and other keys in their shortest form."""
     values = factor_values(run, factors)
     if not run.config:
         return run.path.name
-    parts = [str(value) for factor, value in values.items() if factor in _PARTS and value not in (None, *_ABSENT)]
+    names = [str(value) for factor, value in values.items() if factor in _COMPONENTS and value not in (None, *_ABSENT)]
     others = [
         _labelled(factor, value, factors)
         for factor, value in values.items()
-        if factor not in _PARTS and value is not None
+        if factor not in _COMPONENTS and value is not None
     ]
-    if not parts and not others:
-        parts = [str(name) for part in _PARTS if (name := run.config.get(f"{part}.name")) not in (None, *_ABSENT)]
-    return ", ".join([" + ".join(parts), *others] if parts else others) or run.path.name
+    if not names and not others:
+        configured = [run.config.get(f"{component}.name") for component in _COMPONENTS]
+        names = [str(name) for name in configured if name not in (None, *_ABSENT)]
+    return ", ".join([" + ".join(names), *others] if names else others) or run.path.name
 
 
 def short_ids(contents: Sequence[str], letter: str) -> dict[str, str]:
-    """A letter and a few hexadecimal digits for each content, the same for the same content, as few as tell these apart."""
+    """Returns an id for each content: a letter and the fewest hexadecimal digits of its hash that make it unique."""
     digests = {content: hashlib.sha256(content.encode()).hexdigest() for content in contents}
     length = next(n for n in range(4, 65) if len({digest[:n] for digest in digests.values()}) == len(digests))
     return {content: letter + digest[:length] for content, digest in digests.items()}
 
 
 def seed_of(run: RunFolder) -> int | None:
-    """The seed, None where it is not known."""
+    """Returns the seed of a run; None if it is not known."""
     seed = run.config.get("seed")
     return seed if isinstance(seed, int) else None
 
 
 def choose_metric(runs: Sequence[RunFolder], asked: str | None) -> str:
-    """The metric that was asked for, else what the runs monitored, else CIDEr of the split that most have.
+    """Chooses the given metric, else the one that most runs monitored, else CIDEr on the split that most runs have.
 
     Raises:
-        UserError: No run has the metric, or any score at all.
+        UserError: No run has the metric, or no run has any score.
     """
     counts = Counter(name for run in runs for name in run.scores)
     if not counts:
-        told = next((f"; the first one: {run.reason}" for run in runs if run.reason), "")
-        raise UserError(f"none of the {len(runs)} runs has a score yet{told}")
+        reason = next((f"; the first one with a reason says: {run.reason}" for run in runs if run.reason), "")
+        raise UserError(f"none of the {len(runs)} runs has a score yet{reason}")
     if asked is not None:
         if asked not in counts:
             known = ", ".join(sorted(name for name in counts if "category/" not in name and "swapped" not in name)[:40])
-            raise UserError(f"--metric {asked} is in none of the runs; choose one of {known}")
+            raise UserError(f"no run has the metric --metric {asked}; choose one of {known}")
         return asked
     objectives = Counter(str(run.config["monitor"]) for run in runs if run.config.get("monitor") in counts)
     wanted = [*(name for name, _ in objectives.most_common(1)), "val/cider", "test/cider"]
@@ -128,21 +127,21 @@ def choose_metric(runs: Sequence[RunFolder], asked: str | None) -> str:
 
 
 def is_higher_better(metric: str) -> bool:
-    """Whether more of it is better."""
-    return not metric.endswith(_LOWER)
+    """Returns whether higher values of a metric are better."""
+    return not metric.endswith(_LOWER_IS_BETTER)
 
 
 def metric_label(metric: str) -> str:
-    """For people: `val/cider` is "val: CIDEr (no length penalty)"."""
+    """Returns the readable name of a metric: "val: CIDEr (no length penalty)" for `val/cider`."""
     split, _, name = metric.partition("/")
     return f"{split}: {METRIC_LABELS.get(name, name.replace('/', ', ').replace('_', ' '))}"
 
 
 def columns(metric: str, runs: Sequence[RunFolder]) -> list[str]:
-    """The metric, the usual ones of its split, and the metric itself and CIDEr of the other split, as far as any run has them."""
+    """Returns the metrics of the leaderboard: the given one and the usual ones, also from the other split if known."""
     split, _, name = metric.partition("/")
     other = {"val": "test", "test": "val"}.get(split, "")
-    wanted = [metric, *(f"{split}/{one}" for one in _BESIDE), f"{other}/{name}", f"{other}/cider"]
+    wanted = [metric, *(f"{split}/{usual}" for usual in _USUAL), f"{other}/{name}", f"{other}/cider"]
     known = {key for run in runs for key in run.scores}
     return [key for key in dict.fromkeys(wanted) if key in known]
 
@@ -152,10 +151,7 @@ def _key(override: str) -> str:
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:
-    """Keys of which two configurations have different values, in the order of the configuration.
-
-    One that lacks a key does not count.
-    """
+    """Returns the keys with different values in at least two of the configurations that have the key, in order."""
     first: dict[str, str] = {}
     differing: dict[str, None] = {}
     for config in configs:
@@ -165,8 +161,8 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:
     return differing
 
 
-def _decides(configs: Sequence[Mapping[str, Any]], chosen: Sequence[str], key: str) -> bool:
-    """Whether configurations that agree in the chosen keys agree in this one."""
+def _is_determined(configs: Sequence[Mapping[str, Any]], chosen: Sequence[str], key: str) -> bool:
+    """Returns whether configurations that agree in the chosen keys also agree in this key."""
     known: dict[tuple[str, ...], str] = {}
     for config in configs:
         if key in config:

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, in English and Korean, light and dark.
+"""The page of a report: a single HTML file in English and Korean, with a light and a dark theme.
 
 Legend: F frames, H/W pixels.
 """
@@ -19,50 +19,53 @@ from typing import Any
 
 from vlmcap.errors import UserError
 from vlmcap.metrics.scores import METRIC_LABELS
-from vlmcap.reporting.report.data import ClipRow, Report
+from vlmcap.reporting.report.records import ClipRow, Report
 
 SCRIPTS = ("words.js", "dom.js", "leaderboard.js", "charts.js", "clips.js", "run.js", "main.js")
-MAX_POINTS = 240  # of a curve; more cannot be told apart on a screen
-_DIGITS = 6
+MAX_CURVE_POINTS = 240  # more points of a curve cannot be distinguished on a screen
+_DIGITS = 6  # significant digits of numbers in the page
 
 _LABELS = METRIC_LABELS | {"loss": "Loss"}
-NUM_FRAMES = 4  # a clip
-HEIGHT = 84  # of a picture, in pixels
-MAX_WIDTH = 200
-MAX_CLIPS = 60
-MAX_BYTES = 2_500_000  # of all pictures together, as the page carries them
-FULL = "full"  # the reason of a clip whose pictures the page has no room for
-_QUALITIES = (72, 50, 30)  # of JPEG; the first one at which a picture is small enough is taken
-_SMALL_ENOUGH = 7_000  # bytes a picture
-_TIMEOUT_S = 10.0  # a clip
+NUM_FRAMES = 4  # frames shown per clip
+HEIGHT = 84  # pixels; height of a frame
+MAX_WIDTH = 200  # pixels; width of a frame
+MAX_CLIPS = 60  # clips with frames
+MAX_BYTES = 2_500_000  # base64 bytes of all frames in the page
+FULL = "full"  # reason of a clip without frames because the page has reached its limits
+_QUALITIES = (72, 50, 30)  # JPEG qualities, tried until a frame is at most _MAX_FRAME_BYTES large
+_MAX_FRAME_BYTES = 7_000
+_TIMEOUT_S = 10.0  # seconds to decode a clip
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class ClipFrames:
     """Frames of a clip.
 
     Attributes:
-        frames: JPEG files as base64, in the order of time; none if they cannot be shown.
-        reason: Why there are none, else empty.
+        frames: JPEG files as base64, in temporal order; empty if they cannot be shown.
+        reason: Why there are no frames; empty if there are.
     """
 
     frames: tuple[str, ...] = ()
     reason: str = ""
 
 
-def report_page(report: Report, pictures: Mapping[str, Pictures] | None = None) -> str:
-    """The whole page.
+def report_page(report: Report, pictures: Mapping[str, ClipFrames] | None = None) -> str:
+    """Returns the whole page.
 
-    Whatever the report holds is data to it: the page's own code makes text of it, and the browser is told to run and to
-    fetch nothing else.
+    Everything in the report is treated as data: the page's code inserts it as text only, and a content security policy
+    lets the browser run nothing else and fetch nothing.
 
     Args:
-        report: What it shows.
-        pictures: By clip id, for clips without `thumbnails` of their own: frames, or why there are none.
+        report: Report to show.
+        pictures: Frames by clip id, for clips without `thumbnails`.
     """
-    style, script = _part("page.css"), "".join(_part(name) for name in SCRIPTS)
+    style, script = _web_file("page.css"), "".join(_web_file(name) for name in SCRIPTS)
     data = _embedded(page_data(report, pictures or {}))
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return (
         f'<!doctype html>\n<html lang="en" data-theme="light"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
@@ -74,8 +77,8 @@ def report_page(report: Report, pictures: Mapping[str, Pictures] | None = None) 
     )
 
 
-def page_data(report: Report, pictures: Mapping[str, Pictures]) -> dict[str, Any]:
-    """What the page embeds: the report as plain data, made small, with labels and pictures."""
+def page_data(report: Report, pictures: Mapping[str, ClipFrames]) -> dict[str, Any]:
+    """Returns the data embedded in the page: the report as compact plain data, with labels and frames."""
     plain = report.plain()
     common = _common_config([run["config"] for run in plain["runs"]])
     for run in plain["runs"]:
@@ -89,17 +92,17 @@ def page_data(report: Report, pictures: Mapping[str, Pictures]) -> dict[str, Any
     return small
 
 
-def _part(name: str) -> str:
+def _web_file(name: str) -> str:
     return (files("vlmcap.reporting.report") / "web" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
-    """How a content security policy names the one script or style that may act."""
+    """Returns the hash of a script or style as written in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _embedded(data: Any) -> str:
-    """JSON that cannot end the element it stands in, whatever texts it holds."""
+    """Serializes data to JSON with escapes, so that no text in it can end the surrounding script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (
         text.replace("<", "\\u003c")
@@ -111,7 +114,7 @@ def _embedded(data: Any) -> str:
 
 
 def _common_config(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Keys with one value in all configurations that there are: written once, they halve a page of many runs."""
+    """Returns the keys with the same value in all configurations; storing them once halves a page of many runs."""
     known = [config for config in configs if config]
     if len(known) < 2:
         return {}
@@ -123,9 +126,9 @@ def _common_config(configs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _thinned(points: list[Any]) -> list[Any]:
-    if len(points) <= MAX_POINTS:
+    if len(points) <= MAX_CURVE_POINTS:
         return points
-    return [points[round(index * (len(points) - 1) / (MAX_POINTS - 1))] for index in range(MAX_POINTS)]
+    return [points[round(index * (len(points) - 1) / (MAX_CURVE_POINTS - 1))] for index in range(MAX_CURVE_POINTS)]
 
 
 def _rounded(value: Any) -> Any:
@@ -136,31 +139,30 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def clip_pictures(video: str, num_frames: int = NUM_FRAMES, height: int = HEIGHT) -> Pictures:
-    """Frames at the centres of equal parts of a clip.
+def read_clip_frames(video: str, num_frames: int = NUM_FRAMES, height: int = HEIGHT) -> ClipFrames:
+    """Reads frames at the centres of equal segments of a clip.
 
-    A file that is missing or cannot be read is told in `reason`: a report is written of runs whose videos may lie
-    elsewhere.
+    A missing or unreadable file is reported in `reason` and is not an error, as the videos of old runs may have moved.
 
     Args:
         video: Path or address of the video or image.
-        num_frames: F, at least 1; a shorter clip has fewer.
-        height: In pixels; smaller pictures stay as they are, wide ones are at most `MAX_WIDTH` wide.
+        num_frames: F, at least 1; a shorter clip gives fewer frames.
+        height: Maximum height in pixels; the width is at most `MAX_WIDTH`, and small frames are not enlarged.
     """
     from vlmcap.config import DataConfig
     from vlmcap.data.decoding.video import VideoError, read_frames
 
     if not video:
-        return Pictures(reason="the predictions name no video")
+        return ClipFrames(reason="the predictions name no video")
     try:
         frames = read_frames(video, DataConfig(num_frames=num_frames, decode_timeout_s=_TIMEOUT_S))
     except (VideoError, UserError, OSError) as error:
-        return Pictures(reason=str(error))
-    pixels = frames.permute(0, 2, 3, 1).contiguous().numpy()
-    return Pictures(tuple(base64.b64encode(_as_jpeg(picture, height)).decode() for picture in pixels))
+        return ClipFrames(reason=str(error))
+    pixels = frames.permute(0, 2, 3, 1).contiguous().numpy()  # (F, 3, H, W) -> (F, H, W, 3)
+    return ClipFrames(tuple(base64.b64encode(_as_jpeg(frame, height)).decode() for frame in pixels))
 
 
-def pictures_of(
+def read_all_frames(
     clips: Sequence[ClipRow],
     *,
     num_frames: int = NUM_FRAMES,
@@ -169,30 +171,30 @@ def pictures_of(
     max_bytes: int = MAX_BYTES,
     max_s: float = math.inf,
     advance: Callable[[], object] = lambda: None,
-) -> dict[str, Pictures]:
-    """Frames of the clips of a report, by clip id, within a bound that a page can carry.
+) -> dict[str, ClipFrames]:
+    """Reads the frames of a report's clips within the limits of a page, by clip id.
 
     Args:
-        clips: The first ones matter most.
-        num_frames: Of each clip, as in `clip_pictures`.
-        height: In pixels.
-        max_clips: Clips that get pictures.
-        max_bytes: All pictures together; the clips after it get none.
-        max_s: Seconds for reading; the clips after it get none.
-        advance: Called once a clip.
+        clips: Clips, most important first.
+        num_frames: Frames per clip, as in `read_clip_frames`.
+        height: Maximum height of a frame in pixels.
+        max_clips: Number of clips that get frames.
+        max_bytes: Size of all frames together, after which clips get none.
+        max_s: Seconds of reading, after which clips get none.
+        advance: Callback called once per clip, for a progress bar.
     """
     found, total, started = {}, 0, time.monotonic()
     for index, clip in enumerate(clips):
-        is_room = index < max_clips and total < max_bytes and time.monotonic() - started < max_s
-        pictures = clip_pictures(clip.video, num_frames, height) if is_room else Pictures(reason=FULL)
-        total += sum(map(len, pictures.frames))
-        found[clip.id] = pictures
+        has_room = index < max_clips and total < max_bytes and time.monotonic() - started < max_s
+        frames = read_clip_frames(clip.video, num_frames, height) if has_room else ClipFrames(reason=FULL)
+        total += sum(map(len, frames.frames))
+        found[clip.id] = frames
         advance()
     return found
 
 
 def _as_jpeg(pixels: Any, height: int) -> bytes:
-    """A frame, uint8 (H, W, 3), as the bytes of a small JPEG file."""
+    """Encodes a frame, uint8 (H, W, 3), as a small JPEG file."""
     from PIL import Image
 
     picture = Image.fromarray(pixels)
@@ -202,6 +204,6 @@ def _as_jpeg(pixels: Any, height: int) -> bytes:
         file = BytesIO()
         picture.save(file, "JPEG", quality=quality, optimize=True)
         content = file.getvalue()
-        if len(content) <= _SMALL_ENOUGH:
+        if len(content) <= _MAX_FRAME_BYTES:
             break
     return content

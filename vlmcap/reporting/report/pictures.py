@@ -1,4 +1,4 @@
-"""A report as pictures: the leaderboard, scores against costs, learning curves."""
+"""Draws a report as PNG files: the leaderboard, scores against costs, and learning curves."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 
 from vlmcap.files import replacing
-from vlmcap.reporting.report.data import GroupRow, Report
+from vlmcap.reporting.report.records import GroupRow, Report
 
-MOST_GROUPS = 40
-"""Lines of the leaderboard and curves that are drawn, the best ones."""
-_KOREAN = ("Noto Sans CJK KR", "Noto Sans KR", "Source Han Sans KR", "Pretendard", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo",
-           "AppleGothic", "NanumBarunGothic", "UnDotum", "Baekmuk Dotum")  # fmt: skip
-_BEST, _LEVEL, _WORSE, _APART = "#1f6feb", "#6ea8fe", "#8c959f", "#d0d7de"
+MAX_GROUPS = 40
+"""Number of groups that are drawn, best first."""
+_KOREAN_FONTS = (
+    *("Noto Sans CJK KR", "Noto Sans KR", "Source Han Sans KR", "Pretendard", "NanumGothic", "Malgun Gothic"),
+    *("Apple SD Gothic Neo", "AppleGothic", "NanumBarunGothic", "UnDotum", "Baekmuk Dotum"),
+)
+_BEST, _TIED, _WORSE, _NOT_COMPARED = "#1f6feb", "#6ea8fe", "#8c959f", "#d0d7de"
 _COSTS: dict[str, tuple[str, float]] = {
-    "peak_memory_gib": ("GiB at the peak", 1.0),
-    "seconds": ("minutes of the run", 60.0),
-    "trained": ("million trained parameters", 1e6),
+    "peak_memory_gib": ("peak memory (GiB)", 1.0),
+    "seconds": ("duration of the run (min)", 60.0),
+    "trained": ("trained parameters (millions)", 1e6),
 }
-_LONGEST = 60
-_NAMED = 12  # curves and points with a name of their own
+_MAX_NAME = 60  # characters
+_MAX_LABELLED = 12  # curves or points that are labelled
 
 
 def draw_leaderboard(report: Report, file: Path) -> None:
-    """Scores of the configurations with their intervals, best on top."""
-    groups = [group for group in report.groups if report.metric in group.scores][:MOST_GROUPS]
+    """Draws the scores of the configurations with their intervals, best on top."""
+    groups = [group for group in report.groups if report.metric in group.scores][:MAX_GROUPS]
     with _written(file, (8.5, 1.3 + 0.3 * max(2, len(groups)))) as figure:
         axes = figure.add_subplot()
         for row, group in enumerate(groups):
@@ -43,15 +45,13 @@ def draw_leaderboard(report: Report, file: Path) -> None:
         axes.grid(axis="x", color="#eaeef2")
         axes.set_axisbelow(True)
         over = next((group.over for group in groups if group.over), "")
-        told = (
-            f"95 % intervals over {over}; dark: best, light: not told apart from it" if over else "no intervals known"
-        )
-        axes.set_title(told, fontsize=9, loc="left", color="#57606a")
-        _plain_frame(axes)
+        title = f"95 % intervals over {over}; dark blue: best, light blue: no significant difference from it"
+        axes.set_title(title if over else "no intervals available", fontsize=9, loc="left", color="#57606a")
+        _hide_spines(axes)
 
 
 def draw_fronts(report: Report, file: Path) -> None:
-    """The score against memory, time and trained parameters; a line joins what no other beats at its cost."""
+    """Draws the score against memory, time and trained parameters; a line joins the Pareto front."""
     fronts = report.fronts
     with _written(file, (5.0 * max(1, len(fronts)), 4.2)) as figure:
         for index, front in enumerate(fronts):
@@ -73,8 +73,8 @@ def draw_fronts(report: Report, file: Path) -> None:
             for one, (cost, score, group) in points.items():
                 is_front = one in front.groups
                 axes.plot([cost], [score], "o", color=_BEST if is_front else _WORSE, markersize=7 if is_front else 5)
-                if is_front or len(points) <= _NAMED:
-                    side, shift = ("right", -5) if cost > middle else ("left", 5)  # a label stays inside
+                if is_front or len(points) <= _MAX_LABELLED:
+                    side, shift = ("right", -5) if cost > middle else ("left", 5)  # keeps the label inside the axes
                     style: dict[str, Any] = {"fontsize": 7.5, "color": "black" if is_front else "#57606a"}
                     axes.annotate(
                         _label(group), (cost, score), textcoords="offset points", xytext=(shift, 6), ha=side, **style
@@ -82,22 +82,20 @@ def draw_fronts(report: Report, file: Path) -> None:
             axes.set(xlabel=name, ylabel=_label_of_metric(report) if index == 0 else "")
             axes.margins(x=0.25, y=0.15)
             axes.grid(color="#eaeef2")
-            _plain_frame(axes)
+            _hide_spines(axes)
         if not fronts:
-            _say(figure, "Two configurations with a score and a cost are needed.")
+            _draw_message(figure, "This plot needs at least two configurations with a score and a cost.")
 
 
 def draw_curves(report: Report, file: Path) -> None:
-    """The training loss, and the report's metric, or else the validation loss, while training.
+    """Draws the training loss and the report's metric, or else the validation loss, over the steps of training.
 
-    A colour a configuration, a line a run.
+    Each configuration has a colour, each run a line.
     """
     runs = [run for run in report.runs if run.curve]
-    order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MOST_GROUPS]
+    order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MAX_GROUPS]
     wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])
-    shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][
-        :2
-    ]  # a single point is no course
+    shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][:2]
     with _written(file, (6.0 * max(1, len(shown)) + 2.5, 4.2)) as figure:
         colours = _colours(len(order))
         for index, key in enumerate(shown):
@@ -105,7 +103,7 @@ def draw_curves(report: Report, file: Path) -> None:
             for place, group in enumerate(order):
                 curves = [run.curve[key] for run in runs if run.group == group.id and key in run.curve]
                 for number, curve in enumerate(curves):
-                    name = _label(group) if number == 0 and place < _NAMED else None
+                    name = _label(group) if number == 0 and place < _MAX_LABELLED else None
                     mark = "o" if len(curve) < 8 else ""
                     axes.plot(
                         *zip(*curve, strict=True),
@@ -117,17 +115,17 @@ def draw_curves(report: Report, file: Path) -> None:
                     )
             axes.set(xlabel="step", title=key)
             axes.grid(color="#eaeef2")
-            _plain_frame(axes)
+            _hide_spines(axes)
         if shown:
             handles, labels = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
         else:
-            _say(figure, "No run has a metrics.jsonl with a course.")
+            _draw_message(figure, "No run has a metrics.jsonl with at least two points of a curve.")
 
 
 @contextmanager
 def _written(file: Path, inches: tuple[float, float]) -> Iterator[Figure]:
-    """A figure that becomes a PNG when the block ends well."""
+    """Yields a figure, and saves it as a PNG file if the block raises no exception."""
     with rc_context({"font.family": list(_families()), "text.parse_math": False, "axes.unicode_minus": False}):
         figure = Figure(figsize=inches, layout="constrained")
         yield figure
@@ -138,12 +136,12 @@ def _written(file: Path, inches: tuple[float, float]) -> Iterator[Figure]:
 @functools.cache
 def _families() -> tuple[str, ...]:
     known = {font.name for font in font_manager.fontManager.ttflist}
-    return ("DejaVu Sans", *[name for name in _KOREAN if name in known][:1])
+    return ("DejaVu Sans", *[name for name in _KOREAN_FONTS if name in known][:1])
 
 
 @functools.cache
 def _drawable() -> Callable[[str], bool]:
-    """Whether every letter of a text is in a font that is there: what is not would be drawn as a box."""
+    """Returns a predicate that is true if the installed fonts have every letter of a text."""
     letters = {
         code for name in _families() for code in font_manager.get_font(font_manager.findfont(name)).get_charmap()
     }
@@ -151,8 +149,8 @@ def _drawable() -> Callable[[str], bool]:
 
 
 def _label(group: GroupRow) -> str:
-    """The name, or the id where the name cannot be drawn."""
-    name = group.name if len(group.name) <= _LONGEST else f"{group.name[: _LONGEST - 1]}…"
+    """Returns the name of a group, or its id if the name cannot be drawn."""
+    name = group.name if len(group.name) <= _MAX_NAME else f"{group.name[: _MAX_NAME - 1]}…"
     return name if _drawable()(name) else group.id
 
 
@@ -163,7 +161,7 @@ def _label_of_metric(report: Report) -> str:
 def _colour(group: GroupRow) -> str:
     if group.is_best:
         return _BEST
-    return _APART if group.difference is None else _LEVEL if group.is_level else _WORSE
+    return _NOT_COMPARED if group.difference is None else _TIED if group.is_tied else _WORSE
 
 
 def _colours(count: int) -> Sequence[Any]:
@@ -172,9 +170,9 @@ def _colours(count: int) -> Sequence[Any]:
     return [colormaps["tab10"](index) if count <= 10 else colormaps["turbo"](index / count) for index in range(count)]
 
 
-def _plain_frame(axes: Any) -> None:
+def _hide_spines(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _say(figure: Figure, text: str) -> None:
+def _draw_message(figure: Figure, text: str) -> None:
     figure.text(0.5, 0.5, text, ha="center", va="center")

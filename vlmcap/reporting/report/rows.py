@@ -1,4 +1,4 @@
-"""Lines of a report: runs with their names, and groups of runs that differ in their seed alone, ranked and tested."""
+"""Rows of a report: runs with their names, and groups of runs that differ only in their seed, ranked and tested."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 
 from vlmcap.metrics.significance import Resampled
 from vlmcap.reporting.report.captions import Captions
-from vlmcap.reporting.report.data import CategoryRow, GroupRow, RunRow
 from vlmcap.reporting.report.estimates import Estimator, RunScore
 from vlmcap.reporting.report.folders import RunFolder
 from vlmcap.reporting.report.naming import factor_values, group_name, seed_of, short_ids
+from vlmcap.reporting.report.records import CategoryRow, GroupRow, RunRow
 from vlmcap.reporting.report.scoring import RESAMPLES
 
-LEVEL = 0.05
-"""A difference counts from an adjusted p-value below this on."""
+ALPHA = 0.05
+"""Significance level: a difference counts if its adjusted p-value is below it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Member:
-    """A run with what was found of its captions.
+    """A run with its captions and resampled scores.
 
     Attributes:
-        run: As read.
-        captions: Of each split.
-        samples: Metric to its value on resampled clips.
-        not_compared: Why not, empty if it is.
-        has_metric: Of the report.
-        id: Of the run.
+        run: Contents of the run folder.
+        captions: Captions by split.
+        samples: Scores on resampled clips by metric.
+        not_compared: Why the run is not compared with others; empty if it is.
+        has_metric: Whether the run has the report's metric.
+        id: Id of the run.
         group: Id of its group.
     """
 
@@ -46,12 +46,12 @@ class Member:
 
     @property
     def is_compared(self) -> bool:
-        """Whether it takes part in comparisons."""
+        """Whether the run is compared with others."""
         return self.has_metric and not self.not_compared
 
 
 def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, is_higher_better: bool) -> list[Member]:
-    """The members with their ids, best first, those that are not compared behind, those without the metric last."""
+    """Assigns ids and sorts: compared runs best first, then those not compared, then those without the metric."""
     paths = [str(member.run.path.resolve()) for member in members]
     contents = [
         json.dumps(factor_values(member.run, factors) if member.run.config else path, default=str)
@@ -72,14 +72,14 @@ def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, 
 def group_rows(
     members: Sequence[Member], factors: Sequence[str], metric: str, shown: Sequence[str], *, is_higher_better: bool
 ) -> tuple[list[GroupRow], Estimator]:
-    """The groups, best first, and the estimator of the metric.
+    """Returns the groups, best first, and the estimator of the metric.
 
     Args:
-        members: Identified.
-        factors: Keys that differ.
-        metric: By which groups are ranked.
-        shown: Metrics that get an interval, beside all that were resampled.
-        is_higher_better: Of the metric.
+        members: Runs with ids from `identify`.
+        factors: Keys that differ between runs.
+        metric: Metric that groups are ranked by.
+        shown: Metrics that get an interval, in addition to all resampled ones.
+        is_higher_better: Whether higher values of the metric are better.
     """
     groups: dict[str, list[Member]] = {}
     for member in members:
@@ -95,9 +95,8 @@ def group_rows(
     for name, those in groups.items():
         known = {key: one.estimate({name: 1.0}) for key, one in estimators.items() if name in one.groups}
         difference = differences.get(name)
-        is_told = (
-            difference is not None and difference.adjusted_p_value is not None and difference.adjusted_p_value < LEVEL
-        )
+        p_value = None if difference is None else difference.adjusted_p_value
+        is_significant = p_value is not None and p_value < ALPHA
         rows.append(
             GroupRow(
                 id=name,
@@ -110,7 +109,7 @@ def group_rows(
                 over=known[metric].over if metric in known else "",
                 difference=difference,
                 is_best=name == best,
-                is_level=name == best or (difference is not None and not is_told),
+                is_tied=name == best or (difference is not None and not is_significant),
                 costs=_costs(those),
             )
         )
@@ -120,22 +119,22 @@ def group_rows(
 
 
 def run_rows(members: Sequence[Member], groups: Sequence[GroupRow], factors: Sequence[str], split: str) -> list[RunRow]:
-    """The runs, in the order of the members; `split` is that of the metric."""
+    """Returns the rows of the runs in the order of the members; `split` is that of the metric."""
     names = {group.id: group.name for group in groups}
     has_seeds = any(len(group.runs) > 1 for group in groups)
     labels = [
         names[member.group] + (f", seed {seed}" if has_seeds and (seed := seed_of(member.run)) is not None else "")
         for member in members
     ]
-    often = Counter(labels)
+    counts = Counter(labels)
     return [
-        _run_row(member, label if often[label] == 1 else f"{label} ({member.run.path.name})", factors, split)
+        _run_row(member, label if counts[label] == 1 else f"{label} ({member.run.path.name})", factors, split)
         for member, label in zip(members, labels, strict=True)
     ]
 
 
 def find_categories(members: Sequence[Member], split: str) -> list[CategoryRow]:
-    """Scores by category of the compared runs: those that a run has of itself, else means of its captions' scores."""
+    """Returns scores of the compared runs by category: those that a run logged, else means over its captions."""
     clips: dict[str, int] = {}
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for member in members:
@@ -165,7 +164,7 @@ def _by_category(member: Member, split: str) -> dict[str, dict[str, float]]:
 
 
 def _without_repeats(members: Sequence[Member]) -> list[Member]:
-    """The same configuration with the same seed is the same run: counted twice, it would look like seeds that agree."""
+    """Excludes runs that repeat the configuration and the seed of another: they would look like agreeing seeds."""
     seen: dict[tuple[str, int], Member] = {}
     kept = []
     for member in members:
@@ -173,19 +172,19 @@ def _without_repeats(members: Sequence[Member]) -> list[Member]:
         if member.is_compared and seed is not None:
             first = seen.setdefault((member.group, seed), member)
             if first is not member:
-                why = f"Not compared: it has the configuration and the seed of {first.run.path}, which counts."
+                why = f"Not compared: it repeats the configuration and the seed of {first.run.path}, which is counted."
                 member = dataclasses.replace(member, not_compared=why)
         kept.append(member)
     return kept
 
 
 def _counted(members: Sequence[Member]) -> list[Member]:
-    """The members whose scores make that of the group: the compared ones, else all that have the metric."""
+    """Returns the members whose mean is the score of the group: those compared, else all that have the metric."""
     return [member for member in members if member.is_compared] or [member for member in members if member.has_metric]
 
 
 def _estimator(groups: Mapping[str, Sequence[Member]], metric: str) -> Estimator:
-    """Of the groups whose runs all have the metric."""
+    """Creates the estimator of a metric for the groups whose runs all have it."""
     known = {
         name: [RunScore(member.run.scores[metric], member.samples.get(metric)) for member in members]
         for name, members in groups.items()

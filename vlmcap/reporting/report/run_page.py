@@ -1,4 +1,4 @@
-"""The page that one run leaves in its folder: the report's page in a form for one run."""
+"""The page of a single run, a form of the report's page that is written to the run folder."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from vlmcap.files import replacing
 from vlmcap.metrics import FactLexicon
 from vlmcap.reporting.report.analysis import Wanted, analyse
 from vlmcap.reporting.report.captions import mark_facts, shown_text
-from vlmcap.reporting.report.data import ClipRow, OtherVideo, Report
 from vlmcap.reporting.report.folders import ReadYaml, RunFolder, read_run
 from vlmcap.reporting.report.naming import group_name
-from vlmcap.reporting.report.page import pictures_of, report_page
+from vlmcap.reporting.report.page import read_all_frames, report_page
+from vlmcap.reporting.report.records import ClipRow, OtherVideo, Report
 from vlmcap.reporting.report.scoring import find_lexicon
 
-FILE = "index.html"
-NUM_CLIPS = 12
-NUM_FRAMES = 12  # of a clip, which plays
-HEIGHT = 112  # of its picture, in pixels
-MAX_S = 30.0  # for reading all of them
+PAGE_FILE = "index.html"
+NUM_CLIPS = 12  # clips on the page
+NUM_FRAMES = 12  # frames per clip, shown as an animation
+HEIGHT = 112  # pixels; height of a frame
+MAX_S = 30.0  # seconds to read the frames of all clips
 
 
 def leave_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> None:
-    """Writes the page of a run that has ended, and prints where it is.
-
-    If that fails, a line says why and the run loses nothing.
+    """Writes the page of a run that has ended and prints its path; if that fails, prints the reason.
 
     Args:
         folder: Folder of a run of `train.py` or `evaluate.py`.
@@ -39,20 +37,20 @@ def leave_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> None:
     """
     try:
         page = run_page(folder, read_yaml, version=version)
-        with replacing(folder / FILE) as partial:
+        with replacing(folder / PAGE_FILE) as partial:
             partial.write_text(page, encoding="utf-8")
-    except Exception as error:  # whatever it is, the run is over and its results are written
+    except Exception as error:  # the run is complete, so a problem with its page must not make it fail
         print(
-            f"{folder / FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is "
+            f"{folder / PAGE_FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is "
             "complete.",
             flush=True,
         )
         return
-    print(f"{folder / FILE}: curves, scores, clips with their captions, and the commands to go on", flush=True)
+    print(f"{folder / PAGE_FILE}: curves, scores, clips with captions, and the next commands", flush=True)
 
 
 def run_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> str:
-    """The page as HTML; arguments as of `leave_page`.
+    """Returns the page as HTML; the arguments are those of `leave_page`.
 
     Raises:
         UserError: The run has no scores.
@@ -62,15 +60,15 @@ def run_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> str:
     report = analyse([run], Wanted(_headline(run), title, NUM_CLIPS), version=version)
     clips = _with_other_videos(sorted(report.clips, key=lambda clip: clip.id), run, _split(report))
     report = dataclasses.replace(report, clips=clips, commands=next_commands(run, [clip.video for clip in clips]))
-    return report_page(report, pictures_of(clips, num_frames=NUM_FRAMES, height=HEIGHT, max_s=MAX_S))
+    return report_page(report, read_all_frames(clips, num_frames=NUM_FRAMES, height=HEIGHT, max_s=MAX_S))
 
 
 def next_commands(run: RunFolder, videos: Sequence[str] = ()) -> dict[str, str]:
-    """The commands to go on from a run, by purpose, each as it is typed in the folder that the run was started in.
+    """Returns the next commands after a run by purpose, relative to the folder in which the run was started.
 
     Args:
-        run: The run, of which an evaluation can neither be resumed nor swept.
-        videos: Files that may be captioned, the first of which is taken.
+        run: The run; an evaluation cannot be resumed or swept.
+        videos: Videos of clips; the first one on this computer is the example of the captioning command.
     """
     words = shlex.split(run.command)
     program = ["vlmcap"] if words[:1] == ["vlmcap"] else ["python"]
@@ -87,15 +85,15 @@ def next_commands(run: RunFolder, videos: Sequence[str] = ()) -> dict[str, str]:
         ]
     if (run.path / "checkpoints" / "last.ckpt").is_file() and len(words) > 1:
         rest = [word for word in words[2:] if not word.startswith("checkpoint=")]
-        own = [word for word in rest if not word.startswith("seed=")]
+        without_seed = [word for word in rest if not word.startswith("seed=")]
         commands["resume"] = [*words[:2], *rest, f"paths.output_dir={run.path}", "checkpoint=last"]
-        commands["sweep"] = [*words[:2], "-m", *own, "seed=0,1,2"]
+        commands["sweep"] = [*words[:2], "-m", *without_seed, "seed=0,1,2"]
         commands["compare"] = ["vlmcap", "report", str(run.path), "multirun", "--output", "report"]
     return {name: shlex.join(command) for name, command in commands.items()}
 
 
 def _headline(run: RunFolder) -> str | None:
-    """The monitored score on the split that is kept for the end, or CIDEr there; None where it has neither."""
+    """Returns the monitored metric on the test split, else on the validation split, or CIDEr; None without either."""
     split = next((split for split in ("test", "val") if split in run.predictions), "val")
     name = str(run.config.get("monitor") or "").partition("/")[2]
     return next((key for key in (f"{split}/{name}", f"{split}/cider") if key in run.scores), None)
@@ -106,20 +104,16 @@ def _split(report: Report) -> str:
 
 
 def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> list[ClipRow]:
-    """The clips with what was said of another clip's video.
+    """Adds to each clip the caption that the model generates from another clip's video.
 
-    As `callbacks=visual_reliance` saw it, else the caption of the next clip here.
-
-    Nothing but the video tells the model of a clip, as the prompt is the same for all, so the caption of the next clip
-    is what the model says when it gets that clip's video.
+    It is the one recorded by `callbacks=visual_reliance`, else the caption of the next clip. As the prompt is the same
+    for all clips, the model's output depends only on the video, so this is what it generates from that video.
     """
-    lexicon, seen = (
-        find_lexicon([run]),
-        _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl"),
-    )
+    lexicon = find_lexicon([run])
+    recorded = _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl")
     found = []
     for clip, following in zip(clips, [*clips[1:], *clips[:1]], strict=True):
-        other = seen.get(clip.id) or ((following.id, following.captions[0].text) if following is not clip else None)
+        other = recorded.get(clip.id) or ((following.id, following.captions[0].text) if following is not clip else None)
         found.append(dataclasses.replace(clip, other=None if other is None else _other(*other, clip, lexicon)))
     return found
 
@@ -129,10 +123,7 @@ def _other(name: str, text: str, clip: ClipRow, lexicon: FactLexicon | None) -> 
 
 
 def _read_visual_reliance(path: Path) -> dict[str, tuple[str, str]]:
-    """Clip to the file of the other video and what was said of it.
-
-    Empty where no captions of other videos were written.
-    """
+    """Returns the file name of the other video and its caption by clip id; empty if the file does not exist."""
     found: dict[str, tuple[str, str]] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""Captions of all runs as scores of clips, resampled together, and which runs may be compared by them."""
+"""Scores the captions of runs per clip, resamples the scores, and decides which runs are comparable."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from vlmcap.reporting.report.folders import RunFolder
 
 RESAMPLES = 2000
 _SEED = 0
-_FROM_FILE = (
-    "cider",
-    "cider_d",
-    "rouge_l",
-)  # the mean over clips is the score of the corpus, so no caption need be read again
+# Scores of clips that are read from the file, because their mean over clips is the score of the corpus.
+_FROM_FILE = ("cider", "cider_d", "rouge_l")
+# Prefixes of metrics that depend on the tokenizer.
 _BY_TOKENS = (*COUNTED, "meteor", "length_ratio", "repetition_rate", "self_bleu", "swapped/", "category/")
-_BATCH_ELEMENTS = 1 << 24
+_BATCH_ELEMENTS = 1 << 24  # numbers that are resampled at a time
 
 
 def score_clips(
     run: RunFolder, split: str, captions: Captions, wanted: str, tokenizer: str | None
 ) -> tuple[Captions, dict[str, ClipMetric]]:
-    """The scores of one file that can be resampled, by name without the split, and the captions with scores of each clip.
+    """Scores the captions of one file, as far as the file does not contain the scores already.
 
     Args:
-        run: Gets warnings.
-        split: Of the captions.
-        captions: Scored already, or not.
-        wanted: A score that is computed if the file does not have it; empty for none.
-        tokenizer: Its name, if everything is to be scored anew.
+        run: Run of the captions, which receives scores and warnings.
+        split: Split of the captions.
+        captions: Captions, with or without scores.
+        wanted: Metric to compute if the file does not contain it; empty for none.
+        tokenizer: Name of the tokenizer that scores all captions again; None keeps existing scores.
+
+    Returns:
+        The captions with scores, and the metrics that can be resampled by name without the split.
 
     Raises:
-        UserError: The tokeniser is not known or not installed.
+        UserError: The tokenizer is unknown or not installed.
     """
     metrics = {name: mean_metric(name, captions.scores[name]) for name in _FROM_FILE if name in captions.scores}
     if tokenizer is not None or "cider" not in metrics:
@@ -60,20 +61,20 @@ def score_clips(
 
 
 def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -> list[dict[str, Resampled]]:
-    """Each score on resampled clips: the same clips for all runs of a set.
+    """Computes each score on resampled clips, with the same resampled clips for all runs of a set.
 
     Args:
-        metrics: Of each run, on one split.
-        sets: Of each run: equal for runs of the same clips.
+        metrics: Metrics of each run on one split.
+        sets: Set of clips of each run: equal for runs with the same clips.
     """
     members: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index, (own, name_of_set) in enumerate(zip(metrics, sets, strict=True)):
-        members[name_of_set] += [(index, name) for name in own]
+    for index, (own, clip_set) in enumerate(zip(metrics, sets, strict=True)):
+        members[clip_set] += [(index, name) for name in own]
     samples: list[dict[str, Resampled]] = [{} for _ in metrics]
-    for those in members.values():
-        while those:  # some at a time: the columns of all runs side by side may take gigabytes
-            size = max(1, _BATCH_ELEMENTS // max(1, metrics[those[0][0]][those[0][1]].values.size))
-            batch, those = those[:size], those[size:]
+    for left in members.values():
+        while left:  # in batches, because the columns of all runs together may take gigabytes
+            size = max(1, _BATCH_ELEMENTS // max(1, metrics[left[0][0]][left[0][1]].values.size))
+            batch, left = left[:size], left[size:]
             chosen = [metrics[index][name] for index, name in batch]
             ends = np.cumsum([metric.values.shape[1] for metric in chosen])[:-1]
             parts = [
@@ -87,13 +88,13 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
 
 
 def comparable(metric: str, captions: Sequence[Captions | None]) -> list[str]:
-    """Why each run cannot be compared with the most.
+    """Returns why each run is not comparable with the majority; empty for the majority.
 
-    Empty for those most, who have the same clips, references and tokeniser.
+    The majority is the largest number of runs with the same clips, references and tokenizer.
 
     Args:
-        metric: Without its split; some do not depend on the tokeniser.
-        captions: Of each run that has the metric, on its split.
+        metric: Metric without its split; some do not depend on the tokenizer.
+        captions: Captions of each run that has the metric, on its split.
     """
     has_tokens = metric.startswith(_BY_TOKENS)
     keys = [None if own is None else (own.digest, own.tokenizer if has_tokens else "") for own in captions]
@@ -101,27 +102,27 @@ def comparable(metric: str, captions: Sequence[Captions | None]) -> list[str]:
     if not known:
         return [""] * len(captions)
     sizes = {key: len(own) for key, own in zip(keys, captions, strict=True) if own is not None}
-    most = max(dict.fromkeys(known), key=lambda key: (known.count(key), sizes[key]))
-    model = next(own for key, own in zip(keys, captions, strict=True) if key == most)
-    assert model is not None
-    return ["" if key == most else _why_not(own, model) for key, own in zip(keys, captions, strict=True)]
+    majority = max(dict.fromkeys(known), key=lambda key: (known.count(key), sizes[key]))
+    typical = next(own for key, own in zip(keys, captions, strict=True) if key == majority)
+    assert typical is not None
+    return ["" if key == majority else _why_not(own, typical) for key, own in zip(keys, captions, strict=True)]
 
 
-def _why_not(own: Captions | None, most: Captions) -> str:
+def _why_not(own: Captions | None, typical: Captions) -> str:
     if own is None:
-        return "Not compared: its captions are missing, so they may be of other clips."
-    if own.ids != most.ids:
-        return f"Not compared: its {len(own)} clips are not the {len(most)} of most runs."
-    if own.digest != most.digest:
-        return "Not compared: its references are not those of most runs."
+        return "Not compared: its captions are missing, so it may have been scored on other clips."
+    if own.ids != typical.ids:
+        return f"Not compared: its {len(own)} clips differ from the {len(typical)} clips of most runs."
+    if own.digest != typical.digest:
+        return "Not compared: its references differ from those of most runs."
     return (
-        f"Not compared: its tokens are by {own.tokenizer or 'an unnamed tokeniser'}, those of most runs by "
-        f"{most.tokenizer or 'an unnamed one'}; --tokenizer mecab_ko scores all anew."
+        f"Not compared: it was scored with {own.tokenizer or 'an unknown tokenizer'}, most runs with "
+        f"{typical.tokenizer or 'an unknown one'}; add --tokenizer mecab_ko to score all captions again."
     )
 
 
 def find_lexicon(runs: Sequence[RunFolder]) -> FactLexicon | None:
-    """The facts of the first run whose file of them is still there; None where no run has any."""
+    """Reads the facts of the first run whose file of facts still exists; returns None if there is none."""
     for path in dict.fromkeys(run.config.get("evaluation.facts") for run in runs):
         with contextlib.suppress(UserError):
             if path:
@@ -130,10 +131,7 @@ def find_lexicon(runs: Sequence[RunFolder]) -> FactLexicon | None:
 
 
 def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, ClipMetric]:
-    """The wanted score from the texts.
-
-    Nothing, and a warning, where the run's own settings of it are not there any more.
-    """
+    """Computes a metric from the texts; returns nothing, with a warning, if a file of its settings is missing."""
     facts, synonyms = run.config.get("evaluation.facts"), run.config.get("evaluation.synonyms")
     try:
         lexicon = FactLexicon.from_json(Path(facts)) if wanted.startswith("facts/") and facts else None
@@ -147,21 +145,21 @@ def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, Clip
 
 
 def _tokenizer_of(run: RunFolder, captions: Captions) -> Tokenizer:
-    """The tokeniser that the file, the scores or the configuration names."""
-    said = captions.tokenizer or run.tokenizer
-    name = said.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
-    return get_tokenizer(name, normalize_fullwidth="full-width folded" in said)
+    """Returns the tokenizer named in the prediction file, in the summary or in the configuration."""
+    stated = captions.tokenizer or run.tokenizer
+    name = stated.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
+    return get_tokenizer(name, normalize_fullwidth="full-width folded" in stated)
 
 
 def _check_scores(run: RunFolder, split: str, metrics: Mapping[str, ClipMetric], *, is_new: bool) -> None:
-    """Puts the captions' scores in place of the run's; a warning where they should be equal and are not."""
+    """Replaces the run's scores by those of its captions; adds a warning if they should be equal and are not."""
     for name, metric in metrics.items():
-        score, said = metric.corpus_score(), run.scores.get(f"{split}/{name}")
+        score, logged = metric.corpus_score(), run.scores.get(f"{split}/{name}")
         if math.isnan(score):
             continue
-        if said is not None and not is_new and abs(score - said) > 1e-3 * max(1.0, abs(said)):
+        if logged is not None and not is_new and abs(score - logged) > 1e-3 * max(1.0, abs(logged)):
             run.warnings.append(
-                f"{split}/{name} is {said:.4f} in the run's record and {score:.4f} by its captions, which are counted "
-                "here."
+                f"{split}/{name} is {logged:.4f} in the run's summary but {score:.4f} for its captions; the latter is "
+                "used here."
             )
         run.scores[f"{split}/{name}"] = score

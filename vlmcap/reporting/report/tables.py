@@ -1,4 +1,4 @@
-"""A report as CSV, as Markdown and on the terminal."""
+"""Writes a report as CSV and Markdown, and prints it on the terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.reporting.report.data import Difference, Effect, Ends, GroupRow, Report, RunRow, Value
-from vlmcap.reporting.report.rows import LEVEL
+from vlmcap.reporting.report.records import Difference, Effect, Ends, GroupRow, Report, RunRow, Value
+from vlmcap.reporting.report.rows import ALPHA
 
 
 def leaderboard_csv(report: Report) -> str:
-    """A line a run with everything that is one value, the numbers of its group behind it."""
+    """Returns a CSV table with a line per run: its single values, then those of its group."""
     names = list(dict.fromkeys(key for run in report.runs for key in run.scores))
     groups = {group.id: group for group in report.groups}
     file = io.StringIO()
@@ -83,10 +83,10 @@ def leaderboard_csv(report: Report) -> str:
 
 
 def report_markdown(report: Report) -> str:
-    """The tables for people and pull requests; the page has more."""
+    """Returns the tables as Markdown, for instance for pull requests; the page contains more."""
     parts = [f"# {_escaped(report.title)}", conclusion(report), _facts(report), _leaderboard(report)]
     parts += [_effect(effect, report) for effect in report.effects] if len(report.factors) > 1 else []
-    parts += [_fronts(report), _categories(report), _ended(report), _warned(report)]
+    parts += [_fronts(report), _categories(report), _unfinished(report), _warnings(report)]
     parts.append("## Notes\n\n" + "\n".join(f"- {_escaped(note.en)}" for note in report.notes))
     commands = "\n".join(f"# {run.name}\n{run.command}" for run in report.runs if run.command)
     parts.append(f"## Commands\n\n```bash\n{commands}\n```" if commands else "")
@@ -94,59 +94,59 @@ def report_markdown(report: Report) -> str:
 
 
 def show_report(report: Report) -> None:
-    """Prints the leaderboard; the conclusion is for the caller to print last."""
+    """Prints the leaderboard, unfinished runs and warnings."""
     table = Table(title=report.metric_label, title_justify="left", title_style="bold", caption_justify="left")
     console = Console()
-    columns = ("seeds", "score", "95 %", "to best", "p (Holm)", "GiB", "min")[: 7 if console.width >= 100 else 5]
+    columns = ("seeds", "score", "95 %", "vs. best", "p (Holm)", "GiB", "min")[: 7 if console.width >= 100 else 5]
     table.add_column("configuration", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for group in report.groups:
         if report.metric in group.scores:
-            table.add_row(group.name, *_line(group, report.metric)[: len(columns)])
+            table.add_row(group.name, *_cells(group, report.metric)[: len(columns)])
     console.print(table, markup=False)
     for run in report.runs:
         if run.status != "finished" or report.metric not in run.scores:
             reason = run.reason or f"no {report.metric}"
             console.print(f"{run.name}: {run.status}, {reason}", style="dim", markup=False, highlight=False)
-        for sentence in _sentences(run):
+        for sentence in _run_warnings(run):
             console.print(f"{run.name}: {sentence}", style="yellow", markup=False, highlight=False)
 
 
 def conclusion(report: Report) -> str:
-    """One sentence: which is best, by how much, and which cannot be told from it."""
+    """Returns one sentence: the best configuration, its score, and which others differ significantly from it."""
     best = next((group for group in report.groups if group.is_best), None)
     if best is None:
-        return f"No runs can be compared by {report.metric}."
+        return f"No run can be compared by {report.metric}."
     score = f"{best.scores[report.metric]:.3f}{_ends(best.intervals.get(report.metric))}"
     compared = [group for group in report.groups if group.difference is not None]
     head = f"{best.name} is best by {report.metric}: {score}"
     if not compared:
         return f"{head}; there is nothing to compare it with."
     over = next((group.difference.over for group in compared if group.difference and group.difference.over), "")
-    told = {"clips": ", over clips, one seed each", "seeds": ", over seeds"}.get(over, "")
-    level = [group.name for group in compared if group.is_level]
-    if not level:
-        others = f"the other {len(compared)} are" if len(compared) > 1 else "the other is"
-        return f"{head}; {others} told apart from it (p < {LEVEL}, Holm{told})."
-    shown = ", ".join(level[:3]) + (f" and {len(level) - 3} more" if len(level) > 3 else "")
-    return f"{head}; not told apart from it (p < {LEVEL}, Holm{told}): {shown}."
+    basis = {"clips": ", over clips, one seed each", "seeds": ", over seeds"}.get(over, "")
+    tied = [group.name for group in compared if group.is_tied]
+    if not tied:
+        others = f"the other {len(compared)} are" if len(compared) > 1 else "the other one is"
+        return f"{head}; {others} significantly different (p < {ALPHA}, Holm{basis})."
+    shown = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+    return f"{head}; no significant difference (p ≥ {ALPHA}, Holm{basis}) from: {shown}."
 
 
-def _line(group: GroupRow, metric: str) -> list[str]:
-    """Seeds, score, interval, difference, p-value, memory and minutes."""
+def _cells(group: GroupRow, metric: str) -> list[str]:
+    """Returns seeds, score, interval, difference, p-value, memory and minutes."""
     difference, memory, seconds = group.difference, group.costs["peak_memory_gib"], group.costs["seconds"]
     if difference is None:
-        apart, p_value = ("best", "") if group.is_best else ("–", "")
+        change, p_value = ("best", "") if group.is_best else ("–", "")
     else:
-        apart, p_value = f"{difference.value:+.3f}", _p_value(difference)
+        change, p_value = f"{difference.value:+.3f}", _p_value(difference)
     minutes = "" if seconds is None else f"{seconds / 60:.1f}"
     interval = _ends(group.intervals.get(metric)).strip()
     return [
         str(len(group.seeds)),
         f"{group.scores[metric]:.3f}",
         interval,
-        apart,
+        change,
         p_value,
         "" if memory is None else f"{memory:.1f}",
         minutes,
@@ -166,7 +166,7 @@ def _facts(report: Report) -> str:
     lines = [f"{len(report.runs)} runs, {len(report.groups)} configurations, {report.created}, vlmcap {report.version}"]
     if report.num_clips:
         lines.append(
-            f"compared on {report.num_clips} clips" + (f", tokens by {report.tokenizer}" if report.tokenizer else "")
+            f"compared on {report.num_clips} clips" + (f", tokenizer {report.tokenizer}" if report.tokenizer else "")
         )
     return "; ".join(lines) + "."
 
@@ -178,7 +178,7 @@ def _leaderboard(report: Report) -> str:
         "seeds",
         report.metric,
         "95 %",
-        "to the best",
+        "vs. best",
         "p (Holm)",
         "GiB",
         "min",
@@ -192,41 +192,35 @@ def _leaderboard(report: Report) -> str:
         name = f"**{_escaped(group.name)}**" if group.is_best else _escaped(group.name)
         trained = group.costs["trained"]
         count = "" if trained is None else f"{trained / 1e6:,.1f} M"
-        rows.append([name, *_line(group, report.metric), count, *(_number(group.scores.get(one)) for one in more)])
+        rows.append([name, *_cells(group, report.metric), count, *(_number(group.scores.get(one)) for one in more)])
     return "## Leaderboard\n\n" + _table(header, rows)
 
 
 def _effect(effect: Effect, report: Report) -> str:
     rows = []
     for level in effect.levels:
-        apart = "" if level.difference is None else f"{level.difference.value:+.3f}"
-        interval = "" if level.difference is None or level.difference.low is None else f"[{level.difference.low:+.3f}, "
-        interval += (
-            f"{level.difference.high:+.3f}]"
-            if interval and level.difference and level.difference.high is not None
-            else ""
-        )
-        p_value = "" if level.difference is None else _p_value(level.difference)
-        rows.append(
-            [_escaped(str(level.value)), f"{level.score:.3f}", _ends(level.interval).strip(), apart, interval, p_value]
-        )
-    kind = f"Combinations of everything else, the same for each value: {effect.num_combinations}." if effect.is_matched else (
-        "Not matched: the values differ in other things too."
-    )  # fmt: skip
+        cells = ["", "", ""]
+        if (d := level.difference) is not None:
+            interval = "" if d.low is None or d.high is None else f"[{d.low:+.3f}, {d.high:+.3f}]"
+            cells = [f"{d.value:+.3f}", interval, _p_value(d)]
+        rows.append([_escaped(str(level.value)), f"{level.score:.3f}", _ends(level.interval).strip(), *cells])
+    kind = "Plain means: the values also differ in other factors."
+    if effect.is_matched:
+        kind = f"Means over the same combinations of all other factors for each value: {effect.num_combinations}."
     return f"## Effect of {effect.factor}\n\n{kind}\n\n" + _table(
-        ["value", report.metric, "95 %", "to the best", "95 %", "p (Holm)"], rows
+        ["value", report.metric, "95 %", "vs. best", "95 %", "p (Holm)"], rows
     )
 
 
 def _fronts(report: Report) -> str:
     names = {group.id: _escaped(group.name) for group in report.groups}
-    said = {"peak_memory_gib": "memory", "seconds": "time", "trained": "trained parameters"}
-    lines = [f"- {said[front.cost]}: {'; '.join(names[name] for name in front.groups)}" for front in report.fronts]
-    return "## Not beaten at their cost or below\n\n" + "\n".join(lines) if lines else ""
+    costs = {"peak_memory_gib": "memory", "seconds": "time", "trained": "trained parameters"}
+    lines = [f"- {costs[front.cost]}: {'; '.join(names[name] for name in front.groups)}" for front in report.fronts]
+    return "## Pareto fronts: best score at each cost\n\n" + "\n".join(lines) if lines else ""
 
 
 def _categories(report: Report) -> str:
-    """A column a group would be too many: the best run of each of the first groups."""
+    """Returns a table with a column for the best run of each of the first five groups."""
     first = [next((run for run in report.runs if run.group == group.id), None) for group in report.groups[:5]]
     runs = [run for run in first if run is not None and report.metric in run.scores]
     metric = report.metric.partition("/")[2]
@@ -247,17 +241,17 @@ def _categories(report: Report) -> str:
     )
 
 
-def _ended(report: Report) -> str:
+def _unfinished(report: Report) -> str:
     rows = [[_escaped(run.name), run.status, _escaped(run.reason)] for run in report.runs if run.status != "finished"]
     return "## Runs that did not finish\n\n" + _table(["run", "status", "reason"], rows) if rows else ""
 
 
-def _warned(report: Report) -> str:
-    lines = [f"- {_escaped(run.name)}: {_escaped(text)}" for run in report.runs for text in _sentences(run)]
+def _warnings(report: Report) -> str:
+    lines = [f"- {_escaped(run.name)}: {_escaped(text)}" for run in report.runs for text in _run_warnings(run)]
     return "## Warnings\n\n" + "\n".join(lines) if lines else ""
 
 
-def _sentences(run: RunRow) -> list[str]:
+def _run_warnings(run: RunRow) -> list[str]:
     return [*run.warnings, *([run.not_compared] if run.not_compared else [])]
 
 

@@ -1,7 +1,7 @@
-// Drawings: effects, learning curves, score against cost, and the table of categories.
+// Plots of effects, learning curves and score against cost, and the table of categories.
 const curve = { metric: null, hidden: new Set() };
-const MOST_TOLD = 12; // lines beside the pointer
-const redraws = []; // of drawings that take the width of their place
+const MAX_TIP_LINES = 12; // lines of a tooltip
+const redraws = []; // functions that redraw the plots, which fill the width of their container
 
 function drawn(title, draw) {
   const place = h("div", { class: "drawing" });
@@ -51,20 +51,20 @@ function mark(group, x, y, size, more) {
 // --- effects ----------------------------------------------------------------------------------------------------------------------------
 
 function effects() {
-  const those = DATA.effects.filter((effect) => effect.levels.length > 1);
-  if (!those.length) return null;
-  const ends = those.flatMap((effect) => effect.levels.flatMap((level) => [level.score, ...(level.interval || [])]));
+  const tested = DATA.effects.filter((effect) => effect.levels.length > 1);
+  if (!tested.length) return null;
+  const ends = tested.flatMap((effect) => effect.levels.flatMap((level) => [level.score, ...(level.interval || [])]));
   const [low, high] = range(ends);
-  return h("section", { id: "effects" }, h("h2", {}, say("effects")), h("p", { class: "quiet" }, mainLabel()),
-    h("div", { class: "panels" }, those.map((effect) => {
-      const told = effect.levels.filter((level) => level.difference).map((level) => {
+  return h("section", { id: "effects" }, h("h2", {}, say("effects")), h("p", { class: "muted" }, mainLabel()),
+    h("div", { class: "panels" }, tested.map((effect) => {
+      const items = effect.levels.filter((level) => level.difference).map((level) => {
         const { value, low: from, high: to, adjusted_p_value: p } = level.difference;
         const tested = from === null || to === null ? "" : ` ${between([from, to], change)}, ${ofChance(p)}`;
         return h("li", {}, say("effectLevel", shown(level.value), change(value), tested));
       });
       return h("div", { class: "panel" }, h("h3", {}, effect.factor), drawn(null, (width) => effectDrawing(effect, low, high, width)),
-        told.length ? h("ul", { class: "told" }, told) : null,
-        h("p", { class: "quiet small" }, !effect.is_matched ? say("unmatched") : effect.num_combinations === 1 ? say("matchedOne") : say("matched", effect.num_combinations)));
+        items.length ? h("ul", { class: "differences" }, items) : null,
+        h("p", { class: "muted small" }, !effect.is_matched ? say("unmatched") : effect.num_combinations === 1 ? say("matchedOne") : say("matched", effect.num_combinations)));
     })));
 }
 
@@ -78,8 +78,8 @@ function effectDrawing(effect, low, high, width) {
       s("text", { x: x.at(value), y: height - 8, "text-anchor": "middle" }, tickText(value, across.digits))]),
     effect.levels.map((level, index) => {
       const y = index * row + 18, text = shown(level.value), ends = level.interval;
-      const told = `${text}: ${score(level.score)}${ends ? ` ${between(ends, score)}` : ""}`;
-      return s("g", {}, s("title", {}, told),
+      const title = `${text}: ${score(level.score)}${ends ? ` ${between(ends, score)}` : ""}`;
+      return s("g", {}, s("title", {}, title),
         s("text", { class: "name", x: left - 6, y: y + 4, "text-anchor": "end" }, text.length > room ? `${text.slice(0, room - 1)}…` : text),
         ends ? s("line", { class: "whisker", x1: x.at(ends[0]), x2: x.at(ends[1]), y1: y, y2: y }) : null,
         s("circle", { class: index ? "dot" : "dot first", cx: x.at(level.score), cy: y, r: 5 }),
@@ -108,13 +108,14 @@ function curves() {
   return h("section", { id: "curves" }, h("h2", {}, say("curves")),
     h("div", { class: "controls" }, h("label", {}, say("curveMetric"), " ",
       select(say("curveMetric"), metrics.map((metric) => [metric, label(metric)]), curve.metric, (value) => { curve.metric = value; fillLegend(); redraw(); }))),
-    figure, legend, h("p", { class: "quiet small" }, say("curveHint")));
+    figure, legend, h("p", { class: "muted small" }, say("curveHint")));
 }
 
-// Lines over steps: each has an id, which decides its colour, a name, and points; lines of one id are of one configuration.
+// Draws lines over steps. Each line has an id, which determines its colour, a name, and points; lines of the same
+// configuration have the same id.
 function curveDrawing(width, title, lines) {
   const height = width < 500 ? 260 : 330, left = 54, bottom = 40;
-  if (!lines.length) return h("p", { class: "quiet" }, "–");
+  if (!lines.length) return h("p", { class: "muted" }, "–");
   const all = lines.flatMap((line) => line.points);
   const x = scale(...range(all.map((point) => point[0])), left, width - 8, 0.01), y = scale(...range(all.map((point) => point[1])), height - bottom, 12);
   const path = (points) => points.map((point, index) => `${index ? "L" : "M"}${x.at(point[0]).toFixed(1)} ${y.at(point[1]).toFixed(1)}`).join("");
@@ -132,12 +133,12 @@ function curveDrawing(width, title, lines) {
     dots.replaceChildren(...near.map(({ id, point }) => mark(id, x.at(point[0]), y.at(point[1]), 4, {})));
     const pools = new Map();
     near.forEach(({ id, point }) => pools.set(id, [...(pools.get(id) || []), point[1]]));
-    const rows = near.length <= MOST_TOLD ? near.map(({ id, name, point }) => [id, name, point[1]])
+    const rows = near.length <= MAX_TIP_LINES ? near.map(({ id, name, point }) => [id, name, point[1]])
       : [...pools].map(([group, values]) => [group, values.length > 1 ? `${GROUPS.get(group).name}, ${say("meanOf", values.length)}` : GROUPS.get(group).name, values.reduce((a, b) => a + b, 0) / values.length]).sort((a, b) => b[2] - a[2]);
-    const told = rows.slice(0, MOST_TOLD).map(([group, name, value]) => h("div", { class: "tip-row" }, swatch(group), h("span", {}, name), h("b", {}, number(value))));
-    tell([h("div", { class: "quiet" }, `${title}, ${say("step")} ${step}`), ...told, ...(rows.length > MOST_TOLD ? [h("div", { class: "quiet" }, `… ${rows.length - MOST_TOLD}`)] : [])], clientX, clientY);
+    const tipLines = rows.slice(0, MAX_TIP_LINES).map(([group, name, value]) => h("div", { class: "tip-row" }, swatch(group), h("span", {}, name), h("b", {}, number(value))));
+    showTip([h("div", { class: "muted" }, `${title}, ${say("step")} ${step}`), ...tipLines, ...(rows.length > MAX_TIP_LINES ? [h("div", { class: "muted" }, `… ${rows.length - MAX_TIP_LINES}`)] : [])], clientX, clientY);
   };
-  const end = () => { hush(); cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); dots.replaceChildren(); };
+  const end = () => { hideTip(); cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); dots.replaceChildren(); };
   const atCursor = (node) => { const box = node.getBoundingClientRect(); show(box.left + x.at(steps[index]), box.top + 30); };
   return s("svg", { class: "curves", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0", "aria-label": `${say("curves")}: ${title}`,
     onpointermove: (event) => {
@@ -165,7 +166,7 @@ function costs() {
   if (!known.length) return null;
   return h("section", { id: "costs" }, h("h2", {}, say("costs")),
     h("div", { class: "panels" }, known.map((front) => h("div", { class: "panel" }, h("h3", {}, say(COSTS[front.cost][0])), drawn(null, (width) => costDrawing(front, width))))),
-    h("p", { class: "quiet small" }, h("span", { class: "front-key", "aria-hidden": "true" }), say("front")));
+    h("p", { class: "muted small" }, h("span", { class: "front-key", "aria-hidden": "true" }), say("front")));
 }
 
 function costDrawing(front, width) {
@@ -175,8 +176,8 @@ function costDrawing(front, width) {
   const x = scale(...range(groups.map(cost)), left, width - 8, 0.1), y = scale(...range(groups.flatMap((group) => [reached(group), ...(group.intervals[DATA.metric] || [])])), height - bottom, 12);
   const best = front.groups.map((id) => GROUPS.get(id)).filter((group) => group && groups.includes(group));
   const steps = best.map((group, index) => (index ? `H${x.at(cost(group))}V${y.at(reached(group))}` : `M${x.at(cost(group))} ${y.at(reached(group))}`)).join("") + (best.length ? `H${width - 8}` : "");
-  const told = (group) => [h("div", {}, swatch(group.id), h("b", {}, group.name)), h("div", {}, `${mainLabel()} ${score(reached(group))}`), h("div", {}, format(group.costs[front.cost])),
-    best.includes(group) ? null : h("div", { class: "quiet" }, say("offFront"))].filter(Boolean);
+  const tip = (group) => [h("div", {}, swatch(group.id), h("b", {}, group.name)), h("div", {}, `${mainLabel()} ${score(reached(group))}`), h("div", {}, format(group.costs[front.cost])),
+    best.includes(group) ? null : h("div", { class: "muted" }, say("offFront"))].filter(Boolean);
   return s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${mainLabel()}: ${say(title)}` },
     axes(width, height, left, bottom, x, y, say(title)), s("path", { class: "front", d: steps }),
     groups.map((group) => {
@@ -184,12 +185,12 @@ function costDrawing(front, width) {
       return s("g", { opacity: isFront ? 1 : 0.55 },
         ends ? s("line", { x1: place, x2: place, y1: y.at(ends[0]), y2: y.at(ends[1]), stroke: colourOf(group.id), "stroke-width": 1.5, opacity: 0.5 }) : null,
         mark(group.id, place, y.at(reached(group)), isFront ? 6 : 4.5, { class: "point", tabindex: "0", role: "img",
-          "aria-label": `${group.name}: ${score(reached(group))}, ${format(group.costs[front.cost])}`, ...telling(() => told(group)) }));
+          "aria-label": `${group.name}: ${score(reached(group))}, ${format(group.costs[front.cost])}`, ...tipHandlers(() => tip(group)) }));
     }),
     frontNames(best, width, (group) => x.at(cost(group)), (group) => y.at(reached(group))));
 }
 
-// Names of the front's points, as far as they do not cover each other.
+// Labels of the Pareto front's points, omitting those that would overlap.
 function frontNames(best, width, x, y) {
   const taken = [];
   return best.map((group) => {
@@ -220,7 +221,7 @@ function categories() {
     const all = rows.flatMap((row) => row.values).filter((value) => value !== null), [low, high] = range(all);
     const most = DATA.categories.map((_, index) => Math.max(...rows.map((row) => row.values[index] ?? -Infinity)));
     table.replaceChildren(
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, say("name")), DATA.categories.map((category) => h("th", { scope: "col", class: "number" }, category.name, h("div", { class: "quiet small" }, say("clipCount", category.num_clips)))))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, say("name")), DATA.categories.map((category) => h("th", { scope: "col", class: "number" }, category.name, h("div", { class: "muted small" }, say("clipCount", category.num_clips)))))),
       h("tbody", {}, rows.map((row) => h("tr", {}, h("th", { scope: "row" }, swatch(row.group.id), row.group.name),
         row.values.map((value, index) => h("td", { class: value === most[index] ? "number strong" : "number",
           style: value === null ? null : { "--heat": `${Math.round(6 + 44 * ((value - low) / (high - low || 1)))}%` } }, number(value)))))));
@@ -228,5 +229,5 @@ function categories() {
   update();
   return h("section", { id: "categories" }, h("h2", {}, say("categories")),
     h("div", { class: "controls" }, h("label", {}, say("categoryMetric"), " ", select(say("categoryMetric"), metrics.map((metric) => [metric, label(metric)]), heat.metric, (value) => { heat.metric = value; update(); }))),
-    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": say("categories") }, table), h("p", { class: "quiet small" }, say("categoryHint")));
+    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": say("categories") }, table), h("p", { class: "muted small" }, say("categoryHint")));
 }

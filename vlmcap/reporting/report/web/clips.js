@@ -1,4 +1,4 @@
-// Captions of the same clip side by side, words coloured where they differ.
+// Captions of the same clip side by side, with differing words highlighted.
 const HAS_FACTS = DATA.clips.some((clip) => clip.reference_marks.length);
 const view = { tab: IS_ONE_RUN ? "all" : "worst", text: "", colours: HAS_FACTS && IS_ONE_RUN ? "facts" : "reference", runs: null, shown: 0 };
 const PAGE_SIZE = IS_ONE_RUN ? 12 : 8, NUM_PICKED = 4, FRAME_MS = 180;
@@ -7,14 +7,15 @@ const film = { isOn: !window.matchMedia("(prefers-reduced-motion: reduce)").matc
 const plainWord = (word) => word.toLowerCase().replace(/^[\s.,!?;:"'“”‘’()[\]…·]+|[\s.,!?;:"'“”‘’()[\]…·]+$/g, "");
 const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
 
-// The same word but for its ending, as Korean particles make it: at least half of both words, and two letters.
+// Whether two words differ only in their ending, as with Korean particles: they share a prefix of at least two letters
+// and at least half of the longer word.
 function isNear(word, other) {
   let shared = 0;
   while (shared < word.length && word[shared] === other[shared]) shared += 1;
   return shared >= 2 && 2 * shared >= Math.max(word.length, other.length);
 }
 
-// How often each word stands in the reference that has it most often.
+// The largest number of occurrences of each word in any reference.
 function counted(references) {
   const most = new Map();
   references.forEach((reference) => {
@@ -25,7 +26,8 @@ function counted(references) {
   return most;
 }
 
-// For each word: in the references, there with another ending, or not there; one said more often than there counts as not there.
+// For each word: "same" if it is in the references, "near" if only its ending differs, else "other". Occurrences beyond
+// those in a reference count as "other".
 function kindsAgainst(words, known) {
   const left = new Map(known), all = [...known.keys()];
   return words.map(plainWord).map((word) => {
@@ -41,7 +43,7 @@ function coloured(words, kindOf) {
   return words.map((word, index) => [index ? " " : "", kindOf(index) ? h("span", { class: kindOf(index) }, word) : word]);
 }
 
-// A text with its facts as elements; marks count letters, of which some are two units of a string.
+// A text with its facts as elements; marks count code points, not UTF-16 units.
 function marked(text, marks, kindOf) {
   const letters = [...text], nodes = [];
   let at = 0;
@@ -60,7 +62,7 @@ function captionNodes(clip, captions) {
   words.forEach((list) => new Set(list.map(plainWord)).forEach((word) => said.set(word, (said.get(word) || 0) + 1)));
   const known = counted(clip.references), spoken = [...said.keys()];
   const nodes = captions.map((caption, index) => {
-    if (!words[index].length) return h("span", { class: "quiet" }, say("emptyCaption"));
+    if (!words[index].length) return h("span", { class: "muted" }, say("emptyCaption"));
     if (view.colours === "facts") return marked(caption.text, caption.marks, factKind);
     if (view.colours === "reference") {
       const kinds = kindsAgainst(words[index], known);
@@ -87,7 +89,7 @@ function captionNodes(clip, captions) {
 function frames(clip) {
   if (!clip.thumbnails.length) {
     const reason = clip.picture_note || (clip.video ? say("unreadable", clip.video) : say("notDrawn"));
-    return h("p", { class: "quiet small no-picture", title: clip.video }, say("noVideo", clip.picture_note === "full" ? say("notDrawn") : reason));
+    return h("p", { class: "muted small no-picture", title: clip.video }, say("noVideo", clip.picture_note === "full" ? say("notDrawn") : reason));
   }
   if (IS_ONE_RUN) {
     return h("div", { class: "frames film", role: "img", "aria-label": say("filmOf", clip.id) }, clip.thumbnails.map((content, index) =>
@@ -97,7 +99,7 @@ function frames(clip) {
     h("img", { src: `data:image/jpeg;base64,${content}`, alt: say("frameOf", index + 1, clip.thumbnails.length, clip.id), height: 84 })));
 }
 
-// The frames of all clips one after another; where nothing may move, or on paper, some stand side by side.
+// Animates the frames of all clips; when paused and in print, some frames are shown side by side.
 function play(isOn) {
   film.isOn = isOn;
   ROOT.dataset.film = isOn ? "on" : "off";
@@ -114,14 +116,14 @@ function playButton() {
   return button;
 }
 
-// A clip with what the one run said of it, and what it said when it got another clip's video.
+// A clip with the caption of the single run, and its caption for another clip's video.
 function runCard(clip) {
   const [caption] = clip.captions, { nodes, references } = captionNodes(clip, [caption]), numRight = new Set(caption.marks.filter((mark) => mark[3]).map((mark) => mark[2])).size;
-  const other = clip.other && (clip.other.text ? (view.colours === "facts" ? marked(clip.other.text, clip.other.marks, factKind) : clip.other.text) : h("span", { class: "quiet" }, say("emptyCaption")));
+  const other = clip.other && (clip.other.text ? (view.colours === "facts" ? marked(clip.other.text, clip.other.marks, factKind) : clip.other.text) : h("span", { class: "muted" }, say("emptyCaption")));
   const row = (kind, name, text) => [h("dt", { class: kind }, name), h("dd", { class: kind, lang: "ko" }, text)];
   return h("article", { class: "clip one", "data-clip": clip.id }, frames(clip), h("div", {},
     h("header", {}, h("h3", {}, clip.id), clip.category ? h("span", { class: "badge" }, clip.category) : null,
-      h("span", { class: "quiet small" }, `${DATA.labels[DATA.clip_metric] || DATA.clip_metric} ${number(clip.score)}`, clip.reference_marks.length ? ` · ${say("factsRight", numRight, clip.reference_marks.length)}` : "")),
+      h("span", { class: "muted small" }, `${DATA.labels[DATA.clip_metric] || DATA.clip_metric} ${number(clip.score)}`, clip.reference_marks.length ? ` · ${say("factsRight", numRight, clip.reference_marks.length)}` : "")),
     h("dl", {}, row("said-of", say("captionWord"), nodes[0]), references.map((reference) => row("reference", say("reference"), reference)),
       clip.other ? row("other-video", say("withVideoOf", clip.other.clip), other) : null)));
 }
@@ -132,7 +134,7 @@ function clipCard(clip) {
   const { nodes, references } = captionNodes(clip, captions), best = Math.max(...captions.map((caption) => caption.scores[DATA.clip_metric] ?? -Infinity));
   return h("article", { class: "clip", "data-clip": clip.id },
     h("header", {}, h("h3", {}, clip.id), clip.category ? h("span", { class: "badge" }, clip.category) : null,
-      h("span", { class: "quiet small" }, `${DATA.labels[DATA.clip_metric] || DATA.clip_metric} · ${say("meanScore", number(clip.score))} · ${say("spread", number(clip.spread))}`)),
+      h("span", { class: "muted small" }, `${DATA.labels[DATA.clip_metric] || DATA.clip_metric} · ${say("meanScore", number(clip.score))} · ${say("spread", number(clip.spread))}`)),
     frames(clip),
     h("dl", {}, references.map((nodes) => [h("dt", { class: "reference" }, say("reference")), h("dd", { class: "reference", lang: "ko" }, nodes)]),
       captions.map((caption, index) => {
@@ -145,10 +147,10 @@ function wantedClips() {
   const words = view.text.toLowerCase().split(/\s+/).filter(Boolean);
   const text = (clip) => [clip.id, clip.category, clip.video, ...clip.references, ...clip.captions.map((caption) => caption.text)].join(" ").toLowerCase();
   const sign = { worst: 1, best: -1 }[view.tab];
-  const those = DATA.clips.filter((clip) => (view.tab === "all" || clip.chosen.includes(view.tab)) && words.every((word) => text(clip).includes(word)));
-  if (sign) those.sort((a, b) => sign * (a.score - b.score));
-  if (view.tab === "different") those.sort((a, b) => b.spread - a.spread);
-  return those;
+  const found = DATA.clips.filter((clip) => (view.tab === "all" || clip.chosen.includes(view.tab)) && words.every((word) => text(clip).includes(word)));
+  if (sign) found.sort((a, b) => sign * (a.score - b.score));
+  if (view.tab === "different") found.sort((a, b) => b.spread - a.spread);
+  return found;
 }
 
 const TABS = IS_ONE_RUN ? ["all", "worst", "best"] : ["worst", "best", "different", "all"];
@@ -160,23 +162,23 @@ function clips() {
   const few = () => new Set([...new Map([...compared].reverse().map((run) => [run.group, run.id])).values()].reverse().slice(0, NUM_PICKED));
   if (!view.runs) view.runs = few();
   const section = h("section", { id: "clips" }, h("h2", {}, say(IS_ONE_RUN ? "runClips" : "clips")));
-  if (!DATA.clips.length || !compared.length) return fill(section, {}, [h("p", { class: "quiet" }, say("noCaptions"))]);
-  const list = h("div", { id: "clip-list", role: "tabpanel", "aria-label": say("clips") }), tally = h("span", { class: "quiet", role: "status" });
-  const legend = h("p", { class: "quiet small word-legend" }), picker = h("div", { class: "picker", role: "group", "aria-label": say("clipRuns") });
+  if (!DATA.clips.length || !compared.length) return fill(section, {}, [h("p", { class: "muted" }, say("noCaptions"))]);
+  const list = h("div", { id: "clip-list", role: "tabpanel", "aria-label": say("clips") }), status = h("span", { class: "muted", role: "status" });
+  const legend = h("p", { class: "muted small word-legend" }), picker = h("div", { class: "picker", role: "group", "aria-label": say("clipRuns") });
   const more = h("button", { type: "button", class: "more", onclick: () => grow() });
-  let those = [];
+  let matching = [];
   const grow = () => {
-    const next = those.slice(view.shown, view.shown + PAGE_SIZE);
+    const next = matching.slice(view.shown, view.shown + PAGE_SIZE);
     list.append(...next.map(clipCard));
     view.shown += next.length;
-    more.hidden = view.shown >= those.length;
-    more.textContent = say("more", Math.min(PAGE_SIZE, those.length - view.shown));
+    more.hidden = view.shown >= matching.length;
+    more.textContent = say("more", Math.min(PAGE_SIZE, matching.length - view.shown));
   };
   const update = () => {
-    those = wantedClips();
-    tally.textContent = say("clipCount", those.length);
+    matching = wantedClips();
+    status.textContent = say("clipCount", matching.length);
     list.replaceChildren();
-    if (!those.length) list.append(h("p", { class: "quiet" }, say("noClip")));
+    if (!matching.length) list.append(h("p", { class: "muted" }, say("noClip")));
     view.shown = 0;
     const kinds = { reference: [["same", "legendSame"], ["near", "legendNear"], ["other", "legendOther"], ["missed", "legendMissed"]], runs: [["only", "legendOnly"], ["shared", "legendShared"]], none: [], facts: [["right", "legendRight"], ["wrong", "legendWrong"], ["missed", "legendMissedFact"]] }[view.colours];
     legend.replaceChildren(...kinds.map(([kind, key]) => h("span", {}, h("span", { class: kind }, say(key)))));
@@ -210,6 +212,6 @@ function clips() {
   if (IS_ONE_RUN) play(film.isOn);
   return fill(section, {}, [bar,
     h("div", { class: "controls" }, searchBox(say("clipSearch"), view.text, (text) => { view.text = text; update(); }),
-      h("label", {}, say("colours"), " ", select(say("colours"), COLOURINGS.map(([name, word]) => [name, say(word)]), view.colours, (value) => { view.colours = value; update(); })), IS_ONE_RUN ? playButton() : null, tally),
+      h("label", {}, say("colours"), " ", select(say("colours"), COLOURINGS.map(([name, word]) => [name, say(word)]), view.colours, (value) => { view.colours = value; update(); })), IS_ONE_RUN ? playButton() : null, status),
     IS_ONE_RUN ? null : h("details", { class: "pick", open: compared.length <= 8 }, h("summary", {}, say("clipRuns")), picker), legend, list, more]);
 }

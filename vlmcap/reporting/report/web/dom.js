@@ -1,4 +1,4 @@
-// Elements, texts and numbers. Whatever comes out of the data becomes text nodes or attributes, never markup.
+// Elements, texts and numbers. Values from the data become text nodes or attributes, never markup.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const ROOT = document.documentElement;
 const state = { language: "en", theme: "light" };
@@ -12,7 +12,7 @@ function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "style") for (const [key, worth] of Object.entries(value)) node.style.setProperty(key, worth);
+    else if (name === "style") for (const [property, setting] of Object.entries(value)) node.style.setProperty(property, setting);
     else node.setAttribute(name, value === true ? "" : String(value));
   }
   node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
@@ -26,7 +26,7 @@ function fixed(value, digits) {
   return value.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace(/^-/, "");
 }
 
-// Three digits that matter, whatever the scale; or as many as the other numbers of a column have.
+// About three significant digits; callers may pass the number of digits of the whole column instead.
 const digitsOf = (size) => (size >= 100 ? 1 : size >= 10 ? 2 : size >= 0.095 || size === 0 ? 3 : 4);
 
 function number(value, digits) {
@@ -44,7 +44,7 @@ function metricDigits(metric) {
 }
 
 const probability = (value) => (value === null || value === undefined ? "–" : value < 0.001 ? "< 0.001" : fixed(value, value < 0.0995 ? 3 : 2));
-// Of the metric that runs are compared by, and of its differences.
+// Formats of the metric that runs are compared by, and of its differences.
 const score = (value) => number(value, MAIN_DIGITS);
 const change = (value) => signed(value, MAIN_DIGITS);
 const ofChance = (value) => `p ${value < 0.001 ? "" : "= "}${probability(value)}`;
@@ -70,17 +70,17 @@ function shown(value) {
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
-// --- the data by name -------------------------------------------------------------------------------------------------------------------
+// --- access to the data -----------------------------------------------------------------------------------------------------------------
 
 const RUNS = new Map(DATA.runs.map((run) => [run.id, run]));
 const GROUPS = new Map(DATA.groups.map((group) => [group.id, group]));
 const ORDER = new Map(DATA.groups.map((group, index) => [group.id, index]));
-const IS_ONE_RUN = Object.keys(DATA.commands).length > 0; // the page that a run leaves, which compares nothing
+const IS_ONE_RUN = Object.keys(DATA.commands).length > 0; // the page of a single run, which compares nothing
 const NUM_COLOURS = 10;
 const MAIN_DIGITS = metricDigits(DATA.metric);
 
 const colourOf = (group) => `var(--c${(ORDER.get(group) ?? 0) % NUM_COLOURS})`;
-// Beyond ten configurations colours come again, with dashed lines and other marks.
+// Beyond ten configurations colours repeat, with dashed lines and other markers.
 const turnOf = (group) => Math.floor((ORDER.get(group) ?? 0) / NUM_COLOURS);
 const dashOf = (group) => ["", "6 3", "2 3"][turnOf(group) % 3];
 
@@ -142,11 +142,11 @@ async function copy(text, button) {
 
 const copyButton = (text) => h("button", { type: "button", class: "copy", "aria-live": "polite", onclick: (event) => copy(text, event.currentTarget) }, say("copy"));
 
-// --- the note beside the pointer --------------------------------------------------------------------------------------------------------
+// --- tooltip ----------------------------------------------------------------------------------------------------------------------------
 
 const TIP = h("div", { id: "tip", role: "status", hidden: true });
 
-function tell(children, x, y) {
+function showTip(children, x, y) {
   TIP.replaceChildren(...[children].flat());
   TIP.hidden = false;
   const width = TIP.offsetWidth, height = TIP.offsetHeight;
@@ -156,16 +156,16 @@ function tell(children, x, y) {
   TIP.style.setProperty("top", `${top}px`);
 }
 
-function hush() {
+function hideTip() {
   TIP.hidden = true;
 }
 
-// What an element says under the pointer and with the focus.
-function telling(children) {
+// Event handlers that show a tooltip on hover and on focus.
+function tipHandlers(children) {
   return {
-    onpointermove: (event) => tell(children(), event.clientX, event.clientY),
-    onpointerleave: hush,
-    onfocus: (event) => { const box = event.target.getBoundingClientRect(); tell(children(), box.right, box.bottom); },
-    onblur: hush,
+    onpointermove: (event) => showTip(children(), event.clientX, event.clientY),
+    onpointerleave: hideTip,
+    onfocus: (event) => { const box = event.target.getBoundingClientRect(); showTip(children(), box.right, box.bottom); },
+    onblur: hideTip,
   };
 }

@@ -19,20 +19,20 @@ function answer(groups) {
   if (!best) return h("p", { class: "answer" }, say("answerNone"));
   const tested = groups.filter((group) => group.is_best || group.difference);
   if (tested.length < 2) return h("p", { class: "answer" }, say("answerOnly", best.name));
-  const level = tested.filter((group) => group.is_level && !group.is_best);
+  const tied = tested.filter((group) => group.is_tied && !group.is_best);
   const ends = best.intervals[DATA.metric];
   const reached = `${mainLabel()} ${score(best.scores[DATA.metric])}${ends ? ` ${between(ends, score)}` : ""}`;
-  const lines = [h("p", { class: "lead" }, swatch(best.id), say("answerBest", best.name, tested.length), " ", h("span", { class: "quiet" }, reached))];
-  if (!level.length) lines.push(h("p", {}, say("answerClear")));
+  const lines = [h("p", { class: "lead" }, swatch(best.id), say("answerBest", best.name, tested.length), " ", h("span", { class: "muted" }, reached))];
+  if (!tied.length) lines.push(h("p", {}, say("answerClear")));
   else {
-    const names = level.slice(0, 6).map((group) => group.name).join(" · ") + (level.length > 6 ? " …" : "");
-    lines.push(h("p", {}, say("answerLevel", names)));
-    const least = (cost) => [best, ...level].filter((group) => group.costs[cost] !== null && group.costs[cost] !== undefined)
+    const names = tied.slice(0, 6).map((group) => group.name).join(" · ") + (tied.length > 6 ? " …" : "");
+    lines.push(h("p", {}, say("answerTied", names)));
+    const least = (cost) => [best, ...tied].filter((group) => group.costs[cost] !== null && group.costs[cost] !== undefined)
       .sort((a, b) => a.costs[cost] - b.costs[cost])[0];
-    const small = least("peak_memory_gib"), quick = least("seconds");
-    const told = small && small === quick ? [say("answerLeast", small.name, inMemory(small.costs.peak_memory_gib), duration(quick.costs.seconds))]
-      : [small ? say("answerCheapest", small.name, inMemory(small.costs.peak_memory_gib)) : "", quick ? say("answerFastest", quick.name, duration(quick.costs.seconds)) : ""];
-    lines.push(h("p", { class: "quiet" }, told.filter(Boolean).join(" ")));
+    const smallest = least("peak_memory_gib"), fastest = least("seconds");
+    const hints = smallest && smallest === fastest ? [say("answerLeast", smallest.name, inMemory(smallest.costs.peak_memory_gib), duration(fastest.costs.seconds))]
+      : [smallest ? say("answerCheapest", smallest.name, inMemory(smallest.costs.peak_memory_gib)) : "", fastest ? say("answerFastest", fastest.name, duration(fastest.costs.seconds)) : ""];
+    lines.push(h("p", { class: "muted" }, hints.filter(Boolean).join(" ")));
   }
   return h("div", { class: "answer" }, lines);
 }
@@ -82,8 +82,8 @@ function verdict(row) {
   if (group.is_best) return say("isBest");
   if (!group.difference) return row.runs.map((run) => run.not_compared).find(Boolean) || say("notTested");
   if (!group.difference.over) return say("isUntested");
-  if (!group.is_level) return say("isWorse");
-  return say({ clips: "isLevelClips", seeds: "isLevelSeeds" }[group.difference.over] || "isLevelBoth");
+  if (!group.is_tied) return say("isWorse");
+  return say({ clips: "isTiedClips", seeds: "isTiedSeeds" }[group.difference.over] || "isTiedBoth");
 }
 
 function boardColumns() {
@@ -109,13 +109,13 @@ function boardColumns() {
 }
 
 function nameCell(row) {
-  const lost = row.runs.filter((run) => run.status !== "finished"), isPart = lost.length && lost.length < row.runs.length;
-  const chips = isPart ? [h("span", { class: "badge" }, say("partly", row.runs.length - lost.length, row.runs.length))] : [...new Set(lost.map((run) => run.status))].map(badge);
+  const unfinished = row.runs.filter((run) => run.status !== "finished"), isPart = unfinished.length && unfinished.length < row.runs.length;
+  const chips = isPart ? [h("span", { class: "badge" }, say("partly", row.runs.length - unfinished.length, row.runs.length))] : [...new Set(unfinished.map((run) => run.status))].map(badge);
   if (row.runs.some((run) => run.is_collapsed)) chips.push(badge("collapsed"));
   return [swatch(row.group ? row.group.id : row.id), h("span", { class: row.group && row.group.is_best && board.pooled ? "strong" : null }, row.name), chips.map((chip) => [" ", chip])];
 }
 
-// A bar on one scale for all rows: from low to high, a mark at the value.
+// A bar of an interval with a dot at the value, on the same scale in all rows.
 function bar(value, ends, range, colour, title, zero) {
   const width = 120, height = 16, at = (x) => 3 + ((x - range[0]) / (range[1] - range[0] || 1)) * (width - 6);
   return s("svg", { class: "bar", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": title },
@@ -136,8 +136,8 @@ function scoreCell(row) {
   const rows = board.pooled ? DATA.groups : DATA.runs;
   const all = range(rows.flatMap((other) => [other.scores[DATA.metric], ...(other.intervals[DATA.metric] || [])]).filter((x) => x !== undefined && x !== null));
   const ends = row.intervals[DATA.metric];
-  const told = ends ? `${score(value)} ${between(ends, score)}, ${say("intervalOver", overWord(row.over))}` : score(value);
-  return h("div", { class: "measure" }, h("span", { class: "value" }, score(value)), bar(value, ends, all, row.group ? colourOf(row.group.id) : "var(--quiet)", told, false),
+  const title = ends ? `${score(value)} ${between(ends, score)}, ${say("intervalOver", overWord(row.over))}` : score(value);
+  return h("div", { class: "measure" }, h("span", { class: "value" }, score(value)), bar(value, ends, all, row.group ? colourOf(row.group.id) : "var(--muted)", title, false),
     ends ? h("span", { class: "ends" }, between(ends, score)) : null);
 }
 
@@ -146,9 +146,9 @@ function differenceCell(row) {
   if (!difference) return "–";
   const all = range(DATA.groups.flatMap((group) => (group.difference ? [group.difference.value, group.difference.low ?? 0, group.difference.high ?? 0] : [])), true);
   const ends = difference.low === null || difference.high === null ? null : [difference.low, difference.high];
-  const told = ends ? `${change(difference.value)} ${between(ends, change)}, ${say("intervalOver", overWord(difference.over))}` : change(difference.value);
+  const title = ends ? `${change(difference.value)} ${between(ends, change)}, ${say("intervalOver", overWord(difference.over))}` : change(difference.value);
   return h("div", { class: "measure" }, h("span", { class: "value" }, change(difference.value)),
-    bar(difference.value, ends, all, row.group.is_level ? "var(--quiet)" : "var(--bad)", told, true),
+    bar(difference.value, ends, all, row.group.is_tied ? "var(--muted)" : "var(--bad)", title, true),
     ends ? h("span", { class: "ends" }, between(ends, change)) : null);
 }
 
@@ -165,13 +165,13 @@ function sorted(rows, column) {
   const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true }));
   return [...rows].sort((one, other) => {
     const a = column.value(one), b = column.value(other);
-    if (missing(a) || missing(b)) return missing(a) - missing(b); // what is not known is last either way
+    if (missing(a) || missing(b)) return missing(a) - missing(b); // missing values are last in both directions
     return sign * order(a, b);
   });
 }
 
 function leaderboard() {
-  const table = h("table", { class: "board" }), tally = h("p", { class: "quiet", role: "status" });
+  const table = h("table", { class: "board" }), status = h("p", { class: "muted", role: "status" });
   const update = () => {
     const columns = boardColumns(), column = columns.find((one) => one.key === board.key) || columns[0];
     const all = boardRows(), rows = sorted(all.filter(isWanted), column);
@@ -186,9 +186,9 @@ function leaderboard() {
     const body = rows.map((row) => h("tr", { "data-id": row.id, class: row.group && row.group.is_best && board.pooled ? "best" : null },
       columns.map((one) => h(one.kind === "name" ? "th" : "td", { class: one.kind, scope: one.kind === "name" ? "row" : null }, one.cell(row)))));
     table.replaceChildren(h("thead", {}, h("tr", {}, head)),
-      h("tbody", {}, body.length ? body : h("tr", {}, h("td", { colspan: columns.length, class: "quiet" }, say("noRow")))));
+      h("tbody", {}, body.length ? body : h("tr", {}, h("td", { colspan: columns.length, class: "muted" }, say("noRow")))));
     if (focused && table.isConnected) table.querySelector(`[data-sort="${CSS.escape(focused)}"]`)?.focus();
-    tally.textContent = `${say("shown", rows.length, all.length)} · ${say("sortedHint")}`;
+    status.textContent = `${say("shown", rows.length, all.length)} · ${say("sortedHint")}`;
   };
   const filters = DATA.factors.map((factor) => {
     const values = [...new Set(DATA.runs.filter((run) => factor in run.factors).map((run) => JSON.stringify(run.factors[factor])))];
@@ -200,5 +200,5 @@ function leaderboard() {
     h("div", { class: "controls" },
       choice(say("show"), [["pooled", say("pooled")], ["single", say("single")]], board.pooled ? "pooled" : "single", (key) => { board.pooled = key === "pooled"; update(); }),
       searchBox(say("search"), board.text, (text) => { board.text = text; update(); }), filters),
-    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": say("leaderboard") }, table), tally);
+    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": say("leaderboard") }, table), status);
 }

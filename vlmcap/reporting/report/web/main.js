@@ -1,4 +1,4 @@
-// Configuration, commands, and the page as a whole.
+// The section of configurations and commands, and the assembly of the page.
 const compared = { first: null, second: null, text: "", onlyDifferent: true };
 
 const configOf = (run) => ({ ...(Object.keys(run.config).length ? DATA.common_config : {}), ...run.config });
@@ -7,16 +7,16 @@ function configuration() {
   if (!DATA.runs.length) return null;
   compared.first = compared.first || DATA.runs[0].id;
   compared.second = compared.second || (DATA.runs.find((run) => run.group !== DATA.runs[0].group) || DATA.runs[DATA.runs.length - 1]).id;
-  const isAlone = DATA.runs.length === 1; // a configuration to read, with nothing beside it
+  const isAlone = DATA.runs.length === 1; // a single run has no second configuration to compare with
   const table = h("table", { class: "config" }), pair = h("div", { class: "commands" });
   const update = () => {
     const runs = [...new Set([compared.first, compared.second])].map((id) => RUNS.get(id)), [one, other = one] = runs.map(configOf);
     const keys = [...new Set([...Object.keys(one), ...Object.keys(other)])].sort();
     const differs = (key) => JSON.stringify(one[key]) !== JSON.stringify(other[key]);
     const rows = keys.filter((key) => (isAlone || !compared.onlyDifferent || differs(key)) && key.toLowerCase().includes(compared.text.toLowerCase().trim()));
-    const cell = (config, key) => h("td", { class: differs(key) ? "differs" : null }, key in config ? h("code", {}, shown(config[key])) : h("span", { class: "quiet" }, say(Object.keys(config).length ? "unset" : "noConfig")));
+    const cell = (config, key) => h("td", { class: differs(key) ? "differs" : null }, key in config ? h("code", {}, shown(config[key])) : h("span", { class: "muted" }, say(Object.keys(config).length ? "unset" : "noConfig")));
     table.replaceChildren(h("thead", {}, h("tr", {}, h("th", { scope: "col" }, say("key")), runs.map((run) => h("th", { scope: "col" }, swatch(run.group), run.name)))),
-      h("tbody", {}, rows.length ? rows.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)), runs.map((run) => cell(configOf(run), key)))) : h("tr", {}, h("td", { colspan: 3, class: "quiet" }, say("sameConfig")))));
+      h("tbody", {}, rows.length ? rows.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)), runs.map((run) => cell(configOf(run), key)))) : h("tr", {}, h("td", { colspan: 3, class: "muted" }, say("sameConfig")))));
     pair.replaceChildren(...runs.map(command));
   };
   const options = DATA.runs.map((run) => [run.id, run.name]);
@@ -33,8 +33,8 @@ function configuration() {
 }
 
 function command(run) {
-  return h("div", { class: "command", "data-run": run.id }, h("div", { class: "command-name" }, swatch(run.group), run.name, h("span", { class: "quiet small" }, [run.revision ? say("revision", run.revision) : "", run.folder].filter(Boolean).join(" · "))),
-    run.command ? commandLine(run.command) : h("p", { class: "quiet" }, "–"));
+  return h("div", { class: "command", "data-run": run.id }, h("div", { class: "command-name" }, swatch(run.group), run.name, h("span", { class: "muted small" }, [run.revision ? say("revision", run.revision) : "", run.folder].filter(Boolean).join(" · "))),
+    run.command ? commandLine(run.command) : h("p", { class: "muted" }, "–"));
 }
 
 const commandLine = (text) => h("div", { class: "command-line" }, h("pre", { tabindex: "0" }, h("code", {}, text)), copyButton(text));
@@ -45,7 +45,7 @@ const SECTIONS = [["overview", header], ["leaderboard", leaderboard], ["effects"
 const RUN_SECTIONS = [["overview", runHeader], ["clips", clips], ["scores", runScores], ["curves", runCurves], ["categories", categories], ["took", runTook], ["next", runNext], ["configuration", configuration]];
 
 function remembered(key, value) {
-  try { // a file may have no storage
+  try { // pages opened as files may have no storage
     if (value !== undefined) localStorage.setItem(`vlmcap-report-${key}`, value);
     return localStorage.getItem(`vlmcap-report-${key}`);
   } catch {
@@ -77,7 +77,7 @@ function topBar(names) {
 function render() {
   ROOT.lang = state.language;
   redraws.length = 0;
-  hush();
+  hideTip();
   const parts = (IS_ONE_RUN ? RUN_SECTIONS : SECTIONS).map(([name, make]) => [name, make()]).filter(([, part]) => part);
   document.getElementById("page").replaceChildren(...parts.map(([, part]) => part));
   document.getElementById("bar").replaceChildren(...topBar(parts.map(([name]) => name)));
@@ -90,11 +90,11 @@ function start() {
   setTheme(remembered("theme") || (dark.matches ? "dark" : "light"));
   dark.addEventListener("change", (event) => { if (!remembered("theme")) setTheme(event.matches ? "dark" : "light"); });
   document.body.append(TIP);
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
   render();
   let width = window.innerWidth, timer = 0;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return; // a phone's bars come and go
+    if (window.innerWidth === width) return; // the bars of mobile browsers change only the height
     width = window.innerWidth;
     clearTimeout(timer);
     timer = setTimeout(() => redraws.forEach((redraw) => redraw()), 120);

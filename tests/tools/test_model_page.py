@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import model_page as table
-from tools import model_table as program
+from tools import model_page as program
+from tools import model_tables as table
 
 ROOT = Path(__file__).resolve().parents[2]
 JUNIT = """<testsuites><testsuite>
@@ -34,7 +34,7 @@ def rows(page: str, title: str) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_the_page_is_current(page: str) -> None:
-    assert program.PAGE.read_text(encoding="utf-8") == page, "run python -m tools.model_table"
+    assert program.PAGE.read_text(encoding="utf-8") == page, "run python -m tools.model_page"
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_check_tells_a_stale_page(
     monkeypatch.setattr(program, "page", lambda: page)
     monkeypatch.setattr(program, "PAGE", tmp_path / "models.md")
     assert program.main(["--check"]) == 1
-    assert capsys.readouterr().err == "models.md is not current; run python -m tools.model_table\n"
+    assert capsys.readouterr().err == "docs/models.md is outdated; run python -m tools.model_page\n"
     assert program.main([]) == 0
     assert program.main(["--check"]) == 0
     assert capsys.readouterr().err == ""
