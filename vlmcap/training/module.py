@@ -161,7 +161,7 @@ class CaptioningModule(L.LightningModule):
         if len(batch) == 0:
             return self._zero_loss()
         self._usable_batch = batch if self._is_sharded else None
-        loss, num_labels = self.captioner.loss_sum(batch)
+        loss, num_labels = self.captioner(batch)
         self._window_tokens += num_labels
         self.last_loss = (loss.detach(), num_labels)
         self._log_loss = self._log_loss + loss.detach().double()
@@ -181,7 +181,7 @@ class CaptioningModule(L.LightningModule):
                 "trainer=fsdp2 needs a usable clip in the first batch of each process, but one process has none; see "
                 "skipped_clips.jsonl for the reasons"
             )
-        return self.captioner.loss_sum(self._usable_batch)[0] * 0.0
+        return self.captioner(self._usable_batch)[0] * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides gradients by the label tokens of the accumulated batch of all ranks, as one large batch would.
@@ -215,15 +215,15 @@ class CaptioningModule(L.LightningModule):
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> Any:
         """Returns a `ValidationOutput` with the loss and, if requested, captions; each clip is encoded once."""
         self._log_skipped(batch)
-        prompts = self.captioner.encoded(batch.prompts)
+        prompts = self.captioner.with_features(batch.prompts)
         captions = self.captioner.generate(prompts) if batch.is_captioned and len(prompts) else []
         losses, num_labels = [0.0], 0
         indices = {clip.id: index for index, clip in enumerate(prompts.clips)}
         for micro_batch in batch.labelled:
             if len(micro_batch):
                 assert prompts.features is not None
-                features = rows_of(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
-                loss, count = self.captioner.loss_sum(replace(micro_batch, features=features))
+                features = select_rows(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
+                loss, count = self.captioner(replace(micro_batch, features=features))
                 losses.append(float(loss))
                 num_labels += count
         return ValidationOutput(captions, sum(losses), num_labels)

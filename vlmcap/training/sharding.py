@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_METHODS = ("loss_sum", "encoded", "generate")  # entry points of a captioner in place of `forward`
+_METHODS = ("with_features", "generate")  # entry points of a captioner besides `forward`
 
 
 def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None) -> None:

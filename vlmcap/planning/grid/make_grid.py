@@ -101,8 +101,8 @@ class GridConfigs:
                 composed[group, name] = Composed(
                     [_ONE_CAPTION, *names.rest, *(f"{key}={value}" for key, value in chosen.items())]
                 )
-        self._bases = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
-        self._parts = {
+        self._hardware_configs = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
+        self._components = {
             (hardware, group, name): composed["hardware", hardware].groups_with(group, composed[group, name], follows)
             for hardware in names.hardware
             for group, follows in _DEPENDENT_GROUPS.items()

@@ -170,7 +170,7 @@ class _Measurement:
             for sample, text in zip(samples, texts, strict=True):
                 batch = self.data.train_collator([sample])  # one clip per batch, for the loss of each clip
                 if len(batch):
-                    loss, num_tokens = self.module.captioner.loss_sum(batch.to(self.module.device))
+                    loss, num_tokens = self.module.captioner(batch.to(self.module.device))
                     seen.append(Observation(condition, sample.clip.id, float(loss), num_tokens, text))
         return seen
 
