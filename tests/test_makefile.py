@@ -184,4 +184,6 @@ def test_no_interpreter_is_one_sentence(checkout: Path) -> None:
     (checkout.parent / "my python" / "python3.11").unlink()
     code, _, err = make(checkout)
     assert code != 0
-    assert err.startswith("vlmcap needs Python 3.11, 3.12 or 3.13, and found none; on Debian and Ubuntu: sudo apt install")
+    assert err.startswith(
+        "vlmcap needs Python 3.11, 3.12 or 3.13, and found none; on Debian and Ubuntu: sudo apt install"
+    )

@@ -25,6 +25,11 @@ def set_cuda_variables() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
 
 
+def usable_processors() -> int:
+    """The processors that this process may run on, which can be fewer than the machine has (taskset, Slurm, containers)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_expandable_segments() -> bool:
     """Whether a run started from here has a CUDA allocator whose segments grow."""
     chosen = [os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ]

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vlmcap.errors import UserError
+from vlmcap.libraries import usable_processors
 
 # What takes no room on a screen yet makes two equal captions differ: control characters that are not whitespace (NUL
 # would also end a C string inside an analyser), soft hyphens, joiners, marks of direction, variation selectors, Hangul
@@ -143,8 +144,7 @@ def worker_count(texts: Sequence[str]) -> int:
 
     1 below two million characters, at most 8 and the processors of this process.
     """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, processors, _MOST_WORKERS))
+    return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, usable_processors(), _MOST_WORKERS))
 
 
 def tokenize_in_processes(name: str, normalize_fullwidth: bool, texts: Sequence[str], workers: int) -> list[list[str]]:

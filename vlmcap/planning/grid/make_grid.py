@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from vlmcap.config import Config
 from vlmcap.config_files import config_file, group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
+from vlmcap.libraries import usable_processors
 from vlmcap.models.captioner import CLIPS_AT_A_TIME
 from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.captioning import ways_to_merge
@@ -229,7 +229,7 @@ def _run(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | N
 
     Where there are none, from this one.
     """
-    count = min(num_processes or os.cpu_count() or 1, _MOST_PROCESSES, len(jobs))
+    count = min(num_processes or usable_processors(), _MOST_PROCESSES, len(jobs))
     if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, jobs)
         return
