@@ -76,3 +76,5 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(lightning|torchdata)\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # Two workers are the default, and on one core they do no harm.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
