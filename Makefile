@@ -51,7 +51,7 @@ format: $(STAMP) ## format and fix what ruff can
 
 dist: $(STAMP) ## build the wheel and the source distribution, and check them for the package index
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove caches and dist/; .venv, data/ and outputs/ stay

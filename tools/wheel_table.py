@@ -1,0 +1,96 @@
+"""Prints which pinned packages have a wheel for each Python and platform, by asking pip: the table of docs/platforms.md.
+
+    python -m tools.wheel_table
+
+Only packages whose installed wheel is built for one platform are asked about; the others are pure Python. It takes some
+minutes of network and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from pip._internal.commands import create_command
+from pip._internal.models.target_python import TargetPython
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+PYTHONS = ("3.11", "3.12", "3.13")
+# glibc 2.28 is that of Debian 10, Ubuntu 20.04 and RHEL 8; pip takes older macOS versions along by itself.
+GLIBC = ("_2_5", "_2_12", "_2_17", "2014", "_2_24", "_2_26", "_2_27", "_2_28")
+PLATFORMS = {
+    "Linux x86-64": [f"manylinux{version}_x86_64" for version in GLIBC],
+    "Linux arm64": [f"manylinux{version}_aarch64" for version in GLIBC],
+    "macOS 14 arm64": ["macosx_14_0_arm64"],
+    "Windows x86-64": ["win_amd64"],
+}
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def compiled_pins() -> Iterator[tuple[str, str]]:
+    """Name and version of each pinned package whose wheel holds compiled code."""
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text("utf-8").splitlines() if "==" in line)
+    compiled = set()
+    for distribution in distributions():
+        tags = re.findall(r"^Tag: (.*)$", distribution.read_text("WHEEL") or "", re.MULTILINE)
+        if tags and not any(tag.endswith("-any") for tag in tags):
+            compiled.add(normalized(distribution.name))
+    return ((name, version) for name, version in pins.items() if normalized(name) in compiled)
+
+
+def _remembered(get: Callable[..., Any]) -> Callable[..., Any]:
+    """The answers of `get`, one per address."""
+    pages: dict[str, Any] = {}
+
+    def fetch(url: str, **options: Any) -> Any:
+        if url not in pages:
+            pages[url] = get(url, **options)
+        return pages[url]
+
+    return fetch
+
+
+class WheelIndex:
+    """What `pip index versions --only-binary=:all: --python-version … --platform …` says, with each page fetched once."""
+
+    def __init__(self) -> None:
+        self._command = create_command("index")
+        self._options, _ = self._command.parse_args(["versions", "any", "--only-binary=:all:", "--pre"])
+        self._session = self._command._build_session(self._options)
+        self._session.get = _remembered(self._session.get)
+
+    def has_wheel(self, name: str, version: str, python: str, platforms: list[str]) -> bool:
+        """Whether there is a wheel of exactly this version for the Python and one of the platform tags."""
+        info = tuple(map(int, python.split(".")))
+        target = TargetPython(platforms=platforms, py_version_info=info, implementation="cp")
+        finder = self._command._build_package_finder(self._options, self._session, target, ignore_requires_python=False)
+        return version in {str(candidate.version) for candidate in finder.find_all_candidates(name)}
+
+
+def main() -> None:
+    pins, index = list(compiled_pins()), WheelIndex()
+    missing: dict[tuple[str, str], list[str]] = {}
+    for name, version in pins:
+        print(f"asking for {name} {version}", file=sys.stderr)
+        for platform, tags in PLATFORMS.items():
+            for python in PYTHONS:
+                cell = missing.setdefault((platform, python), [])
+                if not index.has_wheel(name, version, python, tags):
+                    cell.append(name)
+    print(f"Without a wheel, of {len(pins)} packages with compiled code:\n")
+    print("| | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |")
+    print("|---" * (len(PYTHONS) + 1) + "|")
+    for platform in PLATFORMS:
+        cells = (", ".join(missing[platform, python]) or "none" for python in PYTHONS)
+        print(f"| {platform} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
