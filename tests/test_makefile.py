@@ -1,4 +1,4 @@
-"""`make venv` with an interpreter that only pretends: what is cut short is finished, and failures end in one sentence."""
+"""`make venv` with an interpreter that only pretends: what is cut short is finished, failures end in one sentence."""
 
 from __future__ import annotations
 

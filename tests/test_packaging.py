@@ -1,4 +1,4 @@
-"""What is published: the wheel, the source distribution, the image, the workflow and the citation agree with pyproject.toml."""
+"""Wheel, source distribution, image, workflow and citation: what is published agrees with pyproject.toml."""
 
 from __future__ import annotations
 

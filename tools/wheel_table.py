@@ -1,4 +1,4 @@
-"""Prints which pinned packages have a wheel for each Python and platform, by asking pip: the table of docs/platforms.md.
+"""Prints which pinned packages have a wheel for each Python and platform: the table of docs/platforms.md.
 
     python -m tools.wheel_table
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
 
+from packaging.tags import Tag
+from packaging.utils import parse_wheel_filename
 from pip._internal.commands import create_command
 from pip._internal.models.target_python import TargetPython
 
@@ -31,6 +32,7 @@ PLATFORMS = {
 
 
 def normalized(name: str) -> str:
+    """The name as the package index compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -45,45 +47,44 @@ def compiled_pins() -> Iterator[tuple[str, str]]:
     return ((name, version) for name, version in pins.items() if normalized(name) in compiled)
 
 
-def _remembered(get: Callable[..., Any]) -> Callable[..., Any]:
-    """The answers of `get`, one per address."""
-    pages: dict[str, Any] = {}
-
-    def fetch(url: str, **options: Any) -> Any:
-        if url not in pages:
-            pages[url] = get(url, **options)
-        return pages[url]
-
-    return fetch
-
-
 class WheelIndex:
-    """What `pip index versions --only-binary=:all: --python-version … --platform …` says, with each page fetched once."""
+    """Wheels of packages as the package index lists them to pip, each page fetched once."""
 
     def __init__(self) -> None:
         self._command = create_command("index")
-        self._options, _ = self._command.parse_args(["versions", "any", "--only-binary=:all:", "--pre"])
+        self._options, _ = self._command.parse_args(["versions", "any"])
         self._session = self._command._build_session(self._options)
-        self._session.get = _remembered(self._session.get)
 
-    def has_wheel(self, name: str, version: str, python: str, platforms: list[str]) -> bool:
-        """Whether there is a wheel of exactly this version for the Python and one of the platform tags."""
-        info = tuple(map(int, python.split(".")))
-        target = TargetPython(platforms=platforms, py_version_info=info, implementation="cp")
-        finder = self._command._build_package_finder(self._options, self._session, target, ignore_requires_python=False)
-        return version in {str(candidate.version) for candidate in finder.find_all_candidates(name)}
+    def wheel_tags(self, name: str, version: str) -> set[Tag]:
+        """Tags of every wheel of exactly this version."""
+        address = f"{self._options.index_url.rstrip('/')}/{normalized(name)}/"
+        page = self._session.get(address, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+        page.raise_for_status()
+        wheels = (file["filename"] for file in page.json()["files"] if file["filename"].endswith(".whl"))
+        parsed = (parse_wheel_filename(wheel) for wheel in wheels if wheel.split("-")[1] == version)
+        return {tag for _, _, _, tags in parsed for tag in tags}
+
+
+def accepted_tags(python: str, platforms: list[str]) -> set[Tag]:
+    """Tags that pip takes for `--python-version` and `--platform`."""
+    info = tuple(map(int, python.split(".")))
+    target = TargetPython(platforms=platforms, py_version_info=info, implementation="cp")
+    return {Tag(tag.interpreter, tag.abi, tag.platform) for tag in target.get_tags()}
 
 
 def main() -> None:
+    """Prints the table."""
     pins, index = list(compiled_pins()), WheelIndex()
-    missing: dict[tuple[str, str], list[str]] = {}
+    accepted = {
+        (platform, python): accepted_tags(python, tags) for platform, tags in PLATFORMS.items() for python in PYTHONS
+    }
+    missing: dict[tuple[str, str], list[str]] = {cell: [] for cell in accepted}
     for name, version in pins:
         print(f"asking for {name} {version}", file=sys.stderr)
-        for platform, tags in PLATFORMS.items():
-            for python in PYTHONS:
-                cell = missing.setdefault((platform, python), [])
-                if not index.has_wheel(name, version, python, tags):
-                    cell.append(name)
+        found = index.wheel_tags(name, version)
+        for cell, tags in accepted.items():
+            if not tags & found:
+                missing[cell].append(name)
     print(f"Without a wheel, of {len(pins)} packages with compiled code:\n")
     print("| | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |")
     print("|---" * (len(PYTHONS) + 1) + "|")
