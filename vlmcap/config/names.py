@@ -39,11 +39,12 @@ def factors(config: Config) -> dict[str, Any]:
 
 
 def flat_summary(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a run's `summary.json` by name; a score that came to nothing is left out."""
+    """The numbers of a run's `summary.json` by name; what has no value is left out."""
     flat = {name: value for name, value in summary["scores"].items() if value is not None}
     flat |= {f"seconds/{name}": value for name, value in summary["seconds"].items()}
     parts = summary["parameters"]
     flat |= {f"parameters/{part}": counts["parameters"] for part, counts in parts.items()}
     flat[PARAMETERS] = sum(counts["parameters"] for counts in parts.values())
     flat[TRAINED_PARAMETERS] = sum(counts["trained"] for counts in parts.values())
-    return flat | {name: summary[name] for name in (PEAK_MEMORY, "steps", "truncated_captions", "skipped_clips")}
+    counts = {name: summary[name] for name in (PEAK_MEMORY, "steps", "truncated_captions", "skipped_clips")}
+    return flat | {name: value for name, value in counts.items() if value is not None}
