@@ -33,10 +33,11 @@ def test_what_is_committed_is_whole_small_and_names_no_machine() -> None:
     nbformat.validate(read())
     assert NOTEBOOK.stat().st_size < 300_000
     cells = code_cells()
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    counts = [cell.execution_count for cell in cells]
+    assert counts in (list(range(1, len(cells) + 1)), [None] * len(cells))  # run once from top to bottom, or cleared
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert bool(outputs) == any("image/png" in output.get("data", {}) for output in outputs)
     assert machine_paths(NOTEBOOK.read_text("utf-8")) == []
 
 
