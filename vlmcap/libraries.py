@@ -26,7 +26,7 @@ def set_cuda_variables() -> None:
 
 
 def usable_processors() -> int:
-    """The processors that this process may run on, which can be fewer than the machine has (taskset, Slurm, containers)."""
+    """The processors that this process may run on: fewer than the machine has under taskset, Slurm or in containers."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
