@@ -14,7 +14,10 @@ EQUAL: dict[str, list[list[str]]] = {
     "labels": [[], ["encoder.name=x", "llm.name=y", "hardware.name=z"]],
     "a file and its values": [["projector=mlp4"], ["projector=mlp", "projector.depth=4"], ["projector.depth=4"]],
     "another file": [["projector=perceiver_64"], ["projector=perceiver", "projector.num_queries=64"]],
-    "a tuning's file": [["tuning=demo"], ["tuning=two_stage", "tuning.align_epochs=0", "tuning.epochs=15", "tuning.lora.dropout=0.1"]],
+    "a tuning's file": [
+        ["tuning=demo"],
+        ["tuning=two_stage", "tuning.align_epochs=0", "tuning.epochs=15", "tuning.lora.dropout=0.1"],
+    ],
     "a group and its kind": [["optim=adamw_fused"], ["optim.kind=adamw_fused"]],
     "one stage by two names": [
         ["tuning=lora", "tuning.epochs=4"],

@@ -24,6 +24,11 @@ def set_cuda_variables() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
 
 
+def usable_processors() -> int:
+    """The processors that this process may run on: fewer than the machine has under taskset, Slurm or in containers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_expandable_segments() -> bool:
     """Whether a run of this process uses expandable segments of the CUDA allocator."""
     chosen = [os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ]
@@ -70,3 +75,5 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(lightning|torchdata)\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # Two workers are the default, and on one core they do no harm.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,3 +116,18 @@ def test_progress_counts_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     make_demo(tmp_path, DemoConfig(2, 1, 1, seed=0))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_clips_are_written_by_no_more_processes_than_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a container with one core of 64 must not start 64, which would need gigabytes."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("one usable processor needs no pool")
+
+    written: list[str] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(make, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(make, "_write_one", lambda _, job: written.append(job.name))
+    make_demo(tmp_path, replace(SETTINGS, num_train=120))
+    assert len(written) == 126

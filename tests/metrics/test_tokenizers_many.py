@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_a_tokenizer_of_ones_own_stays_in_this_process() -> None:
 
 def test_workers_are_started_for_many_characters_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokenizers.worker_count([]) == tokenizers.worker_count(TEXTS) == 1
-    monkeypatch.setattr(tokenizers.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     assert tokenizers.worker_count(["가" * 1000] * 3500) == 3
     assert tokenizers.worker_count(["가" * 1000] * 99_999) == 8
 

@@ -12,7 +12,7 @@ def run(options: Namespace) -> None:
         UserError: The output is in use, or the checkpoint or its base checkpoint cannot be used.
     """
     from vlmcap.config_saved import override_values
-    from vlmcap.training.checkpoints.export import describe_export, export
+    from vlmcap.training.checkpoints.export import export
 
     overrides = override_values(options.overrides)
     exported = export(

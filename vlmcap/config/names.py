@@ -36,11 +36,12 @@ def factors(config: Config) -> dict[str, Any]:
 
 
 def flat_summary(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of `summary.json` by name, without scores that have no value."""
+    """Returns the numbers of `summary.json` by name, without those that have no value."""
     flat = {name: value for name, value in summary["scores"].items() if value is not None}
     flat |= {f"seconds/{name}": value for name, value in summary["seconds"].items()}
     components = summary["parameters"]
     flat |= {f"parameters/{component}": counts["parameters"] for component, counts in components.items()}
     flat[PARAMETERS] = sum(counts["parameters"] for counts in components.values())
     flat[TRAINED_PARAMETERS] = sum(counts["trained"] for counts in components.values())
-    return flat | {name: summary[name] for name in (PEAK_MEMORY, "steps", "truncated_captions", "skipped_clips")}
+    counts = {name: summary[name] for name in (PEAK_MEMORY, "steps", "truncated_captions", "skipped_clips")}
+    return flat | {name: value for name, value in counts.items() if value is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,9 +14,11 @@ from pathlib import Path
 from vlmcap.config import DemoConfig
 from vlmcap.data.get_or_create import get_or_create
 from vlmcap.demo.grammar import FACTS, Scene, describe, draw_scene
+from vlmcap.libraries import usable_processors
 from vlmcap.terminal import progress_reporter
 
 _VERSION = 4  # raise when clips or captions of a seed change
+_MAX_WORKERS = 8  # about 100 MiB of memory each
 _HELD_OUT = 8  # one in so many combinations of facts is kept for validation and test
 
 
@@ -67,7 +68,7 @@ def _write_all(root: Path, jobs: list[_Job], report: Callable[[int, int], None])
     for split in {job.split for job in jobs}:
         (root / split / "videos").mkdir(parents=True)
         (root / split / "labels").mkdir()
-    workers = min(len(jobs) // 50 + 1, os.cpu_count() or 1)
+    workers = min(len(jobs) // 50 + 1, usable_processors(), _MAX_WORKERS)
     if workers == 1:
         for done, job in enumerate(jobs, 1):
             _write_one(root, job)

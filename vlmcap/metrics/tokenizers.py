@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vlmcap.errors import UserError
+from vlmcap.libraries import usable_processors
 
 # Characters that are invisible but make two equal captions differ: control characters that are not whitespace (NUL
 # would also end a C string inside an analyzer), soft hyphens, joiners, direction marks, variation selectors, Hangul
@@ -137,8 +138,7 @@ def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
 
 def worker_count(texts: Sequence[str]) -> int:
     """Return the number of processes worth starting: 1 below two million characters, at most 8 and the processors."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, processors, _MAX_WORKERS))
+    return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, usable_processors(), _MAX_WORKERS))
 
 
 def tokenize_in_processes(name: str, normalize_fullwidth: bool, texts: Sequence[str], workers: int) -> list[list[str]]:

@@ -123,7 +123,7 @@ def summarize(
         "scores": plain_scores(scores),
         "tokenizer": tokenizer_version(config),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_memory_gib": round(_peak_memory_gib(config), 3),
+        "peak_memory_gib": _peak_memory_gib(config),
         "plan": plan,
         "parameters": component_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
@@ -178,16 +178,18 @@ def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
     return {name: None if value != value else value for name, value in scores.items()}
 
 
-def _peak_memory_gib(config: Config) -> float:
-    """Returns the peak memory of the device, or of this process if it runs on the CPU."""
-    import resource
-
+def _peak_memory_gib(config: Config) -> float | None:
+    """Returns the peak memory of the device, or of this process on the CPU; None on Windows, which does not count it."""
     import torch
 
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
 
 
 def _git_revision() -> str | None:

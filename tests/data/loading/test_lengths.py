@@ -58,7 +58,7 @@ def test_processes_count_as_one_does(tmp_path: Path) -> None:
 
 
 def test_processes_are_started_for_many_clips_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert [module._process_count(count) for count in (0, 10_000, 100_000, 1_000_000)] == [1, 1, 2, 8]
 
 

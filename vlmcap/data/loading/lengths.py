@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmcap.data.arrays import load_arrays, save_arrays
+from vlmcap.libraries import usable_processors
 from vlmcap.types import Clip
 
 CHUNK = 4096  # clips per task of a process
@@ -93,8 +93,7 @@ def _count_in_process(clips: Sequence[Clip]) -> NDArray[np.int32]:
 
 
 def _process_count(num_clips: int) -> int:
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(num_clips // _CLIPS_PER_PROCESS, processors, _MAX_PROCESSES))
+    return max(1, min(num_clips // _CLIPS_PER_PROCESS, usable_processors(), _MAX_PROCESSES))
 
 
 def _captions_key(clips: Sequence[Clip], fingerprint: str) -> str:

@@ -55,10 +55,12 @@ def leave_signals_to_main() -> None:
     """Make a worker survive the signals that stop a run, which a terminal and Slurm send to all of its processes.
 
     The main process needs batches until the end of its step and ends its workers itself. A worker that hangs is ended
-    by an alarm, because torch also uses SIGTERM to end workers.
+    by an alarm, because torch also uses SIGTERM to end workers. Windows knows Ctrl-C alone.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "SIGALRM"):
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, _set_alarm)
 

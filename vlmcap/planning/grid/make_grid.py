@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from vlmcap.config import Config
 from vlmcap.config_files import config_file, group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
+from vlmcap.libraries import usable_processors
 from vlmcap.models.captioner import MAX_ENCODED_CLIPS
 from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.captioning import ways_to_merge
@@ -225,7 +225,7 @@ def _memory_profiler(config: Config, *, sizes: bool = True) -> FastMemoryProfile
 
 def _map_processes(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | None) -> Iterator[Any]:
     """Maps jobs in order over forked processes, which inherit all that is loaded, or in this process without fork."""
-    count = min(num_processes or os.cpu_count() or 1, _MOST_PROCESSES, len(jobs))
+    count = min(num_processes or usable_processors(), _MOST_PROCESSES, len(jobs))
     if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, jobs)
         return

@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from vlmcap.errors import StoppedBySignal
 from vlmcap.training.random_state import random_states, set_random_states
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGUSR1 = getattr(signal, "SIGUSR1", None)  # Windows has none
+STOP_SIGNALS = tuple(number for number in (signal.SIGTERM, _SIGUSR1, signal.SIGINT) if number is not None)
 _JOB = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID")
 
 
@@ -127,7 +128,7 @@ class StopOnSignal(L.Callback):
 
     def _stop(self, trainer: L.Trainer) -> NoReturn:
         number = self.received or signal.SIGTERM
-        if number == signal.SIGUSR1 and self.is_requeued and trainer.is_global_zero:
+        if self.is_requeued and number == _SIGUSR1 and trainer.is_global_zero:
             requeue()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         raise StoppedBySignal(
