@@ -31,12 +31,12 @@ test-all: $(STAMP) ## run the slow tests too (whole programs killed and resumed,
 gpu: ## run the acceptance checks on a GPU, under eight minutes (ARGS="--only decode"; PYTHON=python3 where .venv is not there)
 	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks.gpu $(ARGS)
 
-models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
+models: $(STAMP) ## measure parity with the reference implementations and write docs/reference/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
 	$(BIN)/python -m tools.model_table --measured .parity.xml
-	@rm -f .parity.xml; echo "docs/models.md is current."
+	@rm -f .parity.xml; echo "docs/reference/models.md is current."
 
-keys: $(STAMP) ## write docs/keys.md out of the dataclasses of the configuration
+keys: $(STAMP) ## write docs/reference/keys.md out of the dataclasses of the configuration
 	$(BIN)/python -m tools.keys_page
 
 check: $(STAMP) ## lint, formatting and types

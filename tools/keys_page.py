@@ -1,4 +1,4 @@
-"""Writes docs/keys.md, the reference of every key, out of the dataclasses of `vlmcap.config`.
+"""Writes docs/reference/keys.md, the reference of every key, out of the dataclasses of `vlmcap.config`.
 
     python -m tools.keys_page            write the page
     python -m tools.keys_page --check    exit with 1 when it is not current
@@ -27,17 +27,18 @@ from tools.model_page import markdown_table
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "keys.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "keys.md"
 HEADER = ("key", "type", "default", "")
 HEAD = """# Keys
 
 <!-- Made by `python -m tools.keys_page`; edit the dataclasses under vlmcap/config/ instead. -->
 
-Every key, as `python train.py KEY=VALUE` takes it. A YAML file under `conf/` may give another value than the default that
-stands here; `python train.py --cfg job …` shows what holds for a command. Where a group has kinds, what all of them have comes
-first, and any other key stands at the kinds that read it; beside another kind it is refused. *→ key* is a default that follows
-another key, *required* one that a file or the command line must give, and *only with* what to set for a key to be read.
-[conf/README.md](../conf/README.md) says how the files work together. What stands under `llm.suggested` is for files alone.
+Every key that `python train.py KEY=VALUE` takes. A YAML file under `conf/` may give another value than the default on
+this page; `python train.py --cfg job …` shows the values of a command. Where a group has kinds, the keys that all of
+them have come first, and any other key is listed under the kinds that read it; with another kind it is refused.
+*→ key* is a default that follows another key, *required* is a key that a file or the command line must set, and *only
+with* names the setting without which a key is not read. [Configuration files](configuration.md) explains how the files
+work together. Keys under `llm.suggested` are for files alone.
 
 """
 
@@ -62,7 +63,7 @@ def page() -> str:
     hints = get_type_hints(Config)
     groups = [name for name in hints if is_dataclass(hints[name])]
     single = [key for key in keys(Config, "") if key.path not in groups and key.path.partition(".")[0] not in groups]
-    sections = ["## Of the whole run\n\n" + markdown_table(HEADER, [key.row for key in single])]
+    sections = ["## The whole run\n\n" + markdown_table(HEADER, [key.row for key in single])]
     for group in groups:
         kinds = SCHEMAS.get(group)
         sections.append(_kinds_section(group, hints[group], kinds) if kinds else _plain_section(group, hints[group]))
@@ -188,7 +189,7 @@ def _shown(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/keys.md.")
+    parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/reference/keys.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is not current")
     text = page()
     if not parser.parse_args(arguments).check:

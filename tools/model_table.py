@@ -1,4 +1,4 @@
-"""Writes docs/models.md, the page of everything that `conf/` names.
+"""Writes docs/reference/models.md, the page of everything that `conf/` names.
 
     python -m tools.model_table                  write the page
     python -m tools.model_table --check          exit with 1 when it is not current
@@ -33,22 +33,23 @@ from vlmcap.models.known import known_model_config
 from vlmcap.models.projectors import ProjectorSizes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, PARITY = DOCS / "models.md", DOCS / "parity.json"
+PAGE, PARITY = DOCS / "reference" / "models.md", DOCS / "parity.json"
 HEAD = """# Models
 
 <!-- Made by `python -m tools.model_table`; edit the YAML files under conf/ instead. -->
 
-Every name that a group takes. Sizes and contexts come from the checkpoints' configurations, built in the class named, without weights
-and without a download. A parity test builds the class with tiny random weights, loads it the way a checkpoint is loaded, and compares
-with the reference implementation; *error* is the largest absolute difference that it measured. Published weights were not run for it.
-Licences are a first hint and were not all checked at the source: read the checkpoint's page before you use one.
+Every model that a group names. Sizes and contexts come from the checkpoints' configurations, built in the class named,
+without weights and without a download. A parity test builds the class with tiny random weights, loads it as a
+checkpoint is loaded, and compares it with the reference implementation; *error* is the largest absolute difference that
+it measured. Published weights were not run for it. Licenses are a first hint and were not all checked at the source:
+read the checkpoint's page before you use one.
 
 """
 NOT_OFFERED = """## Not offered
 
 | checkpoint | why |
 | --- | --- |
-| kakaocorp/kanana-1.5-2.1b-instruct-2505 | 24 heads of 128 on a width of 1 792, which transformers' Llama configuration refuses |
+| kakaocorp/kanana-1.5-2.1b-instruct-2505 | 24 heads of 128 on a width of 1 792, which transformers' Llama refuses |
 | naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, -Vision-Instruct-3B | whole vision-language models with remote code |
 | LGAI-EXAONE/EXAONE-3.5-* | remote code, no class in transformers |
 """
@@ -105,7 +106,7 @@ def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.model_table", description="Write docs/models.md.")
+    parser = argparse.ArgumentParser(prog="python -m tools.model_table", description="Write docs/reference/models.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is not current")
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="JUnit file with the errors that parity tests recorded"

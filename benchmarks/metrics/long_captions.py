@@ -3,7 +3,7 @@
     python benchmarks/metrics/long_captions.py FOLDER
 
 The captions come out of a small grammar, 13 sentences and some 580 characters each, as long as those of the AI Hub
-data; the prediction files stay in FOLDER, for `python -m vlmcap.metrics`. docs/scores.md has what it printed.
+data; the prediction files stay in FOLDER, for `python -m vlmcap.metrics`. docs/explanation/korean_scores.md has what it printed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts that CONTRIBUTING.md shows: each is short, holds the contracts, and is chosen by its name."""
+"""The components that docs/howto/own_components.md shows: each is short, holds the contracts, and is chosen by its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from vlmcap.compose import compose
 from vlmcap.config.kinds import MAKERS
 from vlmcap.plugins import use_plugins
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "own_components.md"
+TEXT = PAGE.read_text(encoding="utf-8")
 PARTS = {name: source for name, source in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", TEXT, re.DOTALL)}
 
 
