@@ -3,17 +3,18 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 LOG := $(VENV)/install.log
 PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all gpu models keys check format wheel clean
+.PHONY: help venv demo test test-all gpu models pages docs docs-serve check format wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=python3.12 is the interpreter of a new .venv, ARGS=\"...\" goes to demo and test, WORKERS=4 to test."
 
 venv: $(STAMP) ## make .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
@@ -36,8 +37,16 @@ models: $(STAMP) ## measure parity with the reference implementations and write 
 	$(BIN)/python -m tools.model_table --measured .parity.xml
 	@rm -f .parity.xml; echo "docs/reference/models.md is current."
 
-keys: $(STAMP) ## write docs/reference/keys.md out of the dataclasses of the configuration
+pages: $(STAMP) ## write the pages and tables of the docs that repeat the code: keys, commands, choices, GPUs
 	$(BIN)/python -m tools.keys_page
+	$(BIN)/python -m tools.site_pages
+
+docs: $(DOCS_STAMP) ## build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(DOCS_STAMP) ## show the documentation site while you write it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -53,7 +62,7 @@ wheel: $(STAMP) ## build dist/vlmcap-*.whl, conf/ included
 	@ls dist/*.whl
 
 clean: ## remove caches and dist/; .venv, data/ and outputs/ stay
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted install is taken up again by the next make.
@@ -88,3 +97,8 @@ $(STAMP): pyproject.toml constraints.txt
 		esac; done; }; \
 	tail -n 1 $(LOG) | grep -q '^INSTALL-DONE$$' || { echo "The installation failed; $(LOG) has the whole story, and make tries again." >&2; exit 1; }
 	@touch $@; echo "$(VENV) is ready."
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing the documentation tools"
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e ".[docs]"
+	@touch $@

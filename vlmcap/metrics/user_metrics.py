@@ -30,6 +30,11 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
 
     Raises:
         ValueError: The name cannot be taken.
+
+    Example:
+        >>> @register_metric("question_marks")
+        ... def question_marks(predictions, references):
+        ...     return [float(text.count("?")) for text in predictions]
     """
     if not name.isidentifier() or name in METRIC_LABELS or name in _OTHERS:
         raise ValueError(f"a metric cannot be called {name!r}; choose a new name of letters, digits and underscores")
