@@ -15,6 +15,7 @@ import pytest
 
 from tests.thinned import thinned
 from vlmcap.compose import compose
+from vlmcap.program import help_text
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = ROOT / "docs" / "reference" / "configuration.md"
@@ -129,7 +130,14 @@ def test_a_command_prints_what_is_shown(own_files: Path, program: str, arguments
 def test_the_table_of_folders_names_groups() -> None:
     groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
     named = set(re.findall(r"`(\w+)/`", READING.read_text("utf-8").partition("## A file")[0])) - {"conf"}
-    assert named == groups - {"experiment", "debug"} | {"experiment", "debug"}
+    assert named == groups
+
+
+def test_the_help_names_every_choice() -> None:
+    words = set(re.findall(r"\w+", help_text("train")))
+    for group in (ROOT / "conf").iterdir():
+        names = {path.stem for path in group.glob("*.yaml")} - {"native"}  # which comes with `model=`
+        assert names <= words, group.name
 
 
 def test_both_readmes_have_the_same_commands() -> None:

@@ -1,4 +1,4 @@
-"""The components that docs/howto/own_components.md shows: each is short, holds the contracts, and is chosen by its name."""
+"""The components of docs/howto/own_components.md: each is short, holds the contracts, and is chosen by its name."""
 
 from __future__ import annotations
 
