@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 LOG := $(VENV)/install.log
 NETWORK_ERRORS := Retry\(total=0,|NewConnectionError|NameResolutionError|MaxRetryError|ConnectTimeout|ReadTimeout|ProtocolError|IncompleteRead|SSLError|ProxyError
 PYTHON ?=
@@ -10,11 +11,11 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all gpu models keys check format dist clean
+.PHONY: help venv demo test test-all gpu models pages docs docs-serve check format dist clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=python3.12 is the interpreter of a new .venv, ARGS=\"...\" goes to demo and test, WORKERS=4 to test."
 
 venv: $(STAMP) ## make .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
@@ -32,13 +33,21 @@ test-all: $(STAMP) ## run the slow tests too (whole programs killed and resumed,
 gpu: ## run the acceptance checks on a GPU, under eight minutes (ARGS="--only decode"; PYTHON=python3 where .venv is not there)
 	@"$(or $(PYTHON),$(wildcard $(BIN)/python),python3)" -m benchmarks.gpu $(ARGS)
 
-models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
+models: $(STAMP) ## measure parity with the reference implementations and write docs/reference/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
 	$(BIN)/python -m tools.model_page --measured .parity.xml
-	@rm -f .parity.xml; echo "docs/models.md is current."
+	@rm -f .parity.xml; echo "docs/reference/models.md is current."
 
-keys: $(STAMP) ## write docs/keys.md out of the dataclasses of the configuration
+pages: $(STAMP) ## write the pages and tables of the docs that repeat the code: keys, commands, choices, GPUs
 	$(BIN)/python -m tools.keys_page
+	$(BIN)/python -m tools.site_pages
+
+docs: $(DOCS_STAMP) ## build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(DOCS_STAMP) ## show the documentation site while you write it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -55,7 +64,7 @@ dist: $(STAMP) ## build the wheel and the source distribution, and check them fo
 	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove caches and dist/; .venv, data/ and outputs/ stay
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is written last and holds what was installed: an interrupted install is finished by the next make, and files that only
@@ -108,3 +117,8 @@ $(STAMP): pyproject.toml constraints.txt
 		fi; exit 1; \
 	fi; \
 	cat pyproject.toml constraints.txt > $@; echo "$(VENV) is ready."
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing the documentation tools"
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e ".[docs]"
+	@touch $@

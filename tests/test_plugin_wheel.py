@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_contributing import PARTS
+from tests.test_own_components import PARTS
 from vlmcap.plugins import PLUGINS_VARIABLE
 
 pytestmark = pytest.mark.slow

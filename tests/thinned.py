@@ -75,7 +75,7 @@ EVERY_NTH = {
     "tests/test_config_hash.py::*": 4,
     "tests/test_config_saved.py::*": 8,
     "tests/test_config_unread.py::*": 4,
-    "tests/test_contributing.py::*": 2,
+    "tests/test_own_components.py::*": 2,
     "tests/test_docs.py::test_a_command_composes": 10,
     "tests/test_docs.py::test_a_command_prints_what_is_shown": 3,
     "tests/test_libraries.py::*": 3,

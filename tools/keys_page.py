@@ -1,4 +1,4 @@
-"""Writes docs/keys.md, the reference of all configuration keys, from the dataclasses of `vlmcap.config`.
+"""Writes docs/reference/keys.md, the reference of all configuration keys, from the dataclasses of `vlmcap.config`.
 
     python -m tools.keys_page            write the page
     python -m tools.keys_page --check    exit with code 1 if the page is outdated
@@ -27,7 +27,7 @@ from tools.model_tables import markdown_table
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "keys.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "keys.md"
 HEADER = ("key", "type", "default", "")
 HEAD = """# Keys
 
@@ -189,7 +189,7 @@ def _shown(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/keys.md.")
+    parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/reference/keys.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
     text = page()
     if not parser.parse_args(arguments).check:

@@ -1,4 +1,4 @@
-"""Writes docs/models.md, the page of all models and hardware profiles in `conf/`.
+"""Writes docs/reference/models.md, the page of all models and hardware profiles in `conf/`.
 
     python -m tools.model_page                  write the page
     python -m tools.model_page --check          exit with code 1 if the page is outdated
@@ -32,7 +32,7 @@ from vlmcap.models.known import known_model_config
 from vlmcap.models.projectors import ProjectorSizes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, PARITY = DOCS / "models.md", DOCS / "parity.json"
+PAGE, PARITY = DOCS / "reference" / "models.md", DOCS / "parity.json"
 HEAD = """# Models
 
 <!-- Made by `python -m tools.model_page`; edit the YAML files under conf/ instead. -->
@@ -105,7 +105,7 @@ def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.model_page", description="Write docs/models.md.")
+    parser = argparse.ArgumentParser(prog="python -m tools.model_page", description="Write docs/reference/models.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="JUnit file with the errors that parity tests recorded"

@@ -3,7 +3,7 @@
     python benchmarks/metrics/coverage.py benchmarks/metrics/coverage.json    # some three minutes of one core
 
 Test sets of 30, 100 and 300 clips are drawn from populations whose mean is known. The intervals are nominally 95 % and
-take 1000 resamples each; equal runs are compared at the level 0.05. docs/scores.md has the figures.
+take 1000 resamples each; equal runs are compared at the level 0.05. docs/explanation/korean_scores.md has the figures.
 """
 
 from __future__ import annotations

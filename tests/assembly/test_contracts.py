@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins import GATED, own_registries, plugin_file
-from tests.test_contributing import PARTS
+from tests.test_own_components import PARTS
 from vlmcap.assembly.contracts import check_component
 from vlmcap.cli import main
 from vlmcap.plugins import use_plugins

@@ -1,4 +1,4 @@
-"""docs/keys.md is what the dataclasses say, with every key that a configuration has."""
+"""docs/reference/keys.md is what the dataclasses say, with every key that a configuration has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/models.md is what the configuration and the measured errors give, and every parity test that it names exists."""
+"""docs/reference/models.md is what configuration and measured errors give; every parity test that it names exists."""
 
 from __future__ import annotations
 

@@ -71,6 +71,13 @@ def score_captions(
     Raises:
         UserError: There is no caption, the numbers differ, a text is None, a clip has no reference, or a name is
             unknown.
+
+    Example:
+        >>> predictions = ["파도가 치는 바다.", "눈 덮인 산이 보인다."]
+        >>> references = [["파도가 밀려오는 바다.", "바다에 파도가 친다."], ["눈 덮인 산이 보인다."]]
+        >>> scores = score_captions(predictions, references, metrics=["bleu_4", "cider", "rouge_l"])
+        >>> {name: round(score, 3) for name, score in scores.items()}
+        {'bleu_4': 0.732, 'cider': 6.686, 'rouge_l': 0.929}
     """
     check_captions(predictions, references)
     wanted = _check_metrics(metrics)

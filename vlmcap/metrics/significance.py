@@ -147,6 +147,14 @@ def paired_bootstrap(
 
     Raises:
         UserError: The runs differ in clips or score, a number is out of range, or there is no clip.
+
+    Example:
+        >>> from vlmcap.metrics.clip_metrics import mean_metric
+        >>> first = mean_metric("rouge_l", np.linspace(0.2, 0.6, 50))
+        >>> second = mean_metric("rouge_l", np.linspace(0.3, 0.7, 50))
+        >>> comparison = paired_bootstrap(first, second)
+        >>> round(comparison.difference, 3)
+        0.1
     """
     check_resampling(first, second, resamples=resamples, confidence=confidence)
     columns = first.values.shape[1]

@@ -1,4 +1,4 @@
-"""Tables of docs/video.md that tests make: what they find has to stand there."""
+"""Tables of docs/reference/video.md that tests make: what they find has to stand there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "video.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "video.md"
 
 
 def check_table(name: str, table: str) -> None:
@@ -16,8 +16,8 @@ def check_table(name: str, table: str) -> None:
     """
     text = DOCUMENT.read_text("utf-8")
     found = re.search(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", text, re.DOTALL)
-    assert found is not None, f"docs/video.md has no table {name}"
+    assert found is not None, f"docs/reference/video.md has no table {name}"
     if os.environ.get("UPDATE_DOCS"):
         DOCUMENT.write_text(text[: found.start()] + table + text[found.end() :], encoding="utf-8")
         return
-    assert found[0] == table, "docs/video.md is out of date: run this test with UPDATE_DOCS=1"
+    assert found[0] == table, "docs/reference/video.md is out of date: run this test with UPDATE_DOCS=1"

@@ -1,4 +1,4 @@
-"""Frames are shown as players show them, whichever container says how; what was found stands in docs/video.md."""
+"""Frames are shown as players show them, whichever container says how; what was found stands in docs/reference/video.md."""
 
 from __future__ import annotations
 

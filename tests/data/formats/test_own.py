@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins import own_registries, plugin_file
-from tests.test_contributing import PARTS
+from tests.test_own_components import PARTS
 from vlmcap.assembly.clips import load_splits
 from vlmcap.compose import compose
 from vlmcap.config import Split
