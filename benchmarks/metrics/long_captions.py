@@ -3,7 +3,8 @@
     python benchmarks/metrics/long_captions.py FOLDER
 
 The captions are made by a small grammar, with 13 sentences and some 580 characters each, as long as those of the AI Hub
-data; the prediction files stay in FOLDER for `python -m vlmcap.metrics`. docs/scores.md shows the output.
+data; the prediction files stay in FOLDER for `python -m vlmcap.metrics`. docs/explanation/korean_scores.md
+shows the output.
 """
 
 from __future__ import annotations

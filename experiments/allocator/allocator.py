@@ -1,4 +1,4 @@
-"""What PyTorch's CUDA allocator reserves for training steps of true size, simulated on the tensors that a fake step makes and frees.
+"""Simulates what PyTorch's CUDA allocator reserves in training steps of true size, from the tensors of fake steps.
 
 python experiments/allocator/allocator.py l4 h100          a row for each recommended experiment
 """

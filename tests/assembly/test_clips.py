@@ -1,4 +1,4 @@
-"""A configuration's clips: given or drawn splits, bad entries in the skipped_log, and what is missing told in one sentence."""
+"""Clips of a configuration: given or random splits, bad entries in the log, and one sentence for what is missing."""
 
 from __future__ import annotations
 

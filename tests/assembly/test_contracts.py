@@ -101,7 +101,12 @@ def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(
         (".flatten(2)", ".flatten(2)[..., ::2]", "it gives the stated grid", r"features gives \(4, 8, 32\)"),
         ("self.cells(pixels)", "self.cells(pixels - pixels.mean(0))", "clips of a batch", "differs by"),
         ('kind: str = "cells"', 'kind: str = "cells"; checkpoint: str = ""', "equal frames", "random at each load"),
-        ("return encoder", "return encoder.to_empty(device='cpu')", "it is built on the meta", "reads weights although there is no folder"),
+        (
+            "return encoder",
+            "return encoder.to_empty(device='cpu')",
+            "it is built on the meta",
+            "reads weights although there is no folder",
+        ),
     ],
 )  # fmt: skip
 def test_an_encoder_that_breaks_one_is_found(old: str, new: str, contract: str, words: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's tiny encoders: each family's class, made once, trained but for the one that is not, and CLIP's the same from a seed."""
+"""The demo's tiny encoders: each family's class, trained once, except for the untrained one, equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_tiny_encoder_is_its_familys_and_made_once(
 def test_the_untrained_one_is_the_first_state_of_the_trained_one(
     tiny_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """Two steps, as the session's small demo is trained, move every weight by at most the sum of its rates, and most of them."""
+    """Two steps, as in the session's small demo, move most weights, and none by more than the sum of its rates."""
     folders = [
         Path(prepare(tiny_config(tmp_path, f"encoder={name}")).encoder.checkpoint)
         for name in ("tiny", "tiny_untrained")

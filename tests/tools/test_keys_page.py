@@ -97,6 +97,6 @@ def test_check_tells_a_stale_page(
 ) -> None:
     monkeypatch.setattr(program, "PAGE", tmp_path / "keys.md")
     assert program.main(["--check"]) == 1
-    assert capsys.readouterr().err == "docs/keys.md is outdated; run python -m tools.keys_page\n"
+    assert capsys.readouterr().err == "docs/reference/keys.md is outdated; run python -m tools.keys_page\n"
     assert program.main([]) == 0
     assert program.main(["--check"]) == 0

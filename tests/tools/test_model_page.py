@@ -92,7 +92,7 @@ def test_check_tells_a_stale_page(
     monkeypatch.setattr(program, "page", lambda: page)
     monkeypatch.setattr(program, "PAGE", tmp_path / "models.md")
     assert program.main(["--check"]) == 1
-    assert capsys.readouterr().err == "docs/models.md is outdated; run python -m tools.model_page\n"
+    assert capsys.readouterr().err == "docs/reference/models.md is outdated; run python -m tools.model_page\n"
     assert program.main([]) == 0
     assert program.main(["--check"]) == 0
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Whole runs as two processes over gloo, forked off one that has imported everything, as a test's own process should not fork.
+"""Runs two processes over gloo, forked from a server that has imported everything, since a test should not fork.
 
 `python -m tests.training.ranks FOLDER CACHE NAME=WORLD:OVERRIDE;OVERRIDE …` leaves a folder and a log a run, one run
 after another.

@@ -40,7 +40,7 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def run(aihub_root: Path, tmp_path: Path) -> Run:
-    """A function of overrides that trains two steps on a CPU, with the combination's own settings but for sizes, and gives the folder."""
+    """Returns a function that trains two CPU steps with a combination's settings, at tiny size, and returns the folder."""
 
     def make(*overrides: str) -> Path:
         folder = tmp_path / "run"
@@ -70,7 +70,7 @@ def run(aihub_root: Path, tmp_path: Path) -> Run:
 
 
 def check(folder: Path, videos: Path, run: Run, *overrides: str) -> None:
-    """The folder is whole, a checkpoint captions as the run did, evaluation gives its scores again, and a resumed run has nothing to do."""
+    """The folder is complete, its checkpoint captions and scores as the run did, and resuming has nothing to do."""
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["parameters"]["projector"]["trained"] > 0

@@ -1,4 +1,4 @@
-"""A resumed run goes on with its record in W&B, MLflow, TensorBoard, trackio and CSV, and a run from the start begins a new one."""
+"""A resumed run continues its record in W&B, MLflow, TensorBoard, trackio and CSV; a fresh run begins a new one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MakeConfig = Callable[..., Config]
 
 @pytest.fixture
 def start(tiny_config: MakeConfig, tmp_path: Path) -> Iterator[Callable[..., list[Logger]]]:
-    """A function that starts the loggers of a run in `tmp_path / "run"` and logs the losses of steps, as a run that is then killed."""
+    """Returns a function that starts the loggers of a run in `tmp_path / "run"` and logs losses until it is killed."""
 
     def make(
         kind: str, step: int | None, last: int, *overrides: str, folder: str = "run", resumes: str = "last"

@@ -1,4 +1,4 @@
-"""What a step does: one large batch however it is accumulated, stages that move their parts alone, and clips that cannot be used."""
+"""Training steps: accumulation equals one large batch, stages train their components alone, bad clips are skipped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_STAGE = ("tuning=lora", "llm.max_caption_tokens=96", "evaluation.every_n_epo
 
 
 class Watch(L.Callback):
-    """Notes gradients as the optimiser got them, the label tokens of each micro-batch, and adapters and state after each epoch."""
+    """Records the optimiser's gradients, the label tokens of micro-batches, and adapters and state after each epoch."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []

@@ -95,7 +95,7 @@ def test_trackio(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("tensorboard", "pip install 'vlmcap[tensorboard]'"),
         ("mlflow", "pip install 'vlmcap[mlflow]'"),
-        ("trackio", "docs/wandb.md says how to install it"),
+        ("trackio", "docs/howto/loggers.md says how to install it"),
     ],
 )
 def test_a_missing_package_is_said_before_anything_is_written(

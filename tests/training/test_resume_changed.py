@@ -1,4 +1,4 @@
-"""A run that goes on with other batches, accumulation or epochs follows its schedule from where it was to its end, or is refused."""
+"""A run resumed with other batches, accumulation or epochs continues its schedule to the end, or is refused."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_best_checkpoint_along(tm
 
 
 def test_checkpoints_of_an_earlier_run_are_not_those_of_a_fresh_one(tmp_path: Path) -> None:
-    """A run that starts afresh in a used folder and dies before its first validation must not take up the other's best checkpoint."""
+    """A fresh run in a used folder that dies before its first validation must not resume the other's best checkpoint."""
     from tests.training.test_kill_points import KilledError
 
     fit_script(tmp_path / "straight", "last", Points())

@@ -79,7 +79,7 @@ WAITING = (
 def test_an_early_end_counts_in_the_last_stage_alone(
     tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a delta that nothing reaches, the first validation of the last stage is the best, and two more are waited for."""
+    """With a delta that nothing reaches, the first validation of the last stage stays the best, and two more follow."""
     folder = tmp_path / "run"
     delta = ("monitor=val/meteor", "callbacks.early_stopping.min_delta=1000", "tuning.align_epochs=4")
     train(tiny_config(folder, *WAITING, *delta))

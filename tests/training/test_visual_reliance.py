@@ -1,4 +1,4 @@
-"""A model that does not look loses nothing without its video, one that looks does, and training never notices the question."""
+"""A model that ignores videos loses nothing without them, one that looks does, and training is not affected."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ BLOCK = 32768
 
 
 def chunks(content: bytes) -> Iterator[bytes]:
-    """Whole records: blocks of 32 KiB after a header of 7 bytes, each part of a record after checksum, length and type."""
+    """Yields whole records: 32 KiB blocks after a 7-byte header, each part after checksum, length and type."""
     joined, position = b"", 7
     while position + 7 <= len(content):
         left = BLOCK - position % BLOCK

@@ -12,10 +12,10 @@ def run(options: Namespace) -> None:
         UserError: The output is in use, or the checkpoint or its base checkpoint cannot be used.
     """
     from vlmcap.config_saved import override_values
-    from vlmcap.training.checkpoints.export import export
+    from vlmcap.training.checkpoints.export import describe_export, export
 
     overrides = override_values(options.overrides)
     exported = export(
         options.checkpoint, options.output, dtype=options.dtype, device=options.device, overrides=overrides
     )
-    print(tell(exported))
+    print(describe_export(exported))

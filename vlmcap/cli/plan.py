@@ -46,7 +46,7 @@ def _one(overrides: Sequence[str], *, as_json: bool, shows_all: bool) -> None:
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:
-        show_plan(plan, is_pretrained_vlm=shows_all)
+        show_plan(plan, show_all=shows_all)
     if not plan.fits:
         raise SystemExit(1)
 

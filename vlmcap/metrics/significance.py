@@ -21,7 +21,7 @@ the wrong side. So
   the levels of Student's t. BCa of a difference would cover less often than the widened quantiles do, and a studentized
   interval of a score that depends on few clips can leave its range.
 
-`benchmarks/metrics/coverage.py` measures all of them; docs/scores.md has the results.
+`benchmarks/metrics/coverage.py` measures all of them; docs/explanation/korean_scores.md has the results.
 
 Only clips are resampled. Clips of one video are not independent, and the variation over training seeds is not included:
 an interval is too narrow where either matters.

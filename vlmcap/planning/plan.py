@@ -188,12 +188,12 @@ def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: round(size / GIB, 4) for name, size in parts.items()}
 
 
-def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
+def show_plan(plan: Plan, *, show_all: bool = False) -> None:
     """Prints where the memory goes, what the run costs, and the verdict last.
 
     Args:
         plan: Plan to print.
-        is_pretrained_vlm: Whether small entries are listed one by one.
+        show_all: Whether small entries are listed one by one.
     """
     console = Console(highlight=False)
     for what, moment, gib in (
@@ -206,7 +206,7 @@ def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
         table.add_column(overflow="fold")
         table.add_column(justify="right")
         table.add_column(no_wrap=True)
-        for name, size in _rows(moment, plan.device.context_gib, is_pretrained_vlm):
+        for name, size in _rows(moment, plan.device.context_gib, show_all):
             table.add_row(name, f"{size:.2f} GiB", "█" * round(_WIDTH * size / max(gib, 1e-9)))
         console.print(table)
     console.print(_costs(plan))
@@ -215,8 +215,8 @@ def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
     console.print(_verdict(plan), style="bold green" if plan.fits else "bold red", markup=False)
 
 
-def _rows(moment: Moment, context_gib: float, is_pretrained_vlm: bool) -> list[tuple[str, float]]:
-    large = {name: size for name, size in moment.parts.items() if is_pretrained_vlm or size >= _SMALL}
+def _rows(moment: Moment, context_gib: float, show_all: bool) -> list[tuple[str, float]]:
+    large = {name: size for name, size in moment.parts.items() if show_all or size >= _SMALL}
     rest = sum(size for name, size in moment.parts.items() if name not in large)
     rows = [(name, size / GIB) for name, size in large.items()] + ([("smaller parts", rest / GIB)] if rest else [])
     return [*rows, ("CUDA context", context_gib)] if context_gib else rows

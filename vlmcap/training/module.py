@@ -24,7 +24,7 @@ from vlmcap.training.checkpoints.load import check_base_checkpoints, check_weigh
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import gather_random_states, set_random_states
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch, ValidationBatch
+from vlmcap.types import Batch, ValidationBatch, select_rows
 
 
 @dataclass(frozen=True, slots=True)

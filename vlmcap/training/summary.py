@@ -179,7 +179,7 @@ def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
 
 
 def _peak_memory_gib(config: Config) -> float | None:
-    """Returns the peak memory of the device, or of this process on the CPU; None on Windows, which does not count it."""
+    """Returns the peak memory of the device, or of this process on the CPU; None on Windows, which counts none."""
     import torch
 
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Frames are shown as players show them, whichever container says how; what was found stands in docs/reference/video.md."""
+"""Frames are shown as players show them, in every container; docs/reference/video.md lists the cases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The frames that are read are those of a full decode, for every encoding, container and sampling.
 
-The plain run takes a slice; `-m slow` takes all and counts them in docs/reference/video.md (UPDATE_DOCS=1 writes the table).
+The plain run takes a slice; `-m slow` takes all and counts them in docs/reference/video.md
+(UPDATE_DOCS=1 writes the table).
 """
 
 from __future__ import annotations

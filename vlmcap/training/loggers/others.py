@@ -121,7 +121,7 @@ class TrackioLogger(Logger):
 
     def __init__(self, config: Config, plain: Mapping[str, Any], job_type: str, known_id: str | None = None) -> None:
         super().__init__()
-        require_package("trackio", "docs/wandb.md says how to install it")
+        require_package("trackio", "docs/howto/loggers.md says how to install it")
         assert isinstance(config.logger, TrackioConfig)
         self._project, self._name = config.logger.project, known_id or run_name(config)
         resume = "allow" if known_id else "never"
