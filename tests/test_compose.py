@@ -100,20 +100,20 @@ def test_no_experiment_was_forgotten() -> None:
     assert EXPERIMENTS.keys() | STUDIES.keys() | BASES == {name for group, name in GROUPS if group == "experiment"}
 
 
-@pytest.mark.parametrize("is_pretrained_vlm", thinned([False, True], lambda is_pretrained_vlm: not is_pretrained_vlm))
+@pytest.mark.parametrize("is_whole_grid", thinned([False, True], lambda is_whole_grid: not is_whole_grid))
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_run_of_a_study_composes_and_differs(name: str, is_pretrained_vlm: bool) -> None:
+def test_every_run_of_a_study_composes_and_differs(name: str, is_whole_grid: bool) -> None:
     """`-m` alone gives the whole grid; its head says what is asked, how, and how long it takes."""
     jobs, swept = expand([f"experiment={name}", *filled(name)])
     assert len(jobs) == STUDIES[name]
     assert ("seed" in swept) == name.endswith("_demo")
-    composed = jobs if is_pretrained_vlm else (jobs[0], jobs[-1])
+    composed = jobs if is_whole_grid else (jobs[0], jobs[-1])
     configs = [
         to_plain(compose(job))
         for job in composed
-        if not is_pretrained_vlm or not {f"seed={seed}" for seed in range(1, 5)} & set(job)
+        if not is_whole_grid or not {f"seed={seed}" for seed in range(1, 5)} & set(job)
     ]
-    assert len(configs) == (len(jobs) / (5 if name.endswith("_demo") else 1) if is_pretrained_vlm else 2)
+    assert len(configs) == (len(jobs) / (5 if name.endswith("_demo") else 1) if is_whole_grid else 2)
     assert all(config not in configs[:index] for index, config in enumerate(configs))
     head = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
     assert f"python train.py -m experiment={name}" in head

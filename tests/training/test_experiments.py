@@ -40,7 +40,7 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def run(aihub_root: Path, tmp_path: Path) -> Run:
-    """Returns a function that trains two CPU steps with a combination's settings, at tiny size, and returns the folder."""
+    """Returns a function that trains two CPU steps of a combination at tiny size and returns the folder."""
 
     def make(*overrides: str) -> Path:
         folder = tmp_path / "run"

@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_best_checkpoint_along(tm
 
 
 def test_checkpoints_of_an_earlier_run_are_not_those_of_a_fresh_one(tmp_path: Path) -> None:
-    """A fresh run in a used folder that dies before its first validation must not resume the other's best checkpoint."""
+    """A fresh run in a used folder that dies before its first validation must not resume the other best checkpoint."""
     from tests.training.test_kill_points import KilledError
 
     fit_script(tmp_path / "straight", "last", Points())

@@ -185,5 +185,5 @@ def read_number(pixels: NDArray[np.uint8]) -> int:
     grey = pixels[..., 1].reshape(ROWS, CELL, COLUMNS, CELL)[:2, 8:-8, :, 8:-8].mean(axis=(1, 3))
     first, *code, last = (grey > 128).astype(int).ravel().tolist()
     bits, inverted = code[:BITS], code[BITS:]
-    is_pretrained_vlm = first == 1 and last == 0 and all(a != b for a, b in zip(bits, inverted, strict=True))
-    return sum(bit << k for k, bit in enumerate(bits)) if is_pretrained_vlm else -1
+    is_readable = first == 1 and last == 0 and all(a != b for a, b in zip(bits, inverted, strict=True))
+    return sum(bit << k for k, bit in enumerate(bits)) if is_readable else -1
