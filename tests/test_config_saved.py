@@ -13,7 +13,7 @@ from vlmcap.cli import caption
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config
 from vlmcap.config.unread import unread_keys
-from vlmcap.config_saved import _OF_TRAINING, _READ, _READ_OF_LORA, override_values, saved_config
+from vlmcap.config_saved import _TRAINING_ONLY, _READ, _READ_OF_LORA, override_values, saved_config
 from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.load import read_checkpoint
 from vlmcap.training.run import evaluate, train
@@ -144,7 +144,7 @@ def test_captioning_refuses_what_it_does_not_read(override: str) -> None:
 
 
 def is_of_training(key: str) -> bool:
-    return key.startswith(tuple(_OF_TRAINING)) and not key.startswith((*_READ, *_READ_OF_LORA))
+    return key.startswith(tuple(_TRAINING_ONLY)) and not key.startswith((*_READ, *_READ_OF_LORA))
 
 
 @pytest.mark.slow

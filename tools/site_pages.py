@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmcap.planning.sweep_budget.plan_sweep import plan_sweep
+from vlmcap.planning.sweep_budget.make_sweep_plan import plan_sweep
 
-from tools.model_page import markdown_table
+from tools.model_tables import markdown_table
 from vlmcap.cli.arguments import COMMANDS
 from vlmcap.config_files import group_choices
 from vlmcap.config_unread import NO_DATA
@@ -139,7 +139,7 @@ def gpu_table(language: str) -> str:
         plan = make_plan(config)
         hours = plan_sweep(overrides).total_h
         parts = f"{config.encoder.name} + {config.projector.name} + {config.llm.name}"
-        memory = f"{plan.peak_gib:.1f} / {plan.gpu.usable_gib:.1f}"
+        memory = f"{plan.peak_gib:.1f} / {plan.device.usable_gib:.1f}"
         rows.append(
             (
                 gpu.name,
