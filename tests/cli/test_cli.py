@@ -119,7 +119,7 @@ def test_features_are_built_listed_and_pruned(
     assert ended.value.code == 1 and said.out.startswith("Damaged: 1 clips in 1 files of ")
     assert f"{shard}: the features of 1 clips differ from those that were written (first " in said.err
     cli.main(["cache", "verify", where])
-    assert capsys.readouterr().out.startswith("21 clips in ")
+    assert capsys.readouterr().out.startswith("All 21 clips in ")
     assert (
         f"'{keys[0]}'" in exits(["cache", "prune", "--key", keys[0], where], capsys)[1]
     )  # this process built it, so it is in use

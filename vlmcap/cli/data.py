@@ -92,7 +92,7 @@ def check_data(
 def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
     """Counts the tokens of captions in `report`; returns the reason if they cannot be counted, else an empty text."""
     group = "model" if config.is_pretrained_vlm else "llm"
-    settings: Any = config.model if config.is_pretrained_vlm else config.llm
+    settings = getattr(config, group)
     checkpoint = settings.checkpoint
     if checkpoint == TINY:
         return (
