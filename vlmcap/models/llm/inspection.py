@@ -24,7 +24,7 @@ _MAX_LICENSE_CHARS = 120  # of the first line of a LICENSE file
 # If these packages are installed, transformers uses their kernels; otherwise it is correct, but slower.
 _PACKAGE = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
 _HUB_KERNELS = "is_kernels_available()"  # in the source of the few classes that download compiled code themselves
-_DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # import names that differ from the names on PyPI
+_DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # import names that differ from the names of their distributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LlmDescription:
         sliding_window: Window of sliding-window layers in tokens; None if every layer attends to all tokens.
         is_packable: Whether `data.batching=packed` keeps the clips of a row apart.
         is_native: Whether `evaluation.engine=native` can decode captions; otherwise transformers' `generate` does.
-        optional_packages: Packages on PyPI that make the class faster.
+        optional_packages: Packages that make the class faster.
         missing_packages: Optional packages that are not installed.
         problems: One sentence for each reason why a run cannot use the checkpoint as it is.
     """
