@@ -427,5 +427,5 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
     assert compose(["encoder=siglip2"]).encoder.checkpoint.startswith("google/")
     with pytest.raises(UserError, match=r"choose encoder= one of .*mine"):
         compose(["encoder=mien"])
-    with pytest.raises(UserError, match=r"--config-dir .* is no folder"):
+    with pytest.raises(UserError, match=r"--config-dir .* is not a folder"):
         use_config_dir(str(tmp_path / "missing"))

@@ -13,7 +13,7 @@ from vlmcap.cli import caption
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config
 from vlmcap.config.unread import unread_keys
-from vlmcap.config_saved import _TRAINING_ONLY, _READ, _READ_OF_LORA, override_values, saved_config
+from vlmcap.config_saved import _READ, _READ_OF_LORA, _TRAINING_ONLY, override_values, saved_config
 from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.load import read_checkpoint
 from vlmcap.training.run import evaluate, train

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
     [
         ("broken", "x = 1\nraise KeyError('y')", r"cannot be loaded \(KeyError: .*y.* at broken\.py:2\)"),
         ("idle", "x = 1", "registers no component"),
-        ("my-part", GATED, "rename it"),
+        ("my-part", GATED, "use only letters, digits and _ in its name"),
         ("json", GATED, "has the name of another module"),
         (
             "taken",
@@ -145,7 +145,7 @@ def test_a_broken_distribution_is_left_out(
     points = "[vlmcap.projectors]\ngated = vlm_broken:Gone\n[vlmcap.encoders]\nother = vlm_broken\n"
     install(tmp_path, "vlm_broken", "x = 1\n", points)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    assert compose([]).projector.kind == "mlp"
+    assert compose([]).projector.kind == "pixel_shuffle"
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[:5] for line in told] == [["Warning:", "the", "installed", "plugin", "vlm_broken"]] * 2
     assert "is ignored, because it cannot be loaded (AttributeError" in "".join(told)

@@ -37,7 +37,7 @@ All keys of `python train.py KEY=VALUE`. The files under `conf/` may set other v
 `python train.py --cfg job …` shows the values of a command. If a group has kinds, the keys of all kinds come first,
 and every other key is listed with the kinds that read it; it is refused with any other kind. *→ key* is a default
 that follows another key, *required* means that a file or the command line must set the key, and *only with* names the
-setting that makes a key effective. [conf/README.md](../conf/README.md) explains how the files work together. Keys
+setting that makes a key effective. [Configuration files](configuration.md) explains how the files work together. Keys
 under `llm.suggested` are for files only.
 
 """

@@ -19,14 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmcap.planning.sweep_budget.make_sweep_plan import plan_sweep
-
 from tools.model_tables import markdown_table
 from vlmcap.cli.arguments import COMMANDS
 from vlmcap.config_files import group_choices
 from vlmcap.config_unread import NO_DATA
 from vlmcap.planning.known_data import planned
 from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.sweep_budget.make_sweep_plan import plan_sweep
 from vlmcap.program import help_text
 
 ROOT = Path(__file__).resolve().parents[1]

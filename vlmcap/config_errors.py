@@ -28,7 +28,7 @@ def explain(error: Exception) -> str:
         if hint := foreign_key(f"{group}={choice}"):  # given in a YAML file; on the command line it is refused earlier
             return hint
         if choices := ", ".join(group_choices(group)):
-            return f"there is no {group} named '{choice}'; choose {group}= one of {choices}"
+            return f"{group}={choice} does not exist; choose one of {choices}"
         return f"{group}={choice} does not exist, and there are no files under {group}/; remove it"
     if override := getattr(error, "override", None):  # it could not be parsed
         key, _, value = override.partition("=")

@@ -109,7 +109,7 @@ def test_it_is_only_chosen_where_it_is_cheaper_and_fits(costs: CacheCosts) -> No
         assert choice.with_s < choice.without_s
         assert costs.num_missing * costs.num_bytes <= costs.free_bytes
         assert costs.max_bytes is None or costs.num_clips * costs.num_bytes <= costs.max_bytes
-    assert choice.sentence.startswith(f"cache.enabled=auto: {'on' if choice.is_on else 'off'}, as ")
+    assert choice.sentence.startswith(f"cache.enabled=auto: {'on' if choice.is_on else 'off'}, because ")
     more = choose_cache(dataclasses.replace(costs, num_visits=costs.num_visits + 1000))
     assert more.is_on or not choice.is_on, "more epochs never speak against a cache"
 

@@ -224,7 +224,7 @@ def test_equal_ids_within_a_split_are_refused_and_in_two_are_not(root: Path, mak
     write(root / "val.jsonl", line("tape1_0", id="x"))
     load_splits(make(), ALL[:2])
     write(root / "train.jsonl", line("tape0_0", id="x"), line("tape0_1", id="x"))
-    with pytest.raises(UserError, match=r"the id 'x' stands for two clips.*tape0_0\.mp4.*tape0_1\.mp4"):
+    with pytest.raises(UserError, match=r"two clips of one split have the id 'x'.*tape0_0\.mp4.*tape0_1\.mp4"):
         load_splits(make(), ALL[:2])
 
 

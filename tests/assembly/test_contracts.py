@@ -98,9 +98,9 @@ def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(
 @pytest.mark.parametrize(
     ("old", "new", "contract", "words"),
     [
-        (".flatten(2)", ".flatten(2)[..., ::2]", "it gives the stated grid", r"features gives \(4, 8, 32\)"),
+        (".flatten(2)", ".flatten(2)[..., ::2]", "it gives the stated grid", r"features returned \(4, 8, 32\)"),
         ("self.cells(pixels)", "self.cells(pixels - pixels.mean(0))", "clips of a batch", "differs by"),
-        ('kind: str = "cells"', 'kind: str = "cells"; checkpoint: str = ""', "equal frames", "random at each load"),
+        ('kind: str = "cells"', 'kind: str = "cells"; checkpoint: str = ""', "equal frames", "random after every load"),
         (
             "return encoder",
             "return encoder.to_empty(device='cpu')",

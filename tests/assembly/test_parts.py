@@ -223,7 +223,7 @@ def test_keep_encoder_and_projector_and_swap_the_language_model(
         assert torch.equal(projector[f"projection.layers.{ours}.weight"], saved[name])
     other = [*real_path, *llava, f"llm.checkpoint={narrow_llm(llm_folder, tmp_path / 'narrow')}"]
     with pytest.raises(
-        UserError, match=r"language model of width 64, but llm is 32 wide; set projector\.checkpoint=null"
+        UserError, match=r"language model of width 64, but llm has width 32; set projector\.checkpoint=null"
     ) as caught:
         assembled(compose(other))
     assert "\n" not in str(caught.value)

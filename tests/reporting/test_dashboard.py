@@ -118,7 +118,7 @@ def test_without_a_network_the_command_writes_a_file_and_says_how_to_publish(
     monkeypatch.setenv("WANDB_MODE", "offline")
     main(["dashboard", "--project", "captions"])
     assert capsys.readouterr().out == (
-        "W&B cannot be reached, as WANDB_MODE=offline says; dashboard.json holds the dashboard's definition; "
+        "W&B cannot be reached, because WANDB_MODE=offline; dashboard.json holds the dashboard's definition; "
         "run `vlmcap dashboard --project captions` with an API key and a network to publish it.\n"
     )
     main(["dashboard", "--entity", "team", "--json", "made/one.json"])

@@ -14,6 +14,7 @@ from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.captioning import (
     MAX_SLOTS,
+    CaptionPlan,
     UNPACKED_BYTES,
     cached_bytes,
     clip_bytes,
@@ -88,19 +89,26 @@ def make_plan(
         batch_size=batch_size,
         flops=flops / batch_size,
         clip_s=_step_seconds(config, flops, steps, device) / batch_size,
-        eval_batch_size=captioning.num_slots,
-        caption_s=captioning.caption_s,
-        token_s=captioning.token_s,
-        token_bytes=captioning.token.moved_bytes,
-        token_launches=captioning.token.num_launches,
-        is_captured=captioning.token.is_captured,
-        is_merged=captioning.is_merged,
+        **_caption_fields(captioning),
         num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
         cache_bytes=cached_bytes(memory_profiler),
         download_bytes=download_bytes(config),
         num_kept=num_kept,
         not_counted=unknown,
     )
+
+
+def _caption_fields(captioning: CaptionPlan) -> dict[str, Any]:
+    """Returns the fields of a plan that describe how captions are generated."""
+    return {
+        "eval_batch_size": captioning.num_slots,
+        "caption_s": captioning.caption_s,
+        "token_s": captioning.token_s,
+        "token_bytes": captioning.token.moved_bytes,
+        "token_launches": captioning.token.num_launches,
+        "is_captured": captioning.token.is_captured,
+        "is_merged": captioning.is_merged,
+    }
 
 
 def _check_plannable(config: Config) -> None:

@@ -88,13 +88,8 @@ def build_run(
         # The random state does not depend on what was cached before, and each rank draws its own dropout.
         L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
-    module = make_module(
-        config,
-        assembly.captioner,
-        plan,
-        checkpoint_identity(config, assembly.sources),
-        open_skipped_log(config, data.clips),
-    )
+    identity, skipped_log = checkpoint_identity(config, assembly.sources), open_skipped_log(config, data.clips)
+    module = make_module(config, assembly.captioner, plan, identity, skipped_log)
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)
     callbacks = _common_callbacks(config, data, evaluation, folder, trial)
     if not is_training:

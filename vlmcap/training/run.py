@@ -81,13 +81,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     folder = Path(config.paths.output_dir)
 
     # 1. Read the checkpoint that the run resumes from, if there is one.
-    resumed = find_resume_checkpoint(config)
-    step = None
-    if resumed is not None:
-        checkpoint = read_checkpoint(resumed)
-        check_resume_position(checkpoint["vlmcap"], config)
-        step = int(checkpoint["global_step"])
-        del checkpoint
+    resumed, step = _find_resume_step(config)
 
     # 2. Check everything that needs no data and no weights.
     check_run(config, resumed)
@@ -109,13 +103,8 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     # 6. Assemble the model.
     with progress_reporter("loading the model") if is_main(config) else nullcontext():
-        assembly = assemble(
-            spec,
-            features,
-            is_fresh=resumed is None,
-            num_kept_layers=num_kept_layers(config),
-            is_meta=receives_weights(config),
-        )
+        options = {"num_kept_layers": num_kept_layers(config), "is_meta": receives_weights(config)}
+        assembly = assemble(spec, features, is_fresh=resumed is None, **options)
     seconds = {"prepare": time.perf_counter() - started}
 
     # 7. Fit, with smaller micro-batches if memory runs out early and `trainer.shrink_on_oom` allows it.
@@ -137,6 +126,16 @@ def _train(config: Config, trial: Trial | None) -> float:
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
     return _monitored_value(config, scores)
+
+
+def _find_resume_step(config: Config) -> tuple[Path | None, int | None]:
+    """Returns the checkpoint that the run resumes from and its step, or None twice."""
+    resumed = find_resume_checkpoint(config)
+    if resumed is None:
+        return None, None
+    checkpoint = read_checkpoint(resumed)
+    check_resume_position(checkpoint["vlmcap"], config)
+    return resumed, int(checkpoint["global_step"])
 
 
 def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float]:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -23,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
-from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.merge import adapters_for_inference
 from vlmcap.planning.estimate.meta_models import (
@@ -39,6 +35,7 @@ from vlmcap.planning.estimate.meta_models import (
     planned_sizes,
     text_config,
 )
+from vlmcap.planning.estimate.profile_store import ProfileStore
 from vlmcap.planning.estimate.score_models import KEYS, profile_scores
 from vlmcap.planning.estimate.sizes import Sizes, clip_sizes, frames_shape, language_batch, uses_native_decoding
 from vlmcap.planning.estimate.stages import (
@@ -57,51 +54,6 @@ ORIGINALS = "originals of weights"  # weights that merged copies replace during 
 _SHORT_DEPTH = 2  # blocks in the shorter of two profiles
 _FEW_TOKENS, _MORE_TOKENS = 4096, 24576  # tokens of the batches that the language model is profiled at
 NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # for profiles of the language model alone
-_PROFILED_PACKAGES = ("models", "planning", "assembly")  # packages whose code decides on a profile
-
-
-class ProfileStore:
-    """Caches memory profiles on disk, by the data that they depend on.
-
-    Args:
-        folder: Folder of JSON files, one per profile; created when the first is stored.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def get(self, key: dict[str, Any], make: Callable[[], StageMemory]) -> StageMemory:
-        """Returns the profile of `key`, which is made if missing; files that cannot be read or written are ignored.
-
-        Args:
-            key: Plain data that decides on the profile.
-            make: Makes the profile.
-        """
-        text = json.dumps([key, _code_version()], sort_keys=True, default=str)
-        file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-        try:
-            return StageMemory(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            pass
-        profile = make()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as target:
-                target.write_text(json.dumps(profile.plain()), encoding="utf-8")
-        except OSError:
-            pass
-        return profile
-
-
-@cache
-def _code_version() -> str:
-    """Returns a hash of this package's code and of the library versions that decide on a profile."""
-    digest = hashlib.sha256()
-    for package in _PROFILED_PACKAGES:
-        for file in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
-            digest.update(file.read_bytes())
-    libraries = " ".join(version(name) for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    return f"{digest.hexdigest()} {libraries}"
 
 
 class MemoryProfiler:

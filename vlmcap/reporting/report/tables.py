@@ -12,6 +12,14 @@ from rich.table import Table
 from vlmcap.reporting.report.records import Difference, Effect, Ends, GroupRow, Report, RunRow, Value
 from vlmcap.reporting.report.rows import ALPHA
 
+_RUN_COLUMNS = ("id", "name", "group", "seed", "status", "reason")  # the factors stand behind the first three
+_COST_COLUMNS = (
+    "seconds", "peak_memory_gib", "planned_gib", "parameters", "trained_parameters", "is_collapsed", "not_compared"
+)  # fmt: skip
+_GROUP_COLUMNS = (
+    "score", "low", "high", "seeds", "difference", "difference_low", "difference_high", "p", "p_holm"
+)  # fmt: skip
+
 
 def leaderboard_csv(report: Report) -> str:
     """Returns a CSV table with a line per run: its single values, then those of its group."""
@@ -19,42 +27,10 @@ def leaderboard_csv(report: Report) -> str:
     groups = {group.id: group for group in report.groups}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
+    intervals = (f"{report.metric}/low", f"{report.metric}/high")
     writer.writerow(
-        [
-            "id",
-            "name",
-            "group",
-            *report.factors,
-            "seed",
-            "status",
-            "reason",
-            *names,
-            f"{report.metric}/low",
-            f"{report.metric}/high",
-        ]
-        + [
-            "seconds",
-            "peak_memory_gib",
-            "planned_gib",
-            "parameters",
-            "trained_parameters",
-            "is_collapsed",
-            "not_compared",
-        ]
-        + [
-            f"group/{name}"
-            for name in (
-                "score",
-                "low",
-                "high",
-                "seeds",
-                "difference",
-                "difference_low",
-                "difference_high",
-                "p",
-                "p_holm",
-            )
-        ]
+        [*_RUN_COLUMNS[:3], *report.factors, *_RUN_COLUMNS[3:], *names, *intervals, *_COST_COLUMNS]
+        + [f"group/{name}" for name in _GROUP_COLUMNS]
         + ["revision", "folder", "command"]
     )
     for run in report.runs:
