@@ -233,12 +233,11 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (
             ["encoder=siglp2"],
             [
-                "no encoder named 'siglp2'",
-                "choose encoder= one of clip, custom, dinov3_7b,",
+                "encoder=siglp2 does not exist; choose one of clip, custom, dinov3_7b,",
                 "siglip2, siglip2_naflex, tiny",
             ],
         ),
-        (["tuning=lroa"], ["no tuning named 'lroa'", "lora"]),
+        (["tuning=lroa"], ["tuning=lroa does not exist", "lora"]),
         (["encodr=clip"], ["no key 'encodr'", "did you mean encoder"]),
         (["data.num_frame=8"], ["no key 'data.num_frame'", "did you mean data.num_frames"]),
         (["tuning.epoch=3"], ["no key 'tuning.epoch'", "did you mean tuning.epochs"]),
@@ -425,7 +424,7 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
     assert compose(["encoder=mine"]).encoder.name == "mine"
     assert compose(["encoder=mine", "encoder.checkpoint=hub/third"]).encoder.name == "third"
     assert compose(["encoder=siglip2"]).encoder.checkpoint.startswith("google/")
-    with pytest.raises(UserError, match=r"choose encoder= one of .*mine"):
+    with pytest.raises(UserError, match=r"choose one of .*mine"):
         compose(["encoder=mien"])
     with pytest.raises(UserError, match=r"--config-dir .* is not a folder"):
         use_config_dir(str(tmp_path / "missing"))

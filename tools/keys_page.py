@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parser.parse_args(arguments).check:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"docs/{PAGE.name} is outdated; run python -m tools.keys_page", file=sys.stderr)
+        print(f"docs/reference/{PAGE.name} is outdated; run python -m tools.keys_page", file=sys.stderr)
         return 1
     return 0
 

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.check:
         if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
             return 0
-        print(f"docs/{PAGE.name} is outdated; run python -m tools.model_page", file=sys.stderr)
+        print(f"docs/reference/{PAGE.name} is outdated; run python -m tools.model_page", file=sys.stderr)
         return 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

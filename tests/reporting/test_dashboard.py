@@ -193,7 +193,7 @@ def test_the_agents_command_composes(
     ("overrides", "sentence"),
     [
         (["encoder=clip"], "no key has several values"),
-        (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
+        (["encoder=clip,siglp2"], "encoder=siglp2 does not exist; choose one of"),
         (["tuning.adapter_lr=interval(1e-5,1e-3)"], "sweep.method=grid cannot search a range"),
         (["seed=0,1", "sweep=wandb", "sweep.max_runs=0"], "sweep.max_runs must be at least 1"),
     ],

@@ -86,7 +86,7 @@ def test_a_row_has_type_default_and_comment() -> None:
 def test_a_kind_shows_what_it_has_besides() -> None:
     page = program.page()
     mlp = page.partition("### `projector.kind=mlp`\n")[2].partition("\n##")[0]
-    assert "| `projector.depth` | integer | `2` | linear layers |" in mlp
+    assert "| `projector.depth` | integer | `2` | number of linear layers |" in mlp
     assert "projector.checkpoint" not in mlp  # all have it
     assert compose(["projector=mlp"]).projector.temporal.name == "position"
     assert "`local_global` | `position` |" in mlp

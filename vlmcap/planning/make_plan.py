@@ -14,8 +14,8 @@ from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.captioning import (
     MAX_SLOTS,
-    CaptionPlan,
     UNPACKED_BYTES,
+    CaptionPlan,
     cached_bytes,
     clip_bytes,
     feature_values,

@@ -224,7 +224,7 @@ class MemoryProfiler:
         )
 
     def _profile_encoder(self, num_clips: int, depth: int) -> StageMemory:
-        mode = _fake_mode()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         encoder = fake_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
         shape = frames_shape(self.config, encoder, self.sizes.grid)
@@ -244,7 +244,7 @@ class MemoryProfiler:
         )
 
     def _profile_projector(self, num_clips: int) -> StageMemory:
-        mode = _fake_mode()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         encoder = cached_meta_encoder(self.config)
         projector = fake_projector(self.config, planned_sizes(self.config, encoder), mode)
         frames, rows, columns = self.sizes.grid
@@ -267,7 +267,7 @@ class MemoryProfiler:
     def _profile_language(
         self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0
     ) -> StageMemory:
-        mode = _fake_mode()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         is_training = is_training and num_caption > 0
         llm, captioner_class = fake_llm(self.config, mode, depth, self.has_flash, num_kept)
         llm.train(is_training)
@@ -398,7 +398,3 @@ class FastMemoryProfiler(MemoryProfiler):
     def _with_visual(self, num_visual: int) -> MemoryProfiler:
         sizes = Sizes((1, 1, num_visual), 0, 1, 0, num_visual, (num_visual,), 0)
         return MemoryProfiler(self.config, self.has_flash, sizes).with_adapters(is_merged=self.is_merged)
-
-
-def _fake_mode() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
