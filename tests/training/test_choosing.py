@@ -86,7 +86,11 @@ def clips(**sizes: int) -> dict[str, list[Clip]]:
 @pytest.mark.parametrize(
     ("overrides", "sizes", "expected"),
     [
-        ((), {"train": 9, "val": 1}, r"monitor=val/cider compares clips .*val has 1 clip .*set monitor=val/loss$"),
+        (
+            (),
+            {"train": 9, "val": 1},
+            r"monitor=val/cider compares clips .*validation uses 1 clip; .*set monitor=val/loss$",
+        ),
         (("evaluation.max_clips=1",), {"train": 9, "val": 9}, r"monitor=val/cider .*evaluation\.max_clips is 1"),
         (("monitor=val/cider_d",), {"train": 9, "val": 1}, r"monitor=val/cider_d "),
     ],

@@ -40,7 +40,7 @@ def small(folder: Path, cache: Path, *overrides: str) -> Config:
 @pytest.mark.parametrize(
     ("overrides", "most"),
     [
-        ([], 64),
+        ([], 32),
         (["encoder=siglip2", "llm=qwen3_8b", "hardware=l4"], 32),
         (["model=qwen3_vl_8b", "hardware=h100", "hardware.devices=2", "trainer.num_nodes=2"], 128),
         (["data=jsonl", "data.root=x", "tuning=full", "llm.quantization=none", "data.batch_size=3"], 6),
@@ -59,7 +59,10 @@ def test_fast_has_two_steps_of_the_runs_own_batches(overrides: list[str], most: 
             * config.trainer.num_nodes
         )
         assert most == 2 * clips_per_step
-    assert {stage.epochs for stage in config.tuning.stages.values()} == {1}
+    epochs = {name: stage.epochs for name, stage in compose(overrides).tuning.stages.items()}
+    assert {name: stage.epochs for name, stage in config.tuning.stages.items()} == {
+        name: min(number, 1) for name, number in epochs.items()
+    }
     assert (num_clips(config).val, num_clips(config).test) == (2, 2)
 
 
@@ -96,6 +99,7 @@ def test_a_fast_run_leaves_what_a_run_leaves(
             tmp_path,
             tiny_cache,
             "debug=fast",
+            "tuning=two_stage",
             "data.batch_size=3",
             "trainer.accumulate_grad_batches=2",
             "llm.max_new_tokens=6",
@@ -135,7 +139,7 @@ def test_an_overfitting_run_scores_the_clips_that_it_trained_on(
 
 def test_what_was_tried_is_said() -> None:
     overfit, clips = compose(["debug=overfit"]), {"train": 8, "val": 8}
-    assert "is 0.040, so these parts can learn" in debug_report(overfit, {"val/loss": 0.04}, clips)
+    assert "is 0.040, so these components can learn" in debug_report(overfit, {"val/loss": 0.04}, clips)
     assert "is 0.300, and should fall below 0.1: train longer" in debug_report(overfit, {"val/loss": 0.3}, clips)
     assert "is nan, and should fall" in debug_report(overfit, {}, clips)
     assert debug_report(compose([]), {"val/loss": 0.04}, clips) == ""

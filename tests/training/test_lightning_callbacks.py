@@ -182,19 +182,22 @@ def test_a_copy_holds_the_trained_weights_in_their_order(tmp_path: Path) -> None
     [
         (
             "{_target_: lightning.pytorch.callbacks.LearningRateWatch}",
-            r"LearningRateWatch cannot be made \(.*\); check its dotted name",
+            r"LearningRateWatch cannot be built \(.*\); check its dotted name",
         ),
-        ("{_target_: nowhere.Callback}", r"nowhere\.Callback cannot be made \(.*\); check its dotted name"),
+        ("{_target_: nowhere.Callback}", r"nowhere\.Callback cannot be built \(.*\); check its dotted name"),
         (
             "{_target_: lightning.pytorch.callbacks.LearningRateMonitor, interval: step}",
-            r"cannot be made \(.*interval.*\)",
+            r"cannot be built \(.*interval.*\)",
         ),
         (
             "{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: week}",
-            r"cannot be made \(.*\)",
+            r"cannot be built \(.*\)",
         ),
-        ("{_target_: pathlib.Path}", r"pathlib\.Path is no callback; give each entry a _target_ such as lightning\."),
-        ("{decay: 0.9}", r"is no callback; give each entry a _target_ such as lightning\."),
+        (
+            "{_target_: pathlib.Path}",
+            r"pathlib\.Path is not a Lightning callback; give each entry a _target_ such as lightning\.",
+        ),
+        ("{decay: 0.9}", r"is not a Lightning callback; give each entry a _target_ such as lightning\."),
     ],
 )
 def test_what_is_no_callback_is_refused_in_a_sentence(entry: str, message: str, tmp_path: Path) -> None:

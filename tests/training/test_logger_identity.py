@@ -243,6 +243,6 @@ def test_trackio_goes_on_under_the_name_that_it_gave(
     assert json.loads((tmp_path / "run" / FILE).read_text()) == {"trackio": "calm-river-3"}
     start("trackio", 2, 4)
     assert [(words["name"], words["resume"]) for words in asked] == [
-        ("tiny-mlp-tiny-demo-s0", "never"),
+        ("tiny-pixel_shuffle_linear-tiny-demo-s0", "never"),
         ("calm-river-3", "allow"),
     ]

@@ -111,7 +111,7 @@ def train(folder: Path, kind: OptimKind, resumed: Path | None = None, **settings
 def test_a_resumed_run_ends_as_one_that_did_not_stop(
     kind: OptimKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizer_module, "_LEAST_8BIT", 1)
+    monkeypatch.setattr(optimizer_module, "_MIN_8BIT_SIZE", 1)
     straight = train(tmp_path / "straight", kind)
     stopped = train(tmp_path / "stopped", kind, max_steps=4)
     assert stopped["global_step"] == 4 < straight["global_step"]
@@ -139,10 +139,12 @@ def test_a_checkpoint_goes_on_in_the_kind_that_is_asked_for(tmp_path: Path) -> N
     assert not any(group["fused"] for group in again["optimizer_states"][0]["param_groups"])
     for name, tensor in again["state_dict"].items():
         torch.testing.assert_close(resumed["state_dict"][name], tensor, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match=r"is not optim\.kind=adamw_8bit.*set optim\.kind=adamw, or start a new run"):
+    with pytest.raises(
+        UserError, match=r"cannot be converted to optim\.kind=adamw_8bit; set optim\.kind=adamw, or start a new run"
+    ):
         train(tmp_path / "other", EIGHT_BIT, last)
     train(tmp_path / "eight", EIGHT_BIT, max_steps=4)
-    with pytest.raises(UserError, match=r"is not optim\.kind=adamw_fused.*set optim\.kind=adamw_8bit"):
+    with pytest.raises(UserError, match=r"cannot be converted to optim\.kind=adamw_fused; set optim\.kind=adamw_8bit"):
         train(tmp_path / "other", FUSED, tmp_path / "eight" / "checkpoints" / "last.ckpt")
 
 
@@ -156,7 +158,7 @@ def test_gradients_are_clipped_in_mixed_precision(kind: OptimKind, tmp_path: Pat
 def test_other_devices_are_refused(kind: OptimKind) -> None:
     parts = {"projector": {"weight": nn.Parameter(torch.empty(4, 4, device="meta"))}}
     with pytest.raises(
-        UserError, match=rf"optim\.kind={kind.value} runs on a CPU or a CUDA device, and the model is on meta"
+        UserError, match=rf"optim\.kind={kind.value} needs a CPU or a CUDA device, but the model is on meta"
     ):
         make_optimizer(parts, OptimConfig(kind=kind))
 

@@ -206,7 +206,7 @@ def test_a_run_that_ends_too_soon_says_so(
 ) -> None:
     run = make_run(tiny_config(tmp_path, "callbacks.profile.enabled=true", "trainer.max_steps=2"))
     run.trainer.fit(run.module, datamodule=run.data)
-    assert "the run ended before its step 5 did" in capsys.readouterr().out
+    assert "the run ended before step 5 did" in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()
 
 

@@ -231,7 +231,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         vlmcap.load(tmp_path / "missing.ckpt")
     (tmp_path / "text.ckpt").write_text("바다")
-    with pytest.raises(UserError, match="no checkpoint that can be read safely"):
+    with pytest.raises(UserError, match="is not a checkpoint that can be read safely"):
         vlmcap.load(tmp_path / "text.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match=r"not written by vlmcap's train\.py"):

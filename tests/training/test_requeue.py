@@ -202,7 +202,7 @@ def test_the_program_is_stopped_from_outside(
 def test_a_folder_that_holds_a_run_is_refused(straight_run: Path, tiny_config: MakeConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight_run.rglob("*")}
     with pytest.raises(
-        UserError, match=r"holds a run already \(summary\.json\): .*checkpoint=last, or set paths\.overwrite=true"
+        UserError, match=r"already holds a run \(summary\.json\); .*checkpoint=last, or set paths\.overwrite=true"
     ):
         train(tiny_config(straight_run, *COMMON))
     assert {path: path.stat().st_mtime_ns for path in straight_run.rglob("*")} == before

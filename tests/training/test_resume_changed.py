@@ -184,7 +184,7 @@ def test_what_can_go_on_is_not_refused(state: dict[str, Any], align: int, tune: 
             1,
             1,
             3,
-            r"inside an epoch of trainer\.accumulate_grad_batches=2, where 3 cannot",
+            r"inside an epoch with trainer\.accumulate_grad_batches=2, which cannot continue with 3;",
         ),
         (
             held(["align", "tune", "tune"], 2),

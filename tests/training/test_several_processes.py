@@ -35,12 +35,12 @@ ONE = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
     ("overrides", "message"),
     [
         (["hardware=l4"], r"llm\.quantization=4bit.*set llm\.quantization=none, or trainer=ddp"),
-        (["hardware.precision=fp16"], r"no scaler for hardware\.precision=fp16; set hardware\.precision=bf16"),
-        (["optim=adamw_8bit"], r"optim=adamw_8bit cannot; set optim=adamw"),
+        (["hardware.precision=fp16"], r"no gradient scaler for hardware\.precision=fp16; set hardware\.precision=bf16"),
+        (["optim=adamw_8bit"], r"optim=adamw_8bit does not support; set optim=adamw"),
         (["tuning.lora.use_experts=true"], r"set tuning\.lora\.use_experts=false"),
         (
             ["hardware=l4", "llm.quantization=none", "hardware.offload_checkpoints=true"],
-            r"offload_checkpoints=true; set it to false",
+            r"offload_checkpoints=true; set hardware\.offload_checkpoints=false",
         ),
     ],
 )
@@ -87,7 +87,7 @@ def test_the_strategy_and_the_batch_of_a_configuration() -> None:
     assert describe_batch(compose(["data.batch_size=4"])) == "4 clips × 1"
     shared = compose(["trainer=ddp", "hardware.devices=2", "data.batch_size=4", "trainer.accumulate_grad_batches=8"])
     assert type(make_strategy(shared)).__name__ == "SharedStrategy"
-    assert describe_batch(shared) == "4 clips × 8 × 2 devices (ddp) = 64 clips a step"
+    assert describe_batch(shared) == "4 clips × 8 × 2 devices (ddp) = 64 clips per step"
     assert type(make_strategy(compose(["trainer=fsdp2", "hardware.devices=2"]))).__name__ == "ShardedStrategy"
     assert single_process(shared).trainer.strategy is Strategy.auto
 

@@ -159,7 +159,8 @@ def test_what_is_no_number_stops_the_run_with_its_batch(
     spoil(4, how, monkeypatch)  # after a checkpoint at step 4, of 5 an epoch; the next would be that of step 5
     with pytest.raises(
         DivergedError,
-        match=r"stopped at step 5 \(tune, epoch 1\): .*diverged/step-000005\.json, last\.ckpt is of before",
+        match=r"stopped at step 5 \(tune, epoch 1\): .*diverged/step-000005\.json, and "
+        r"last\.ckpt is from an earlier step",
     ):
         guarded(tmp_path, GuardConfig())
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

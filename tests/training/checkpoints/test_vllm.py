@@ -172,7 +172,10 @@ def test_an_export_of_another_checkpoint_is_refused(
     content = torch.load(path, weights_only=True)
     content["global_step"] = 4
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"vllm_model=.*mine was exported from .* another checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=r"vllm_model=.*mine was exported from a different checkpoint \(.*best\.ckpt with .*\) than .*best\.ckpt",
+    ):
         evaluate(with_engine(config, tmp_path / "out", vllm_model=str(tmp_path / "mine")), path)
     with pytest.raises(UserError, match=r"was not written by `vlmcap export`"):
         evaluate(with_engine(config, tmp_path / "out", vllm_model=str(llm_folder)), path)
@@ -188,9 +191,9 @@ def test_what_is_refused_is_refused_before_the_export(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"needs vLLM, which is not installed here"):
         evaluate(with_engine(config, tmp_path / "out"), path)
-    with pytest.raises(UserError, match=r"evaluation\.engine=vllm is for evaluate\.py"):
+    with pytest.raises(UserError, match=r"evaluation\.engine=vllm works in evaluate\.py only"):
         train(with_engine(config, tmp_path / "out"))
-    with pytest.raises(UserError, match=r"evaluation\.engine=vllm is for evaluate\.py"):
+    with pytest.raises(UserError, match=r"evaluation\.engine=vllm works in evaluate\.py only"):
         load_captioner(path, {"evaluation.engine": "vllm"})
     assert not (Path(config.paths.cache_dir) / "exports").exists()
 
@@ -201,7 +204,7 @@ def test_a_whole_model_is_refused(llava_folder: Path, aihub_root: Path, tmp_path
     config = compose(
         ["model=llava_next_video_7b", f"model.checkpoint={llava_folder}", "data=aihub", f"data.root={aihub_root}"]
     )
-    with pytest.raises(UserError, match=rf"not all that model={llava_folder.name.lower()} needs"):
+    with pytest.raises(UserError, match=rf"which are not enough for model={llava_folder.name.lower()};"):
         assemble_trained(with_engine(config, tmp_path), tmp_path / "x.ckpt", {})
 
 

@@ -119,6 +119,7 @@ def _check_export(folder: Path, checkpoint: Path, sha256: str) -> None:
     origin = read_origin(folder)
     if origin["checkpoint_sha256"] != sha256:
         raise UserError(
-            f"evaluation.vllm_model={folder} was exported from {origin['checkpoint']}, not from {checkpoint}; give the "
-            "folder of this checkpoint, or leave it out to export one"
+            f"evaluation.vllm_model={folder} was exported from a different checkpoint ({origin['checkpoint']} with "
+            f"SHA-256 {origin['checkpoint_sha256'][:12]}) than {checkpoint} (SHA-256 {sha256[:12]}); give the folder "
+            "of this checkpoint, or leave it out to export one"
         )
