@@ -209,7 +209,9 @@ def test_out_of_memory_is_one_sentence_with_the_plan_s_advice(
         main(["doctor", "--measure", *TINY])
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("Error: tiny + mlp + tiny ran out of memory on hardware=cpu while training, planned at 0.")
+    assert error.startswith(
+        "Error: tiny + pixel_shuffle_linear + tiny ran out of memory on hardware=cpu while training, planned at 0."
+    )
     assert error.endswith("try data.batch_size=1, planned at 0.1 GiB")
     assert kept(cache_dir) == []
 
