@@ -203,6 +203,7 @@ def test_out_of_memory_is_one_sentence_with_the_plan_s_advice(
     def fail(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+    make_plan(compose(["data.root=unset", *TINY]))  # planning runs the model too, and keeps its profiles
     monkeypatch.setattr(VideoCaptioner, "forward", fail)
     monkeypatch.setattr(measure_module, "with_changes", lambda plan, *_: dataclasses.replace(plan, changes=[CHANGE]))
     with pytest.raises(SystemExit) as stop:
