@@ -88,7 +88,7 @@ def test_who_waits_says_for_whom_and_not_for_ever(
     assert begun.wait(30)
     monkeypatch.setattr(once, "_WAIT_S", 0.5)
     with pytest.raises(
-        UserError, match=rf"made is being made by process {child.pid} .*after 0 s of waiting: start again when it"
+        UserError, match=rf"made is being made by process {child.pid} .*after 0 s of waiting; start again when it"
     ):
         get_or_create(tmp_path / "made", lambda target: None)
     said = capsys.readouterr().err

@@ -71,4 +71,4 @@ def test_remote_videos_are_compared_by_address(tmp_path: Path) -> None:
     train = [clip("a", "s3://bucket/a.mp4"), clip("b", "s3://bucket/b.mp4")]
     assert describe_overlap({"train": train, "val": [clip("c", "s3://bucket/c.mp4")]}, tmp_path / "memo") is None
     sentence = describe_overlap({"train": train, "val": [clip("c", "s3://bucket/b.mp4")]}, tmp_path / "memo")
-    assert sentence is not None and "train and val (1)" in sentence and "first train/b" in sentence
+    assert sentence is not None and "train and val (1)" in sentence and "the first is train/b (" in sentence

@@ -55,7 +55,7 @@ def test_entries_from_before_training_count(tmp_path: Path) -> None:
     skipped_log.add(bad("다"))
     with pytest.raises(
         UserError,
-        match=r"3 of 10 clips .* data\.max_bad_fraction=0\.2 .* 가 \(가 파일이 비어 있다\); .*quarantine\.jsonl",
+        match=r"3 of 10 clips .* data\.max_bad_fraction=0\.2 .* 가 \(가 파일이 비어 있다\); .*skipped_clips\.jsonl",
     ):
         skipped_log.check()
 

@@ -203,13 +203,16 @@ def test_out_of_memory_is_one_sentence_with_the_plan_s_advice(
     def fail(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+    make_plan(compose(["data.root=unset", *TINY]))  # planning runs the model too, and keeps its profiles
     monkeypatch.setattr(VideoCaptioner, "forward", fail)
     monkeypatch.setattr(measure_module, "with_changes", lambda plan, *_: dataclasses.replace(plan, changes=[CHANGE]))
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--measure", *TINY])
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("Error: tiny + mlp + tiny ran out of memory on hardware=cpu while training, planned at 0.")
+    assert error.startswith(
+        "Error: tiny + pixel_shuffle_linear + tiny ran out of memory on hardware=cpu while training, planned at 0."
+    )
     assert error.endswith("try data.batch_size=1, planned at 0.1 GiB")
     assert kept(cache_dir) == []
 

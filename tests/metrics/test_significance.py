@@ -165,7 +165,7 @@ def test_bca_is_that_of_scipy_but_for_the_tails_of_student(confidence: float, mo
     }
     expected = scipy.stats.bootstrap((values,), np.mean, **options).confidence_interval
     wider = bootstrap(metric, resamples=5000, confidence=confidence, seed=4)
-    monkeypatch.setattr(significance, "_student", lambda levels, clips: scipy.special.ndtri(levels))
+    monkeypatch.setattr(significance, "_student_deviates", lambda levels, clips: scipy.special.ndtri(levels))
     found = bootstrap(metric, resamples=5000, confidence=confidence, seed=4)
     width = expected.high - expected.low
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-4 * width)

@@ -111,8 +111,8 @@ def test_it_pickles_resets_and_survives_half_precision() -> None:
 def test_mistakes_are_told_when_they_are_made() -> None:
     for arguments, told in (
         (("korean",), "Unknown tokenizer 'korean'"),
-        (("char", ["cidre"]), "metrics must be a list .* got \\['cidre'\\]"),
-        (("char", "cider"), "metrics must be a list .* got 'cider'"),
+        (("char", ["cidre"]), "metrics must be a list .* not \\['cidre'\\]"),
+        (("char", "cider"), "metrics must be a list .* not 'cider'"),
     ):
         with pytest.raises(ValueError, match=told):
             CaptionScore(*arguments)

@@ -153,7 +153,7 @@ def test_shards_of_another_dtype_or_with_odd_names_are_ignored(
     path.with_name("2-x.safetensors").write_bytes(named.replace(content.encode(), b"../" + content.encode()[3:]))
     store.refresh()
     assert store.broken == {
-        "1-x.safetensors": "it holds float32 in place of float16",
+        "1-x.safetensors": "it contains float32 instead of float16",
         "2-x.safetensors": "its metadata is damaged",
     }
     require_all(store, clips)

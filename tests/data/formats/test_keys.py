@@ -108,7 +108,7 @@ def test_nulls_and_empty_texts_of_a_list_are_left_out_and_counted(
         ({"caption": {"ko": "글"}}, " (there is an object), but text at caption.ko"),
         (
             {"caption": [], "text": "글"},
-            " (there is a list without text, or with something else in it), but text at text",
+            " (there is a list without text, or with other values in it), but text at text",
         ),
         (
             {"caption": [None, " "]},

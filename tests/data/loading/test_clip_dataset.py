@@ -199,7 +199,7 @@ def decode_badly(how: str) -> Callable[..., DecodedFrames]:
         ("hang", "good1.mp4 cannot be read: decoding took longer than data.decode_timeout_s=1 and was stopped"),
         ("segfault", "good1.mp4 cannot be read: the decoder crashed (signal SIGSEGV)"),
         ("eat", "good1.mp4 cannot be read: decoding needs more memory than data.decode_memory_gib=1"),
-        ("raise", "good1.mp4 cannot be read: IndexError: list index (test_dataset.py:"),
+        ("raise", "good1.mp4 cannot be read: IndexError: list index (test_clip_dataset.py:"),
     ],
     ids=["hang", "segfault", "eat", "raise"],
 )

@@ -115,7 +115,10 @@ def test_validation_is_neither_packed_nor_shuffled() -> None:
     ("settings", "message"),
     [
         ({"max_tokens_per_batch": 90}, r"data\.max_tokens_per_batch=90 needs .* data\.batching=by_length or packed"),
-        ({"batching": "packed"}, r"data\.batching=packed .* data\.max_tokens_per_batch; set it"),
+        (
+            {"batching": "packed"},
+            r"data\.batching=packed .* data\.max_tokens_per_batch tokens, which has no value; set it",
+        ),
         (
             {"batching": "packed", "max_tokens_per_batch": 30},
             r"the clip clip\d+ takes 31 tokens, more than .*=30; set that to at least 31",

@@ -66,7 +66,7 @@ def test_the_clip_is_named(loader: Loader, kill: Callable[[], Any]) -> None:
     dataset = watch.watch(Deadly(23, kill), CLIPS)
     with (
         pytest.raises(
-            UserError, match=r"^a data worker, process \d+, died.* while it read clip23 \(videos/clip23\.mp4\): "
+            UserError, match=r"^a data worker, process \d+, died.* while it read clip23 \(videos/clip23\.mp4\); "
         ) as caught,
         watch.naming_clips(),
     ):

@@ -120,7 +120,7 @@ REFUSED = [
     ("swin", "is hierarchical"),
     ("convnext", "is hierarchical"),
     ("resnet", "is hierarchical"),
-    ("vit_mae", "makes 4 tokens of 16 patches"),
+    ("vit_mae", "returns 4 tokens for 16 patches"),
     ("bert", "takes no images"),
     ("timesformer", "fails on a plain image"),
     ("qwen2_5_vl_vision", "takes no images"),

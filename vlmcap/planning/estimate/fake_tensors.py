@@ -170,14 +170,18 @@ def _fake_experts(experts: FusedExperts, is_packed: bool, dtype: torch.dtype) ->
             experts.register_buffer(f"{name}_quantization_state", torch.empty(scales, dtype=torch.uint8, device="meta"))
     experts.__class__ = _FakeExperts
     cast(Any, experts).fake_dtype = dtype
-    cast(Any, experts).is_packed = is_packed
+    cast(Any, experts).fakes_packing = is_packed
 
 
 class _FakeExperts(FusedExperts):
     """Experts that allocate unpacked weights without having packed ones."""
 
     fake_dtype: torch.dtype
-    is_packed: bool
+    fakes_packing: bool
+
+    @property
+    def is_packed(self) -> bool:
+        return self.fakes_packing
 
     @property
     def compute_dtype(self) -> torch.dtype:
