@@ -103,8 +103,8 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     # 6. Assemble the model.
     with progress_reporter("loading the model") if is_main(config) else nullcontext():
-        options = {"num_kept_layers": num_kept_layers(config), "is_meta": receives_weights(config)}
-        assembly = assemble(spec, features, is_fresh=resumed is None, **options)
+        num_kept, is_meta = num_kept_layers(config), receives_weights(config)
+        assembly = assemble(spec, features, is_fresh=resumed is None, num_kept_layers=num_kept, is_meta=is_meta)
     seconds = {"prepare": time.perf_counter() - started}
 
     # 7. Fit, with smaller micro-batches if memory runs out early and `trainer.shrink_on_oom` allows it.
