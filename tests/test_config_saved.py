@@ -88,7 +88,7 @@ def test_what_only_training_reads_is_refused_by_name(override: str) -> None:
         ["tuning.lora.alpha=3"],
         ["callbacks.visual_reliance.enabled=true"],
         ["trainer.progress_bar=false"],
-        ["tuning=demo", "tuning.epochs=15", "optim=adamw", "trainer.max_steps=-1", "data.batch_size=16"],
+        ["tuning=demo", "tuning.epochs=18", "optim=adamw", "trainer.max_steps=-1", "data.batch_size=16"],
     ],
     ids=" ".join,
 )

@@ -19,8 +19,8 @@ from vlmcap.models.rates import cosine_rate
 
 Progress = Callable[[int, int], None]
 
-RECIPE = 1  # raise when what is made changes
-LANGUAGE_STEPS, ENCODER_STEPS = 400, 450  # of the demo at full size; about a minute each on two cores
+RECIPE = 2  # raise when what is made changes
+LANGUAGE_STEPS, ENCODER_STEPS = 400, 700  # of the demo at full size; about a minute each on two cores
 _VOCABULARY = 640
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
