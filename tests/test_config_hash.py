@@ -16,7 +16,7 @@ EQUAL: dict[str, list[list[str]]] = {
     "another file": [["projector=perceiver_64"], ["projector=perceiver", "projector.num_queries=64"]],
     "a tuning's file": [
         ["tuning=demo"],
-        ["tuning=two_stage", "tuning.align_epochs=0", "tuning.epochs=18", "tuning.lora.dropout=0.1"],
+        ["tuning=two_stage", "tuning.align_epochs=0", "tuning.epochs=18"],
     ],
     "a group and its kind": [["optim=adamw_fused"], ["optim.kind=adamw_fused"]],
     "one stage by two names": [

@@ -188,6 +188,7 @@ class SuggestedConfig:
     align_lr: float = 1e-3  # learning rate of the projector when it is trained alone
     projector_lr: float = 1e-4  # learning rate of the projector when it is trained with adapters
     adapter_lr: float = 2e-4  # learning rate of the adapters
+    lora_dropout: float = 0.0  # dropout of the adapters, 0 to 1
     reducer: Reducer = Reducer.none  # reducer of the projector; pool if the context is short
 
 

@@ -18,7 +18,7 @@ class LoraConfig:
 
     rank: int = 16  # rank of the adapters
     alpha: int = 32  # scale of the adapters, divided by their rank
-    dropout: float = 0.0  # dropout of the adapters' input, 0 to 1
+    dropout: float = follows("llm.suggested.lora_dropout", 0.0)  # dropout of the adapters' input, 0 to 1
     # all-linear, or names of modules of the language model, as a list or separated by commas.
     target_modules: Any = "all-linear"
     use_dora: bool = False  # weight-decomposed adapters (DoRA): https://arxiv.org/abs/2402.09353
