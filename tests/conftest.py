@@ -106,7 +106,6 @@ TINY_RUN = (
     "data.eval_batch_size=8",
     "tuning.align_epochs=1",
     "tuning.epochs=2",
-    "tuning.lora.dropout=0.0",
     "cache.enabled=true",
     "projector.reducer=pool",
     "projector.pool_size=4",

@@ -37,7 +37,7 @@ def left_in(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [
-        ("train.py", ["encoder=siglp2"], ["no encoder named 'siglp2'", "siglip2"]),
+        ("train.py", ["encoder=siglp2"], ["encoder=siglp2 does not exist", "siglip2"]),
         ("train.py", ["data=aihub", "projector.depth=2"], ["data.root has no value"]),
         ("evaluate.py", [], ["checkpoint has no value"]),
         ("train.py", ["--batch-size", "8"], ["--batch-size is no flag", "set data.batch_size=8"]),

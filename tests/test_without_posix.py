@@ -21,7 +21,7 @@ def test_runs_listen_to_the_signals_that_there_are(monkeypatch: pytest.MonkeyPat
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.STOPPING == (signal.SIGTERM, signal.SIGINT)
+    assert module.STOP_SIGNALS == (signal.SIGTERM, signal.SIGINT)
 
 
 def test_data_workers_set_the_signals_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,4 +60,4 @@ def test_a_folder_of_another_kind_is_one_sentence(siglip_folder: Path, capsys: p
     with pytest.raises(SystemExit) as stop:
         main(["doctor", f"llm.checkpoint={siglip_folder}"])
     assert stop.value.code == 2
-    assert "no causal language model" in capsys.readouterr().err
+    assert "is not a causal language model" in capsys.readouterr().err

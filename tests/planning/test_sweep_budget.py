@@ -94,9 +94,9 @@ def test_visits_are_those_that_the_feature_cache_counts(overrides: list[str]) ->
         max_trained=None if steps < 0 else steps * config.data.batch_size,
     )
     difference = num_visits(config, sizes) - job.total_s
-    # The cache counts the evaluations of epochs that a limit of steps cuts off: 500 steps are 5 of 15 epochs, so 2 of
-    # the 3 evaluations are never reached, each with 2 visits to 100 clips.
-    assert difference == (400 if steps >= 0 else 0)
+    # The cache counts the evaluations of epochs that a limit of steps cuts off: 500 steps are 5 of 18 epochs, so none
+    # of the 3 evaluations is reached, each with 2 visits to 100 clips.
+    assert difference == (600 if steps >= 0 else 0)
 
 
 def test_the_subset_is_the_largest_multiple_of_a_hundred() -> None:

@@ -143,5 +143,5 @@ def test_a_job_reports_to_its_trial_and_is_stopped_by_the_median(program: Progra
 
 def test_a_misspelt_choice_leaves_nothing(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program(["-m", "sweep=optuna", "encoder=tiny,siglp2"]) == 2
-    assert "no encoder named 'siglp2'" in capsys.readouterr().err
+    assert "encoder=siglp2 does not exist" in capsys.readouterr().err
     assert [*program.folder.iterdir()] == []

@@ -96,7 +96,7 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
+        (["encoder=clip,siglp2"], "encoder=siglp2 does not exist"),
         (["data.num_frame=2,4"], "no key 'data.num_frame'"),
         (["encoder=native", "seed=0,1"], "has no native encoder"),
         (["seed=0,1", "paths.output_dir=here"], "paths.output_dir would put every job of a sweep into one folder"),

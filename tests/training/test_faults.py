@@ -107,6 +107,6 @@ def test_a_worker_that_dies_is_reported_with_its_clip(
     monkeypatch.setattr(dataset, "read_timed_frames", die)
     with pytest.raises(
         UserError,
-        match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\): remove that clip",
+        match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\); remove that clip",
     ):
         train(configure(real_path, aihub_root, "data.is_isolated=false"))

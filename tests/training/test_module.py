@@ -22,7 +22,8 @@ from vlmcap.types import Batch, Skipped
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[[Config], Run]
-ONE_STAGE = ("tuning=lora", "llm.max_caption_tokens=96", "evaluation.every_n_epochs=9")
+# Dropout would draw other masks for other micro-batches.
+ONE_STAGE = ("tuning=lora", "tuning.lora.dropout=0.0", "llm.max_caption_tokens=96", "evaluation.every_n_epochs=9")
 
 
 class Watch(L.Callback):

@@ -127,6 +127,12 @@ def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
 
     Raises:
         UserError: The name is unknown, or the required package is not installed.
+
+    Example:
+        >>> get_tokenizer("mecab_ko")("강아지가 달린다.")
+        ['강아지', '가', '달린다', '.']
+        >>> get_tokenizer("whitespace")("강아지가 달린다.")
+        ['강아지가', '달린다.']
     """
     if name not in _BUILDERS:
         raise UserError(f"Unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZER_NAMES)}.")

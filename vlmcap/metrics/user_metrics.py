@@ -31,6 +31,11 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
 
     Raises:
         ValueError: The name is invalid or taken.
+
+    Example:
+        >>> @register_metric("question_marks")
+        ... def question_marks(predictions, references):
+        ...     return [float(text.count("?")) for text in predictions]
     """
     if not name.isidentifier() or name in METRIC_LABELS or name in _OTHERS:
         raise ValueError(f"a metric cannot be called {name!r}; choose a new name of letters, digits and underscores")

@@ -90,5 +90,8 @@ def test_a_trained_encoder_is_refused(llava_folder: Path, aihub_root: Path, tmp_
         ["model=llava_next_video_7b", "tuning.encoder=lora", *base, f"paths.cache_dir={tmp_path / 'cache'}"]
     )
     write_checkpoint(config, tmp_path / "best.ckpt")
-    with pytest.raises(UserError, match=r"trained with tuning\.encoder=lora, and a trained encoder cannot be put back"):
+    with pytest.raises(
+        UserError,
+        match=r"trained with tuning\.encoder=lora, and the trained encoder of a pretrained VLM cannot be exported",
+    ):
         export(tmp_path / "best.ckpt", tmp_path / "out")
