@@ -12,7 +12,7 @@ DATA = ["data=jsonl", "data.root=clips"]
 GPUS = ["hardware=l4", "hardware.devices=2"]
 EQUAL: dict[str, list[list[str]]] = {
     "labels": [[], ["encoder.name=x", "llm.name=y", "hardware.name=z"]],
-    "a file and its values": [["projector=mlp4"], ["projector=mlp", "projector.depth=4"], ["projector.depth=4"]],
+    "a file and its values": [["projector=mlp4"], ["projector=mlp", "projector.depth=4"]],
     "another file": [["projector=perceiver_64"], ["projector=perceiver", "projector.num_queries=64"]],
     "a tuning's file": [
         ["tuning=demo"],
