@@ -180,6 +180,7 @@ READ_ELSEWHERE = {
         "llm.suggested.align_lr",
         "llm.suggested.projector_lr",
         "llm.suggested.adapter_lr",
+        "llm.suggested.lora_dropout",
         "llm.suggested.reducer",
         "hardware.name",
     ),
