@@ -198,7 +198,7 @@ def test_a_price_is_for_one_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["--price", "1"], "add -m"), (["-m", "--all"], "leave out -m"), (["-m", "--price", "-1"], "--price must be")],
+    [(["--price", "1"], "add -m"), (["-m", "--all"], "remove -m"), (["-m", "--price", "-1"], "--price must be")],
     ids=" ".join,
 )
 def test_flags_that_do_not_go_together(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

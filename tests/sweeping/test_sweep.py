@@ -71,7 +71,7 @@ def test_a_sweep_in_which_all_goes_well_exits_with_0(program: Program) -> None:
 
 @pytest.mark.slow
 def test_a_combination_that_does_not_go_together_is_recorded_without_being_started(program: Program) -> None:
-    assert program(["-m", "encoder=tiny,own"]) == 1
+    assert program(["-m", "encoder=tiny,native"]) == 1
     assert [config.encoder.name for config in program.runs] == ["tiny"]
     found = statuses(program.sweep_folder())
     assert found["1"]["status"] == "refused"
