@@ -40,10 +40,10 @@ def left_in(folder: Path) -> list[str]:
         ("train.py", ["encoder=siglp2"], ["encoder=siglp2 does not exist", "siglip2"]),
         ("train.py", ["data=aihub", "projector.depth=2"], ["data.root has no value"]),
         ("evaluate.py", [], ["checkpoint has no value"]),
-        ("train.py", ["--batch-size", "8"], ["--batch-size is no flag", "set data.batch_size=8"]),
+        ("train.py", ["--batch-size", "8"], ["--batch-size is not a flag", "set data.batch_size=8"]),
         ("train.py", ["encoder=clip,siglip2"], ["train.py -m encoder=clip,siglip2"]),
         ("train.py", ["-m", "hydra/launcher=joblib"], ["set launcher=joblib"]),
-        ("train.py", ["--config-dir", "missing"], ["--config-dir missing is no folder"]),
+        ("train.py", ["--config-dir", "missing"], ["--config-dir missing is not a folder"]),
         ("train.py", ["data.split=val"], ["data.split=val changes nothing in training", "pass it to evaluate.py"]),
         ("train.py", ["sweep.budget_h=4"], ["sweep.budget_h=4 changes nothing without -m"]),
     ],
@@ -57,7 +57,7 @@ def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], 
 def test_missing_data_leave_nothing_behind(real_path: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
-    assert_refused(program("train.py", [*real_path, "data.root=missing"], folder), "data.root is missing")
+    assert_refused(program("train.py", [*real_path, "data.root=missing"], folder), "data.root=missing is neither a folder nor")
     assert left_in(folder) == []
     assert not (tmp_path / "run").exists()
 

@@ -61,7 +61,9 @@ ONE_OF_EACH = (
 # (encoder, projector, language model) -> part of the reason; "*" stands for all.
 REFUSALS: dict[tuple[str, str, str], str] = {
     ("siglip2", "pixel_shuffle", "*"): "does not divide the grid of 27 × 27 patches",
+    ("siglip2", "pixel_shuffle_linear", "*"): "does not divide the grid of 27 × 27 patches",
     ("siglip2_naflex", "pixel_shuffle", "*"): "vary with the clip",
+    ("siglip2_naflex", "pixel_shuffle_linear", "*"): "vary with the clip",
 }
 
 
