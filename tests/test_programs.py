@@ -57,7 +57,9 @@ def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], 
 def test_missing_data_leave_nothing_behind(real_path: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
-    assert_refused(program("train.py", [*real_path, "data.root=missing"], folder), "data.root=missing is neither a folder nor")
+    assert_refused(
+        program("train.py", [*real_path, "data.root=missing"], folder), "data.root=missing is neither a folder nor"
+    )
     assert left_in(folder) == []
     assert not (tmp_path / "run").exists()
 

@@ -24,7 +24,7 @@ def by_rate(config: Config) -> float:
 def test_the_better_half_goes_on_with_more(program: Program) -> None:
     assert program([*HALVING, "seed=0,1,2,3"], by_rate) == 1
     sizes = [(config.seed, config.data.max_clips, config.tuning.stages["tune"].epochs) for config in program.runs]
-    assert sizes == [(0, 32, 5), (1, 32, 5), (2, 32, 5), (3, 32, 5), (1, 46, 7), (2, 46, 7), (2, None, 10)]
+    assert sizes == [(0, 32, 9), (1, 32, 9), (2, 32, 9), (3, 32, 9), (1, 46, 13), (2, 46, 13), (2, None, 18)]
     record = json.loads((program.folder / "here" / "halving.json").read_text(encoding="utf-8"))
     assert [one["share"] for one in record["rounds"]] == [0.25, 0.5, 1.0]
     assert [[job["is_kept"] for job in one["jobs"]] for one in record["rounds"]] == [

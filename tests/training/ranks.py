@@ -78,7 +78,7 @@ def _train(folder: Path, cache: Path, overrides: list[str]) -> None:
     faulthandler.dump_traceback_later(float(os.environ.get("VLMCAP_RANKS_TIMEOUT", "240")), exit=True)
     # Ranks draw dropout masks of their own, so only runs without dropout are equal whatever the number of ranks.
     folders = (f"paths.output_dir={folder}", f"paths.cache_dir={cache}")
-    train(compose([*TINY_RUN, "tuning.lora.dropout=0.0", *folders, *overrides]))
+    train(compose([*TINY_RUN, "projector=mlp", "tuning.lora.dropout=0.0", *folders, *overrides]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ from vlmcap.types import Batch, Skipped
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[[Config], Run]
 # Dropout would draw other masks for other micro-batches.
-ONE_STAGE = ("tuning=lora", "tuning.lora.dropout=0.0", "llm.max_caption_tokens=96", "evaluation.every_n_epochs=9")
+ONE_STAGE = (
+    "tuning=lora",
+    "projector=mlp",
+    "tuning.lora.dropout=0.0",
+    "llm.max_caption_tokens=96",
+    "evaluation.every_n_epochs=9",
+)
 
 
 class Watch(L.Callback):

@@ -98,13 +98,23 @@ def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
 def test_runs_are_grouped_tagged_and_typed(done: Done) -> None:
     run, evaluation = done.run.run, done.evaluation.run
     assert (run.display_name, run.run_group, run.job_type, run.project) == (
-        "tiny-mlp-tiny-demo-s0",
+        "tiny-pixel_shuffle_linear-tiny-demo-s0",
         "tiny+tiny",
         "train",
         "vlmcap",
     )
-    assert list(run.tags) == ["encoder=tiny", "projector=mlp", "llm=tiny", "tuning=demo", "hardware=cpu", "data=demo"]
-    assert (evaluation.display_name, evaluation.job_type) == ("tiny-mlp-tiny-demo-s0-eval-test", "eval")
+    assert list(run.tags) == [
+        "encoder=tiny",
+        "projector=pixel_shuffle_linear",
+        "llm=tiny",
+        "tuning=demo",
+        "hardware=cpu",
+        "data=demo",
+    ]
+    assert (evaluation.display_name, evaluation.job_type) == (
+        "tiny-pixel_shuffle_linear-tiny-demo-s0-eval-test",
+        "eval",
+    )
     assert (evaluation.run_group, list(evaluation.tags)) == (run.run_group, list(run.tags))
     assert evaluation.run_id != run.run_id
 
@@ -114,7 +124,7 @@ def test_the_configuration_has_factors_as_words_and_every_setting(done: Done) ->
     config = done.run.config
     for name, value in {
         "encoder": "tiny",
-        "projector": "mlp",
+        "projector": "pixel_shuffle_linear",
         "llm": "tiny",
         "seed": 0,
         "batch_size": 6,
