@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -45,6 +46,11 @@ class GatedProjector(Projection[GatedConfig]):
 """
 
 
+def _is_added(part: Any) -> bool:
+    """Whether a test registered it: it is a plugin's, or an example's, which its module does not hold."""
+    return is_foreign(part) or not hasattr(sys.modules[part.__module__], part.__qualname__)
+
+
 @contextmanager
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, parts may be registered and modules imported; nothing of it is left afterwards."""
@@ -63,7 +69,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     finally:
         for registry in (SCHEMAS, MAKERS):
             for group, kinds in registry.items():
-                for kind in [kind for kind, part in kinds.items() if (group, kind) not in before and is_foreign(part)]:
+                for kind in [kind for kind, part in kinds.items() if (group, kind) not in before and _is_added(part)]:
                     del kinds[kind]
                     for name in (kind, f"{kind}_schema"):
                         ConfigStore.instance().repo.get(group, {}).pop(f"{name}.yaml", None)

@@ -90,7 +90,7 @@ def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(
         main(["check-plugin", plugin_file(tmp_path, "my_lame", bad)])
     assert exit_.value.code == 1
     told = capsys.readouterr().out
-    assert "fails: F=4, P=8 × 8: forward gives (2, 128, 48)" in told
+    assert "failed: F=4, P=8 × 8: forward gives (2, 128, 48)" in told
     assert "projector=gated" not in told
 
 

@@ -162,7 +162,7 @@ def test_the_agents_command_composes(
 
     file = tmp_path / "sweep.yaml"
     main(["dashboard", "--project", "captions", "--sweep", str(file), *SWEPT])
-    assert "bayes over encoder, tuning.adapter_lr, seed" in capsys.readouterr().out
+    assert "bayes search over encoder, tuning.adapter_lr, seed" in capsys.readouterr().out
     definition = utils.load_sweep_config(str(file))
     assert definition == yaml.safe_load(file.read_text(encoding="utf-8"))
     assert definition is not None

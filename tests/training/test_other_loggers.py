@@ -54,7 +54,7 @@ def test_mlflow(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mon
     client = MlflowClient(f"file:{tmp_path / 'mlruns'}")
     experiment = client.get_experiment_by_name("vlmcap")
     (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("tiny-mlp-tiny-demo-s0", "FINISHED")
+    assert (run.info.run_name, run.info.status) == ("tiny-pixel_shuffle_linear-tiny-demo-s0", "FINISHED")
     assert (run.data.tags["group"], run.data.tags["encoder"], run.data.tags["job_type"]) == (
         "tiny+tiny",
         "tiny",
@@ -84,7 +84,7 @@ def test_trackio(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mo
         assert merged[key] == pytest.approx(logged[key]), key
     assert {"peak_memory_gib", "parameters/trained"} <= merged.keys()
     assert (name, json.loads(config)["encoder"], json.loads(config)["job_type"]) == (
-        "tiny-mlp-tiny-demo-s0",
+        "tiny-pixel_shuffle_linear-tiny-demo-s0",
         "tiny",
         "train",
     )
