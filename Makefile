@@ -20,7 +20,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
 
-demo: $(STAMP) ## train the demo on the CPU: a few minutes, no download (ARGS="seed=1 ...")
+demo: $(STAMP) ## train the demo on the CPU: eight minutes on two cores, no download (ARGS="seed=1 ...")
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
