@@ -22,7 +22,6 @@ LOOK_AT_LINES = 400
 LONG_FILES: dict[str, str] = {
     "tests/cli/test_caption.py": "one command, each test a way in which it is used or stopped",
     "tests/test_compose.py": "one function, composition, over every file of conf/",
-    "vlmcap/assembly/components.py": "one function per component, from its configuration to its weights",
     "vlmcap/data/features/shards.py": "one file format: its header, its reader and its writer",
 }
 SKIPPED = {"outputs", "multirun", "wandb", "build", "dist", "data"}  # at the top, and the hidden ones

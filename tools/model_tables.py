@@ -136,7 +136,7 @@ def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
         _millions(model),
         _vlm_tokens(known),
         _license(config.license, config.gate),
-        *_parity(parity, f"model:{config.kind}"),
+        *_parity(parity, f"model:{known.model_type}"),
     )
 
 

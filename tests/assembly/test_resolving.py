@@ -16,6 +16,7 @@ from vlmcap.compose import compose, to_plain
 from vlmcap.config import ENGLISH_PROMPT, KOREAN_PROMPT, Config, LlmConfig, Split
 from vlmcap.errors import UserError
 from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.pretrained import family_of
 from vlmcap.types import Clip
 
 LENGTHS = ("llm.max_caption_tokens=", "llm.max_new_tokens=")
@@ -111,13 +112,13 @@ def test_the_class_of_a_custom_model_is_that_of_its_checkpoint(
 ) -> None:
     folder = (qwen_folders | {"llava_next_video": llava_folder})[kind]
     config = with_model_kind(compose(["model=custom", f"model.checkpoint={folder}"]))
-    assert (config.model.kind, config.model.name) == (kind, folder.name.lower())
+    assert (config.model.kind, config.model.name) == (family_of(kind).kind, folder.name.lower())
     assert config.encoder.checkpoint == config.llm.checkpoint == str(folder)
 
 
 def test_another_class_is_no_whole_model(llm_folder: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"has the model type qwen3, but model=custom supports llava_next_video, .*encoder=custom and llm=custom",
+        match="has the model type qwen3, but pretrained VLMs must be one of llava_next_video, .*encoder=custom",
     ):
         with_model_kind(compose(["model=custom", f"model.checkpoint={llm_folder}"]))

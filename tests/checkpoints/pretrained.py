@@ -34,6 +34,7 @@ VISION: dict[str, dict[str, Any]] = {
         "deepstack_visual_indexes": [0, 1],
     },
 }
+VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -48,7 +49,7 @@ TEXT: dict[str, Any] = {
 
 def rope(kind: str) -> dict[str, Any]:
     """mRoPE over the 8 frequencies of a head."""
-    if kind == "qwen3_vl":
+    if kind.startswith("qwen3_vl"):
         return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
@@ -65,23 +66,24 @@ def qwen_tokenizer(tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def qwen_folders(qwen_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each kind."""
-    import transformers
     from transformers import GenerationConfig
 
-    from vlmcap.models.pretrained.qwen_vl import FAMILIES
+    from vlmcap.models.pretrained.families import model_class
 
     folders = {}
     mark = qwen_tokenizer.convert_tokens_to_ids
     tokens = {f"{name}_token_id": mark(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     tokens |= {f"{name}_token_id": mark(f"<|{name}_pad|>") for name in ("image", "video")}
     for seed, kind in enumerate(VISION):
-        model_class = getattr(transformers, FAMILIES[kind].class_name)
+        found = model_class(kind)
         text = TEXT | {"vocab_size": len(qwen_tokenizer), "rope_parameters": rope(kind)}
-        if kind == "qwen3_vl":
+        if kind.startswith("qwen3_vl"):
             text["head_dim"] = 16
+        if kind == "qwen3_vl_moe":
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         vision = VISION[kind] | {"spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2}
         torch.manual_seed(seed)
-        model = model_class(model_class.config_class(vision_config=vision, text_config=text, **tokens))
+        model = found(found.config_class(vision_config=vision, text_config=text, **tokens))
         stops = [qwen_tokenizer.eos_token_id, qwen_tokenizer.pad_token_id]
         model.generation_config = GenerationConfig(eos_token_id=stops, do_sample=True, temperature=0.1, top_k=1)
         folders[kind] = tmp_path_factory.mktemp(kind)
@@ -101,6 +103,7 @@ def qwen_processors(qwen_tokenizer: Any) -> dict[str, Any]:
         "qwen2_vl": transformers.Qwen2VLProcessor,
         "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
         "qwen3_vl": transformers.Qwen3VLProcessor,
+        "qwen3_vl_moe": transformers.Qwen3VLProcessor,
     }
     as_it_is = {
         name: False for name in ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "do_sample_frames")

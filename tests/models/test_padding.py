@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_with_a_mask(kind: str, attention: str, mak
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_those_of_whole_models_too(kind: str, qwen_folders: dict[str, Path]) -> None:
-    captioner, batch = adapted(load(kind, qwen_folders[kind]), qwen_folders[kind])
+    captioner, batch = adapted(load(qwen_folders[kind]), qwen_folders[kind])
     with torch.no_grad():
         for name, parameter in captioner.named_parameters():
             if "lora_B" in name:
@@ -98,7 +98,7 @@ def test_attention_is_causal_by_its_flag_where_a_layer_has_no_window(kind: str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_that_of_whole_models_is_too(kind: str, qwen_folders: dict[str, Path], calls: list[Call]) -> None:
-    captioner, batch = adapted(load(kind, qwen_folders[kind]), qwen_folders[kind])
+    captioner, batch = adapted(load(qwen_folders[kind]), qwen_folders[kind])
     embeddings = captioner.language_inputs(batch, captioner.visual_tokens(batch))
     calls.clear()  # of the vision tower
     captioner.llm(**embeddings, use_cache=False)

@@ -131,12 +131,12 @@ def test_temporal_patches_are_filled_up(kind: str, qwen_folders: dict[str, Path]
         "device": "cpu",
         "max_patches": 64,
     }
-    parts = load_pretrained(kind, folder, **options)
+    parts = load_pretrained(folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, GenerationSettings(4)).eval()
     transform = parts.encoder.transform
-    visual = parts.visual_layout or VisualRun(parts.num_tokens, (FRAMES // 2, *parts.encoder.grid))
+    visual = parts.layout((FRAMES // 2, *parts.encoder.grid))
 
     def sample(frames: Tensor) -> Sample:
         clip = Clip(str(len(frames)), "", ("배" * len(frames),))

@@ -23,7 +23,7 @@ def test_an_older_one_is_refused_for_whole_models_and_for_experts(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     sentence = rf"need transformers 5\.23 or newer, .* but {version} is installed"
     with pytest.raises(UserError, match=f"the Qwen-VL models {sentence}"):
-        load_pretrained("qwen3_vl", qwen_folders["qwen3_vl"], **OPTIONS)
+        load_pretrained(qwen_folders["qwen3_vl"], **OPTIONS)
     with pytest.raises(UserError, match=f"quantised experts {sentence}"):
         expert_quantization(moe_folder, quantization_config("4bit", torch.float32))
     expert_quantization(llm_folder, quantization_config("4bit", torch.float32))

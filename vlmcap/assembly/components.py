@@ -18,10 +18,10 @@ from vlmcap.config import (
     PatchEncoderConfig,
     PixelShuffleConfig,
     Precision,
-    Qwen3VlConfig,
     Reducer,
     Strategy,
     Temporal,
+    TimedVlmConfig,
     TokenProjectorConfig,
 )
 from vlmcap.config.kinds import maker_of
@@ -183,9 +183,8 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     from vlmcap.models import pretrained
 
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
-    encoder: VisionEncoder = pretrained.load_vision(
-        config.model.kind, folder, max_patches=max_patches(config), **options
-    )
+    pretrained.check_kind(config.model.kind, folder)
+    encoder: VisionEncoder = pretrained.load_vision(folder, max_patches=max_patches(config), **options)
     return encoder
 
 
@@ -202,8 +201,9 @@ def build_meta_encoder(config: Config, folder: Path) -> VisionEncoder:
         return encoders.build_meta_encoder(folder, encoder_options(config))
     from vlmcap.models import pretrained
 
+    pretrained.check_kind(config.model.kind, folder)
     encoder: VisionEncoder = pretrained.build_meta_vision(
-        config.model.kind, folder, dtype=dtype_of(config.hardware.precision), max_patches=max_patches(config)
+        folder, dtype=dtype_of(config.hardware.precision), max_patches=max_patches(config)
     )
     return encoder
 
@@ -330,10 +330,10 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
 
 def load_vlm(config: Config, folder: Path) -> VlmComponents:
     """Loads the components of a pretrained VLM, frozen except for its projector."""
-    from vlmcap.models.pretrained import load_pretrained
+    from vlmcap.models.pretrained import check_kind, load_pretrained
 
+    check_kind(config.model.kind, folder)
     return load_pretrained(
-        config.model.kind,
         folder,
         max_patches=max_patches(config),
         use_outer_marks=_uses_outer_marks(config),
@@ -344,23 +344,20 @@ def load_vlm(config: Config, folder: Path) -> VlmComponents:
 
 def build_meta_vlm(config: Config, folder: Path) -> VlmComponents:
     """Builds the components of a pretrained VLM on the meta device, without the layout that needs a tokenizer."""
-    import torch
-
     from vlmcap.models.encoders.tower import read_config
-    from vlmcap.models.pretrained import build_pretrained
+    from vlmcap.models.pretrained import build_pretrained, check_kind
 
-    with torch.device("meta"):
-        return build_pretrained(
-            config.model.kind,
-            read_config(folder),
-            dtype=dtype_of(config.hardware.precision),
-            max_patches=max_patches(config),
-            use_outer_marks=_uses_outer_marks(config),
-        )
+    check_kind(config.model.kind, folder)
+    return build_pretrained(
+        read_config(folder),
+        dtype=dtype_of(config.hardware.precision),
+        max_patches=max_patches(config),
+        use_outer_marks=_uses_outer_marks(config),
+    )
 
 
 def _uses_outer_marks(config: Config) -> bool:
-    return config.model.use_outer_marks if isinstance(config.model, Qwen3VlConfig) else True
+    return config.model.use_outer_marks if isinstance(config.model, TimedVlmConfig) else True
 
 
 def loss_chunk_bytes(config: Config) -> int | None:

@@ -126,7 +126,7 @@ def describe_model(config: Config) -> ModelSpec:
         prompt = load_prompt_of(
             config, folder, visual_prefix=meta_vlm.visual_prefix, visual_suffix=meta_vlm.visual_suffix
         )
-        visual = VisualRun(meta_vlm.num_tokens, grids[0])
+        visual = meta_vlm.layout(grids[0])
     else:
         prompt = load_prompt_of(config, folder)
         sizes = projector_sizes(config, encoder, text_width(folder), len(prompt.question_ids))
@@ -228,11 +228,9 @@ def _assemble_components(
 
 
 def _assemble_vlm(spec: ModelSpec, features: Features | None, num_kept_layers: int) -> Assembly:
-    from vlmcap.models.llm.prompt import VisualRun
-
     config = spec.config
     vlm = load_vlm(config, spec.feature_plan.sources.folders["model"])
-    visual = vlm.visual_layout or VisualRun(vlm.num_tokens, spec.grids[0])
+    visual = vlm.layout(spec.grids[0])
     # Checked again, because only the tokenizer gives the text between visual tokens.
     num_visual = check_context(config, visual, spec.grids, spec.prompt, spec.context)
     encoder = vlm.encoder if features is None else None

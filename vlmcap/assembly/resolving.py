@@ -52,25 +52,16 @@ def with_model_kind(config: Config) -> Config:
         return config
     from vlmcap.models.checkpoint import locate_description
     from vlmcap.models.encoders.tower import read_config
+    from vlmcap.models.pretrained import family_of
 
     folder = locate_description(model.checkpoint, model.revision, key="model.checkpoint", gate=model.gate)
-    found = str(read_config(folder).get("model_type"))
-    kinds = {
-        kind: schema
-        for kind, schema in SCHEMAS["model"].items()
-        if issubclass(schema, PretrainedVlmConfig) and kind != model.kind
-    }
-    if found not in kinds:
-        raise UserError(
-            f"model.checkpoint={model.checkpoint} has the model type {found}, but model=custom supports "
-            f"{', '.join(kinds)}; assemble its components with encoder=custom and llm=custom"
-        )
+    schema = SCHEMAS["model"][family_of(read_config(folder).get("model_type")).kind]
     values = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(PretrainedVlmConfig)
         if field.name != "kind"
     }
-    return dataclasses.replace(config, model=kinds[found](**values))
+    return dataclasses.replace(config, model=schema(**values))
 
 
 def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:

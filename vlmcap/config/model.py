@@ -58,34 +58,34 @@ class PretrainedVlmConfig(ModelConfig):
 
 @register("model")
 @dataclass
-class LlavaNextVideoConfig(PretrainedVlmConfig):
-    """LLaVA-NeXT-Video."""
+class FramesVlmConfig(PretrainedVlmConfig):
+    """A pretrained VLM whose frames are squares of one size, such as LLaVA and InternVL."""
 
-    kind: str = "llava_next_video"  # kind of model
-
-
-@register("model")
-@dataclass
-class Qwen2VlConfig(PretrainedVlmConfig):
-    """Qwen2-VL."""
-
-    kind: str = "qwen2_vl"  # kind of model
+    kind: str = "frames"  # kind of model
 
 
 @register("model")
 @dataclass
-class Qwen25VlConfig(PretrainedVlmConfig):
-    """Qwen2.5-VL."""
+class PatchesVlmConfig(PretrainedVlmConfig):
+    """A pretrained VLM whose frames keep their aspect ratio, such as EXAONE 4.5."""
 
-    kind: str = "qwen2_5_vl"  # kind of model
+    kind: str = "patches"  # kind of model
 
 
 @register("model")
 @dataclass
-class Qwen3VlConfig(PretrainedVlmConfig):
-    """Qwen3-VL."""
+class MropeVlmConfig(PatchesVlmConfig):
+    """A pretrained VLM whose frames keep their aspect ratio, with positions in time, height and width: Qwen-VL."""
 
-    kind: str = "qwen3_vl"  # kind of model
+    kind: str = "mrope"  # kind of model
+
+
+@register("model")
+@dataclass
+class TimedVlmConfig(MropeVlmConfig):
+    """A pretrained VLM with positions in time, height and width that states times in its prompt: Qwen3-VL."""
+
+    kind: str = "timed_mrope"  # kind of model
     # Enclose all frames in <|vision_start|>…<|vision_end|>, as the processor does since transformers 5.10.
     use_outer_marks: bool = True
 

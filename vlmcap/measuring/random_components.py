@@ -32,7 +32,7 @@ from vlmcap.assembly.components import (
     train_encoder,
 )
 from vlmcap.assembly.model import generation_settings
-from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
+from vlmcap.config import Config, MropeVlmConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
@@ -141,7 +141,7 @@ def random_captioner(
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
-    if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
+    if isinstance(config.model, MropeVlmConfig):
         captioner_class = meta_vlm(config, 1).captioner_class
     llm = add_adapters(config, random_llm(config, device, say), num_kept_layers)
     compile_blocks(config, llm)
@@ -163,7 +163,7 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
     dtype, kept = options["dtype"], None
     llm: Any
     with torch.device("meta"):
-        if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
+        if isinstance(config.model, MropeVlmConfig):
             llm, kept = meta_vlm(config, int(text.num_hidden_layers)).llm, ["lm_head"]
             llm.set_attn_implementation(choose_attention(options["attention"], device, dtype, type(llm)))
         else:

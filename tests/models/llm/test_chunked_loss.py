@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
 }
-QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 CAPTIONS = ("푸른 바다 위로 아침 해가 천천히 떠오른다.", "산이다.", "눈 내리는 밤의 궁궐이 조용하다.")
 Make = Callable[..., VideoCaptioner]
 
@@ -148,9 +148,9 @@ def test_loss_and_gradients_are_those_of_all_logits(kind: str, is_packed: bool, 
 def test_every_class_on_the_list_is_tried() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    from vlmcap.models.pretrained.qwen_vl import FAMILIES
+    from vlmcap.models.pretrained.families import model_class
 
-    assert {NAMES[kind] for kind in OPTIONS} | {FAMILIES[kind].class_name for kind in QWEN_VL} == UNSCALED
+    assert {NAMES[kind] for kind in OPTIONS} | {model_class(kind).__name__ for kind in QWEN_VL} == UNSCALED
 
 
 def test_a_head_tied_to_the_embedding(make: Make, spy: list[int]) -> None:
@@ -249,7 +249,7 @@ def test_whole_models(kind: str, qwen_folders: dict[str, Path], spy: list[int]) 
         "device": "cpu",
         "max_patches": 64,
     }
-    parts = load_pretrained(kind, folder, **options)
+    parts = load_pretrained(folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
@@ -261,7 +261,7 @@ def test_whole_models(kind: str, qwen_folders: dict[str, Path], spy: list[int]) 
         frames = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         grid = parts.encoder.transform.grid_thw(4, *size)
         items.append(Sample(Clip(str(i), f"{i}.mp4", (text,)), frames=parts.encoder.transform(frames), grid_thw=grid))
-    batch = Collator(prompt, parts.visual_layout or VisualRun(parts.num_tokens, (2, *parts.encoder.grid)), 200)(items)
+    batch = Collator(prompt, parts.layout((2, *parts.encoder.grid)), 200)(items)
     captioner.requires_grad_(False)
     for name, parameter in captioner.named_parameters():
         if "lora_B" in name or name.startswith("projector"):

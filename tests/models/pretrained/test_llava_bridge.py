@@ -21,7 +21,7 @@ from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.load import load_language_model, text_width
-from vlmcap.models.llm.prompt import VisualRun, load_prompt
+from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.models.pretrained import load_pretrained
 from vlmcap.models.projectors import ProjectorSizes, build_projector, load_projector_weights
 from vlmcap.types import Batch, Clip, Sample
@@ -33,7 +33,7 @@ LANGUAGE = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa",
 
 def whole(folder: Path) -> VideoCaptioner:
     """`model=llava_next_video_7b`."""
-    parts = load_pretrained("llava_next_video", folder, max_patches=1, **LANGUAGE)  # type: ignore[arg-type]
+    parts = load_pretrained(folder, max_patches=1, **LANGUAGE)  # type: ignore[arg-type]
     return joined(parts.encoder, parts.projector, parts.llm, folder)
 
 
@@ -140,15 +140,14 @@ def test_loss_and_captions_are_the_references(
 
 
 def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> None:
-    parts = load_pretrained("llava_next_video", folder, max_patches=1, **LANGUAGE)  # type: ignore[arg-type]
+    parts = load_pretrained(folder, max_patches=1, **LANGUAGE)  # type: ignore[arg-type]
     captioner = joined(parts.encoder, parts.projector, parts.llm, folder)
     names = [name for name, _ in captioner.named_parameters(remove_duplicate=False)]
     assert len(names) == len(set(names)) == len(list(captioner.parameters()))
     assert {name.split(".")[0] for name, parameter in captioner.named_parameters() if parameter.requires_grad} == {
         "projector"
     }
-    assert parts.visual_layout is None
-    assert VisualRun(parts.num_tokens, (FRAMES, *parts.encoder.grid))(None) == (FRAMES * 4,)
+    assert parts.layout((FRAMES, *parts.encoder.grid))(None, None) == (FRAMES * 4,)
     loss, _ = captioner(batch_of(captioner))
     loss.backward()
     assert all(parameter.grad is not None for parameter in captioner.projector.parameters())
@@ -157,15 +156,11 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("spatial_pool_mode", "max", "spatial_pool_mode=max"),
         ("vision_feature_select_strategy", "full", "vision_feature_select_strategy=full"),
         ("vision_feature_layer", [-2, -3], "joins the layers"),
-        ("spatial_pool_stride", 3, "does not divide evenly"),
     ],
 )
-def test_other_ways_to_pool_and_project_are_refused(
-    key: str, value: Any, message: str, llava_folder: Path, tmp_path: Path
-) -> None:
+def test_other_features_are_refused(key: str, value: Any, message: str, llava_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llava_folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))

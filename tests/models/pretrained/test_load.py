@@ -23,14 +23,23 @@ from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders.tower import add_tower_lora
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.adapt import add_lora
-from vlmcap.models.llm.prompt import VisualRun, load_prompt
-from vlmcap.models.pretrained import VlmComponents, build_meta_vision, build_pretrained, load_pretrained, load_vision
+from vlmcap.models.llm.experts import fused_experts
+from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.pretrained import (
+    VlmComponents,
+    build_meta_vision,
+    build_pretrained,
+    check_kind,
+    load_pretrained,
+    load_vision,
+)
+from vlmcap.models.pretrained.families import model_class, parsed_config
 from vlmcap.types import Batch, Clip, Sample
 
-KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
-def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
+def load(folder: Path, **changes: Any) -> VlmComponents:
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "quantization": "none",
@@ -38,7 +47,7 @@ def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
         "device": "cpu",
         "max_patches": 64,
     }
-    return load_pretrained(kind, folder, **options | changes)
+    return load_pretrained(folder, **options | changes)
 
 
 def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
@@ -54,13 +63,13 @@ def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
         )
         grid = transform.grid_thw(4, height, width)
         samples.append(Sample(Clip(str(row), Path("clip.mp4"), ("산이다.",)), frames=transform(frames), grid_thw=grid))
-    visual = parts.visual_layout or VisualRun(parts.num_tokens, (2, *parts.encoder.grid))
+    visual = parts.layout((2, *parts.encoder.grid))
     return captioner, Collator(prompt, visual, 200)(samples)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_folders: dict[str, Path]) -> None:
-    captioner, batch = adapted(load(kind, qwen_folders[kind]), qwen_folders[kind])
+    captioner, batch = adapted(load(qwen_folders[kind]), qwen_folders[kind])
     trained = {name: parameter for name, parameter in captioner.named_parameters() if parameter.requires_grad}
     frozen = {
         name: parameter.detach().clone()
@@ -91,7 +100,7 @@ def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[s
 
     Adapters on linear layers alone, not on the convolution that shares a name with one.
     """
-    parts = load(kind, qwen_folders[kind])
+    parts = load(qwen_folders[kind])
     if tuning == "lora":
         add_tower_lora(parts.encoder.tower, LoraConfig(rank=2, alpha=4))
     else:
@@ -109,14 +118,20 @@ def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[s
 def test_the_language_part_alone_is_quantised(kind: str, quantization: str, qwen_folders: dict[str, Path]) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    parts = load(kind, qwen_folders[kind], quantization=quantization)
+    if (kind, quantization) == ("qwen3_vl_moe", "8bit"):
+        with pytest.raises(UserError, match=r"8bit would leave the experts .* set llm\.quantization=4bit"):
+            load(qwen_folders[kind], quantization=quantization)
+        return
+    parts = load(qwen_folders[kind], quantization=quantization)
+    assert all(experts.is_packed for experts in fused_experts(parts.llm))
+    assert len(fused_experts(parts.llm)) == (3 if kind == "qwen3_vl_moe" else 0)
     quantised = (Linear4bit, Linear8bitLt)
     layers = [
         module
         for name, module in parts.llm.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     ]
-    assert len(layers) == 3 * 7
+    assert len(layers) == 3 * (4 if kind == "qwen3_vl_moe" else 7)
     assert all(isinstance(layer, quantised) for layer in layers)
     rest = [*parts.encoder.modules(), *parts.projector.modules(), parts.llm.lm_head]
     assert not any(isinstance(module, quantised) for module in rest)
@@ -125,7 +140,7 @@ def test_the_language_part_alone_is_quantised(kind: str, quantization: str, qwen
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[str, Path]) -> None:
-    parts = load(kind, qwen_folders[kind], quantization="4bit", dtype=torch.bfloat16)
+    parts = load(qwen_folders[kind], quantization="4bit", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in parts.encoder.parameters()} == {torch.bfloat16}
     captioner, batch = adapted(parts, qwen_folders[kind])
     captioner.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -139,13 +154,15 @@ def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[st
 
 
 def test_another_kind_is_refused(qwen_folders: dict[str, Path], llava_folder: Path, llm_folder: Path) -> None:
-    for kind, folder in (
-        ("qwen2_vl", qwen_folders["qwen3_vl"]),
-        ("qwen2_5_vl", llava_folder),
-        ("llava_next_video", llm_folder),
+    check_kind("mrope", qwen_folders["qwen2_vl"])
+    check_kind("frames", llava_folder)
+    for kind, folder, message in (
+        ("mrope", qwen_folders["qwen3_vl"], r"model\.checkpoint .* is of type qwen3_vl, whose .* set model=custom"),
+        ("timed_mrope", llava_folder, "is of type llava_next_video"),
+        ("frames", llm_folder, "has the model type qwen3, but pretrained VLMs must be one of llava_next_video"),
     ):
-        with pytest.raises(UserError, match=r"model\.checkpoint .* is of type \w+, not") as caught:
-            load(kind, folder)
+        with pytest.raises(UserError, match=message) as caught:
+            check_kind(kind, folder)
         assert "\n" not in str(caught.value)
 
 
@@ -160,15 +177,15 @@ def test_a_part_of_a_model_is_refused(qwen_folders: dict[str, Path], tmp_path: P
         metadata={"format": "pt"},
     )
     with pytest.raises(UserError, match="lacks 1 weights"):
-        load("qwen2_vl", folder)
+        load(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"model\.checkpoint"):
-        load("qwen2_vl", folder)
+        load(folder)
 
 
 def test_a_budget_below_one_token_is_refused(qwen_folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"encoder\.max_patches must be at least 4"):
-        load("qwen2_vl", qwen_folders["qwen2_vl"], max_patches=3)
+        load(qwen_folders["qwen2_vl"], max_patches=3)
 
 
 def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -176,48 +193,43 @@ def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Pat
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "resample": 2})
     )
-    parts = load("qwen3_vl", folder)
+    parts = load(folder)
     assert parts.encoder.mean.flatten().tolist() == [0, 0, 0]
     assert parts.encoder.transform.resampling == "bilinear"
 
 
 @pytest.mark.parametrize(
-    ("kind", "checkpoint", "width"),
+    ("checkpoint", "width", "billions"),
     [
-        ("llava_next_video", "llava-hf/LLaVA-NeXT-Video-7B-hf", 1024),
-        ("qwen2_vl", "Qwen/Qwen2-VL-7B-Instruct", 1280),
-        ("qwen2_5_vl", "Qwen/Qwen2.5-VL-7B-Instruct", 1280),
-        ("qwen3_vl", "Qwen/Qwen3-VL-8B-Instruct", 4 * 1152),
+        ("llava-hf/LLaVA-NeXT-Video-7B-hf", 1024, 7.06),
+        ("Qwen/Qwen2-VL-7B-Instruct", 1280, 8.29),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 1280, 3.75),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 1280, 8.29),
+        ("Qwen/Qwen2.5-VL-32B-Instruct", 1280, 33.45),
+        ("Qwen/Qwen3-VL-2B-Instruct", 4 * 1024, 2.13),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4 * 1024, 4.44),
+        ("Qwen/Qwen3-VL-8B-Instruct", 4 * 1152, 8.77),
+        ("Qwen/Qwen3-VL-32B-Instruct", 4 * 1152, 33.36),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", 4 * 1152, 31.07),
     ],
 )
-def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
-    """The components hold all weights but the last vision block and the newline, which LLaVA uses for images only."""
-    import transformers
-
+def test_true_sizes(checkpoint: str, width: int, billions: float) -> None:
+    """The components hold all weights but those that only images use, and blocks behind the chosen layer."""
     config = known_config(checkpoint)
     assert config is not None
+    parts = build_pretrained(config, dtype=torch.bfloat16, max_patches=1024)
     with torch.device("meta"):
-        parts = build_pretrained(kind, config, dtype=torch.bfloat16, max_patches=1024)
-        model_class = getattr(transformers, config["architectures"][0])
-        whole = model_class(model_class.config_class.from_dict(config))
+        whole = model_class(config["model_type"])(parsed_config(config))
     unused = 0
-    if kind == "llava_next_video":
+    if config["model_type"] == "llava_next_video":
         tower = whole.model.vision_tower
-        unused = sum(
-            p.numel()
-            for p in (
-                *tower.encoder.layers[-1].parameters(),
-                *tower.post_layernorm.parameters(),
-                whole.model.image_newline,
-            )
-        )
+        left_out = (*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters())
+        unused = sum(parameter.numel() for parameter in (*left_out, whole.model.image_newline))
     modules = (parts.encoder, parts.projector, parts.llm)
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     total = sum(parameter.numel() for parameter in whole.parameters())
     assert count == total - unused
-    assert total / 1e9 == pytest.approx(
-        {"qwen2_vl": 8.29, "qwen2_5_vl": 8.29, "qwen3_vl": 8.77, "llava_next_video": 7.06}[kind], abs=0.01
-    )
+    assert total / 1e9 == pytest.approx(billions, abs=0.01)
     assert parts.encoder.embed_dim == width
     assert all(parameter.is_meta for module in modules for parameter in module.parameters())
 
@@ -226,15 +238,13 @@ OPTIONS: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa", "device"
 
 
 @pytest.fixture(params=[*VISION, "llava_next_video"])
-def case(request: pytest.FixtureRequest, qwen_folders: dict[str, Path], llava_folder: Path) -> tuple[str, Path]:
-    kind: str = request.param
-    return kind, qwen_folders.get(kind, llava_folder)
+def folder(request: pytest.FixtureRequest, qwen_folders: dict[str, Path], llava_folder: Path) -> Path:
+    return qwen_folders.get(request.param, llava_folder)
 
 
-def test_features_are_those_of_the_whole_model(case: tuple[str, Path]) -> None:
-    kind, folder = case
-    whole = load_pretrained(kind, folder, quantization="none", **OPTIONS).encoder
-    alone = load_vision(kind, folder, **OPTIONS)
+def test_features_are_those_of_the_whole_model(folder: Path) -> None:
+    whole = load_pretrained(folder, quantization="none", **OPTIONS).encoder
+    alone = load_vision(folder, **OPTIONS)
     assert alone.transform == whole.transform
     assert alone.possible_grids(4) == whole.possible_grids(4)
     assert not any(parameter.requires_grad for parameter in alone.parameters())
@@ -246,10 +256,9 @@ def test_features_are_those_of_the_whole_model(case: tuple[str, Path]) -> None:
     assert torch.equal(features, expected)
 
 
-def test_a_sketch_has_the_sizes_and_no_weights(case: tuple[str, Path]) -> None:
-    kind, folder = case
-    meta_encoder = build_meta_vision(kind, folder, dtype=torch.float32, max_patches=24)
-    loaded = load_vision(kind, folder, **OPTIONS)
+def test_a_sketch_has_the_sizes_and_no_weights(folder: Path) -> None:
+    meta_encoder = build_meta_vision(folder, dtype=torch.float32, max_patches=24)
+    loaded = load_vision(folder, **OPTIONS)
     assert all(parameter.is_meta for parameter in meta_encoder.parameters())
     assert (meta_encoder.transform, meta_encoder.embed_dim, meta_encoder.grid) == (
         loaded.transform,
@@ -261,14 +270,13 @@ def test_a_sketch_has_the_sizes_and_no_weights(case: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("is_on_host", "place"), [(False, "meta"), (True, "cpu")])
-def test_weights_go_straight_to_the_device(case: tuple[str, Path], is_on_host: bool, place: str) -> None:
-    kind, folder = case
+def test_weights_go_straight_to_the_device(folder: Path, is_on_host: bool, place: str) -> None:
     options: Any = OPTIONS | {"device": "meta"}
-    parts = load_pretrained(kind, folder, quantization="none", is_on_host=is_on_host, **options)
+    parts = load_pretrained(folder, quantization="none", is_on_host=is_on_host, **options)
     assert {parameter.device.type for part in (parts.encoder.tower, parts.llm) for parameter in part.parameters()} == {
         place
     }
-    alone = load_vision(kind, folder, **options)
+    alone = load_vision(folder, **options)
     assert {tensor.device.type for tensor in (*alone.parameters(), *alone.buffers())} == {"meta"}
 
 
@@ -278,6 +286,4 @@ def test_a_missing_weight_of_the_tower_is_said(qwen_folders: dict[str, Path], tm
     weights.pop(next(name for name in weights if "visual.blocks.0" in name))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 weights"):
-        load_vision("qwen2_vl", folder, **OPTIONS)
-    with pytest.raises(UserError, match="not qwen3_vl; choose the model="):
-        build_meta_vision("qwen3_vl", folder, dtype=torch.float32, max_patches=24)
+        load_vision(folder, **OPTIONS)

@@ -14,13 +14,13 @@ from torch import Tensor
 from vlmcap.config import EvaluationConfig, LlmConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.decoding.settings import GenerationSettings
-from vlmcap.models.llm.prompt import VisualRun, load_prompt
+from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.models.pretrained import VlmComponents, load_pretrained
+from vlmcap.models.pretrained.families import FAMILIES, model_class
 from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
-from vlmcap.models.pretrained.qwen_vl import FAMILIES
 from vlmcap.types import Batch, Clip, Sample
 
-KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 FRAMES = 4
 CAPTIONS = ("푸른 바다 위로 아침 해가 천천히 떠오른다.", "산이다.")
 SIZES = ((84, 112), (128, 56))  # pixels: other grids, other lengths
@@ -41,7 +41,7 @@ class Setup:
     reference: Any
 
     def batch(self, mode: str = "train", rows: tuple[int, ...] = (0, 1)) -> Batch:
-        visual = self.parts.visual_layout or VisualRun(self.parts.num_tokens, (FRAMES // 2, *self.parts.encoder.grid))
+        visual = self.parts.layout((FRAMES // 2, *self.parts.encoder.grid))
         samples = []
         for row in rows:
             frames = clip(row)
@@ -103,7 +103,7 @@ def clip(row: int) -> Tensor:
     )
 
 
-def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
+def load(folder: Path, **changes: Any) -> VlmComponents:
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "quantization": "none",
@@ -111,7 +111,7 @@ def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
         "device": "cpu",
         "max_patches": 64,
     }
-    return load_pretrained(kind, folder, **options | changes)
+    return load_pretrained(folder, **options | changes)
 
 
 def join(parts: VlmComponents, folder: Path, **settings: Any) -> QwenVLCaptioner:
@@ -126,11 +126,10 @@ def join(parts: VlmComponents, folder: Path, **settings: Any) -> QwenVLCaptioner
 
 @pytest.fixture(scope="module", params=KINDS)
 def setup(request: pytest.FixtureRequest, qwen_folders: dict[str, Path], qwen_processors: dict[str, Any]) -> Setup:
-    import transformers
 
     folder = qwen_folders[request.param]
-    parts = load(request.param, folder)
-    reference = getattr(transformers, FAMILIES[request.param].class_name).from_pretrained(folder).eval()
+    parts = load(folder)
+    reference = model_class(request.param).from_pretrained(folder).eval()
     return Setup(request.param, parts, join(parts, folder), qwen_processors[request.param], reference)
 
 
@@ -162,7 +161,7 @@ def test_times_reach_the_positions_or_the_prompt(setup: Setup) -> None:
     assert torch.equal(inputs["position_ids"], others["position_ids"]) == (setup.kind != "qwen2_5_vl")
     texts = [setup.captioner.prompt.tokenizer.decode(row) for row in setup.batch("generate").input_ids]
     for text, said in zip(texts, (("<1.0 seconds>", "<3.0 seconds>"), ("<3.0 seconds>", "<9.0 seconds>")), strict=True):
-        assert all((time in text) == (setup.kind == "qwen3_vl") for time in said)
+        assert all((time in text) == setup.kind.startswith("qwen3_vl") for time in said)
 
 
 @torch.no_grad()
@@ -247,7 +246,7 @@ def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
     batch = setup.batch()
     assert batch.frames is not None
     features = setup.captioner.encode(batch)
-    assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind == "qwen3_vl" else 32)
+    assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind.startswith("qwen3_vl") else 32)
     cached = replace(batch, frames=None, features=features)
     assert setup.captioner(cached)[0].item() == pytest.approx(setup.captioner(batch)[0].item(), rel=1e-6)
 

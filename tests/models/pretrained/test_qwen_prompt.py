@@ -17,7 +17,9 @@ from vlmcap.config import LlmConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.models.pretrained import load_pretrained
-from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner, TimestampedRuns
+from vlmcap.models.pretrained.components import FrameRuns
+from vlmcap.models.pretrained.families import FAMILIES
+from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
 from vlmcap.models.pretrained.qwen_vision import MergerSpec
 from vlmcap.types import Clip, FrameTimes, Sample
 
@@ -57,7 +59,7 @@ def test_prompts_are_the_processors(
 
     (rate, taken), (height, width) = TAKEN[number % 6], SIZES[number // 6]
     system, question = SYSTEMS[number % 2], QUESTIONS[number % 4]
-    parts = load_pretrained("qwen3_vl", qwen_folders["qwen3_vl"], use_outer_marks=use_outer_marks, **OPTIONS)
+    parts = load_pretrained(qwen_folders["qwen3_vl"], use_outer_marks=use_outer_marks, **OPTIONS)
     frames = torch.randint(0, 256, (len(taken), 3, height, width), dtype=torch.uint8)
     marks = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(qwen_folders["qwen3_vl"], LlmConfig(prompt=question, system_prompt=system), **marks)
@@ -68,8 +70,8 @@ def test_prompts_are_the_processors(
         grid_thw=transform.grid_thw(*frames.shape[:1], *frames.shape[2:]),
         times_s=tuple(index / rate for index in taken),
     )
-    assert parts.visual_layout is not None
-    batch = pickle.loads(pickle.dumps(Collator(prompt, parts.visual_layout, 8, "generate")))([sample])
+    layout = parts.layout((1, *parts.encoder.grid))
+    batch = pickle.loads(pickle.dumps(Collator(prompt, layout, 8, "generate")))([sample])
     ours = batch.input_ids.masked_fill(batch.visual_mask, qwen_tokenizer.convert_tokens_to_ids("<|video_pad|>"))
     # The older form is that of a processor that takes the pair around the placeholder with it.
     video = "<|vision_start|><|video_pad|><|vision_end|>" if use_outer_marks else "<|video_pad|>"
@@ -88,7 +90,8 @@ def test_prompts_are_the_processors(
 
 
 def layout_text(tokenizer: Any, num_steps: int, times_s: FrameTimes | None) -> str:
-    runs = TimestampedRuns(MergerSpec(2, (8, 8)), tokenizer, frames_per_patch=2)((num_steps, 4, 6), times_s)
+    layout = FrameRuns(MergerSpec(2, (8, 8)).num_tokens, FAMILIES["qwen3_vl"].text, tokenizer, 2, (1, 8, 8))
+    runs = layout((num_steps, 4, 6), times_s)
     assert [run for run in runs if isinstance(run, int)] == [6] * num_steps
     return "".join(tokenizer.decode(run) for run in runs if not isinstance(run, int))
 
@@ -100,7 +103,6 @@ def test_the_time_of_a_patch_is_the_middle_of_its_frames(qwen_tokenizer: Any) ->
 
 def test_clips_without_a_clock_count_as_taken_at_two_a_second(qwen_tokenizer: Any) -> None:
     assert layout_text(qwen_tokenizer, 2, None) == layout_text(qwen_tokenizer, 2, (0.0, 0.5, 1.0, 1.5))
-    assert TimestampedRuns(MergerSpec(2, (8, 8)), qwen_tokenizer, frames_per_patch=2)(None) == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_clips_without_a_clock_count_as_taken_at_two_a_second(qwen_tokenizer: An
     ],
 )
 def test_seconds_per_patch(times_s: FrameTimes | None, expected: float, qwen_folders: dict[str, Path]) -> None:
-    parts = load_pretrained("qwen2_5_vl", qwen_folders["qwen2_5_vl"], **OPTIONS)
+    parts = load_pretrained(qwen_folders["qwen2_5_vl"], **OPTIONS)
     prompt = load_prompt(qwen_folders["qwen2_5_vl"], LlmConfig(prompt=""))
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, None)
     assert isinstance(captioner, QwenVLCaptioner)

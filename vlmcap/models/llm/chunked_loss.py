@@ -29,6 +29,7 @@ UNSCALED = frozenset(
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
     }
 )
 # Gradients of logits are probabilities, most of them far below the smallest float16 number, so they are scaled up.

@@ -17,9 +17,9 @@ from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_
 # Prefixes of the language model's weights in a pretrained VLM, in published files and in those that transformers 5
 # writes.
 _LLM_KEYS = {
-    r"^language_model\.model\.": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-    r"^model\.language_model\.": "model.",
+    r"^(?:model\.)?language_model\.model\.": "model.",
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^model\.(?:language|text)_model\.": "model.",
 }
 
 

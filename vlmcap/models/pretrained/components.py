@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,65 @@ from torch import nn
 
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.types import VisualLayout
+from vlmcap.models.llm.prompt import VisualRun
+from vlmcap.types import CLOCKLESS_FPS, FrameTimes, GridTHW, VisualLayout
+
+
+@dataclass(frozen=True, slots=True)
+class RunText:
+    """Text around each run of visual tokens in the prompt, as the model's processor writes it.
+
+    Attributes:
+        before: Text before a run; `{number}` is the number of the frame and `{seconds}` its time.
+        after: Text after a run.
+        between: Further text between two runs.
+    """
+
+    before: str = ""
+    after: str = ""
+    between: str = ""
+
+
+@dataclass(frozen=True)
+class FrameRuns:
+    """Lays out one run of placeholders per frame or temporal patch, with text around it; picklable.
+
+    Attributes:
+        num_tokens: Function (F, (h, w)) -> V.
+        text: Text around the runs; what follows the last one belongs to the prompt, not to the layout.
+        tokenizer: Tokenizer of the language model.
+        frames_per_run: Frames that share a run.
+        default_grid: Size of clips without a `grid_thw`.
+    """
+
+    num_tokens: Callable[[int, tuple[int, int]], int]
+    text: RunText
+    tokenizer: Any
+    frames_per_run: int
+    default_grid: GridTHW
+    _cached_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int | Sequence[int]]:
+        """Returns the text before each run, and the run.
+
+        The time of a run is the middle between the times of its first and last frame.
+        """
+        steps, *grid = grid_thw or self.default_grid
+        span = self.frames_per_run
+        times = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
+        assert steps == 0 or (steps - 1) * span < len(times) <= steps * span, f"{len(times)} times for {steps} runs"
+        runs: list[int | Sequence[int]] = []
+        for index in range(steps):
+            own = times[index * span : (index + 1) * span]
+            text = self.text.before.format(number=index + 1, seconds=(own[0] + own[-1]) / 2)
+            runs += [self._ids((self.text.after + self.text.between if index else "") + text)]
+            runs += [self.num_tokens(1, (grid[0], grid[1]))]
+        return runs
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        if text not in self._cached_ids:
+            self._cached_ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._cached_ids[text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +86,9 @@ class VlmComponents:
         captioner_class: Constructor of the captioner from (encoder, projector, llm, prompt, generation).
         visual_prefix: Text directly before the visual tokens.
         visual_suffix: Text directly after the visual tokens.
-        visual_layout: Picklable map from a clip's size and times to runs of placeholders and the text between them;
-            None for a single run.
+        run_text: Text around the runs of placeholders; None for a single run.
+        tokenizer: Tokenizer that encodes `run_text`; None on the meta device.
+        frames_per_run: Frames that share a run.
     """
 
     encoder: Any
@@ -39,7 +98,19 @@ class VlmComponents:
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     visual_prefix: str = ""
     visual_suffix: str = ""
-    visual_layout: VisualLayout | None = None
+    run_text: RunText | None = None
+    tokenizer: Any = None
+    frames_per_run: int = 1
+
+    def layout(self, default_grid: GridTHW) -> VisualLayout:
+        """Returns the layout of the visual tokens of a clip; without the text between them for lack of a tokenizer.
+
+        Args:
+            default_grid: Size of clips without a `grid_thw`.
+        """
+        if self.run_text is None or self.tokenizer is None:
+            return VisualRun(self.num_tokens, default_grid)
+        return FrameRuns(self.num_tokens, self.run_text, self.tokenizer, self.frames_per_run, default_grid)
 
 
 @contextmanager

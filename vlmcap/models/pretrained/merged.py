@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
+from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.merge import Progress, load_adapters, load_unadapted_weights, merge, refuse_quantized
 from vlmcap.models.pretrained.components import read_model
-from vlmcap.models.pretrained.qwen_vl import load_qwen_vl
-
-# Layers of `Projector` and their names in the transformers class.
-_LLAVA_PROJECTOR = {"projection.layers.0": "linear_1", "projection.layers.2": "linear_2"}
+from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, family_of, model_class, part_name
+from vlmcap.models.pretrained.qwen_vl import mergers_of
 
 
 def merged_pretrained(
-    kind: str,
     folder: Path,
     weights: Mapping[str, Tensor],
     *,
@@ -31,7 +29,6 @@ def merged_pretrained(
     """Merges trained weights into a pretrained VLM.
 
     Args:
-        kind: As for `load_pretrained`.
         folder: Base checkpoint of the run, unquantised.
         weights: State of a checkpoint: projector, adapters, or trained weights of the language model itself.
         adapt: Adds adapters to the language model as in training; None without adapters.
@@ -48,15 +45,20 @@ def merged_pretrained(
     projector = {
         n.removeprefix("captioner.projector."): t for n, t in weights.items() if n.startswith("captioner.projector.")
     }
-    if kind == "llava_next_video":
-        whole, language = _load_llava(folder, dtype)
-        renamed = {_llava_name(name): tensor for name, tensor in projector.items()}
-        _load_projector(whole.model.multi_modal_projector, renamed)
+    model_type = read_config(folder)["model_type"]
+    family = family_of(model_type)
+    whole = read_model(model_class(model_type), model_type, folder, dtype=dtype, attn_implementation="sdpa")
+    whole.requires_grad_(False).eval()
+    if family.kind == "frames":
+        _load(whole, projector)  # under the names of the class
     else:
-        whole = language = _load_qwen(kind, folder, dtype, projector)
+        _load(nn.ModuleDict({"mergers": nn.ModuleList(mergers_of(whole.model))}), projector)
     refuse_quantized(whole)
     # The tower must not be among the layers that get adapters.
-    visual = _detach_visual(whole)
+    tower_name = part_name(whole.model, TOWERS)
+    tower = getattr(whole.model, tower_name)
+    setattr(whole.model, tower_name, None)
+    language = whole if "mrope" in family.kind else _causal_model(whole)
     difference = 0.0
     if adapt is None:
         load_unadapted_weights(language, weights)
@@ -65,69 +67,30 @@ def merged_pretrained(
         load_adapters(adapted, weights)
         _, difference = merge(adapted, progress)  # in place: `whole` shares the layers
     whole.to("cpu")
-    if visual is not None:
-        whole.model.visual = visual
+    setattr(whole.model, tower_name, tower)
     return whole, difference
 
 
-def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[str, Tensor]) -> Any:
-    """Loads the model with its tower and the trained mergers."""
-    components = load_qwen_vl(
-        kind,
-        folder,
-        dtype=dtype,
-        quantization="none",
-        attention="sdpa",
-        device="cpu",
-        is_on_host=True,
-        max_patches=1 << 10,
-        use_outer_marks=True,
-    )
-    _load_projector(components.projector, projector)
-    whole: Any = components.llm
-    tower: Any = components.encoder.tower
-    first, *deep = components.projector.mergers
-    tower.merger = first
-    if deep:
-        tower.deepstack_merger_list = nn.ModuleList(deep)
-    whole.model.visual = tower.to(dtype)
-    return whole
+def _causal_model(whole: Any) -> Any:
+    """Returns a causal language model that shares the layers of a whole model."""
+    from transformers import AutoModelForCausalLM
 
-
-def _load_llava(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Loads the model, and returns it with a causal language model that shares its layers."""
-    import transformers
-
-    model_class = transformers.LlavaNextVideoForConditionalGeneration
-    whole = read_model(model_class, "llava_next_video", folder, dtype=dtype, attn_implementation="sdpa")
     with torch.device("meta"):
-        language = transformers.AutoModelForCausalLM.from_config(whole.config.text_config, dtype=dtype)
-    language.model, language.lm_head = whole.model.language_model, whole.lm_head
-    return whole.requires_grad_(False).eval(), language.requires_grad_(False).eval()
+        language = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
+    language.model = getattr(whole.model, part_name(whole.model, LANGUAGE))
+    language.lm_head = whole.lm_head
+    return language.requires_grad_(False).eval()
 
 
-def _detach_visual(whole: Any) -> Any:
-    """Detaches Qwen's tower from the model, as in training; LLaVA's is not inside the adapted language model."""
-    visual = getattr(whole.model, "visual", None)
-    if visual is not None:
-        whole.model.visual = None
-    return visual
-
-
-def _llava_name(name: str) -> str:
-    layer, _, leaf = name.rpartition(".")
-    return f"{_LLAVA_PROJECTOR.get(layer, layer)}.{leaf}"
-
-
-def _load_projector(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads trained weights into the projector, if there are any.
+def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads trained weights of the projector, if there are any; modules with other names keep theirs.
 
     Raises:
         UserError: They belong to another projector.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if weights and own != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    if any(own.get(name) != tensor.shape for name, tensor in weights.items()):
         raise UserError(
             "the checkpoint's projector does not fit model.checkpoint; set model.checkpoint to that of the run"
         )
-    module.load_state_dict(dict(weights), strict=bool(weights))
+    module.load_state_dict(dict(weights), strict=False)

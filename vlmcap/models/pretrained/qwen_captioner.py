@@ -1,12 +1,10 @@
-"""Captioner for Qwen-VL models: timestamps in the prompt, positions in time, height and width (mRoPE), and DeepStack.
+"""Captioner for Qwen-VL models: positions in time, height and width (mRoPE), and DeepStack.
 
 Legend: B batch, S sequence, T temporal patches, h/w patch rows and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,51 +12,9 @@ from torch import Tensor
 
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import base_model
-from vlmcap.models.pretrained.qwen_vision import MergerSpec
-from vlmcap.types import CLOCKLESS_FPS, Batch, FrameTimes, GridTHW
+from vlmcap.types import CLOCKLESS_FPS, Batch, FrameTimes
 
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 _VIDEO = 2  # transformers' type id of video tokens; 0 is text and 1 is images
-
-
-@dataclass(frozen=True)
-class TimestampedRuns:
-    """Lays out one run of placeholders per temporal patch, each after its timestamp, like Qwen3-VL's processor.
-
-    Attributes:
-        spec: Sizes of the merger.
-        tokenizer: Tokenizer of the language model.
-        frames_per_patch: Frames that share a temporal patch.
-    """
-
-    spec: MergerSpec
-    tokenizer: Any
-    frames_per_patch: int
-    _cached_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
-
-    def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int | Sequence[int]]:
-        """Returns timestamp, start mark, placeholders and end mark of each temporal patch; empty without a clip.
-
-        The timestamp is the middle between the times of the patch's first and last frame. The last end mark belongs to
-        the prompt, not to the result.
-        """
-        runs: list[int | Sequence[int]] = []
-        steps, *grid = grid_thw or (0, 0, 0)
-        span = self.frames_per_patch
-        times = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
-        assert steps == 0 or (steps - 1) * span < len(times) <= steps * span, (
-            f"{len(times)} times for {steps} temporal patches"
-        )
-        for index in range(steps):
-            own = times[index * span : (index + 1) * span]
-            text = f"{VISION_END if index else ''}<{(own[0] + own[-1]) / 2:.1f} seconds>{VISION_START}"
-            runs += [self._ids(text), self.spec.num_tokens(1, (grid[0], grid[1]))]
-        return runs
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        if text not in self._cached_ids:
-            self._cached_ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._cached_ids[text]
 
 
 class QwenVLCaptioner(VideoCaptioner):

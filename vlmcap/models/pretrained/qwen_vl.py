@@ -1,4 +1,4 @@
-"""The components of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+"""The components of VLMs whose frames keep their aspect ratio: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, and their relatives.
 
 Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2511.21631.
 """
@@ -6,55 +6,30 @@ Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, htt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.preprocessing import Preprocessing, read_processor
+from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.attention import check_attention, choose_attention
+from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
 from vlmcap.models.llm.load import device_map, keep_packing, quantization_config
 from vlmcap.models.pretrained.components import VlmComponents, read_model, reading
-from vlmcap.models.pretrained.qwen_captioner import VISION_END, VISION_START, QwenVLCaptioner, TimestampedRuns
+from vlmcap.models.pretrained.families import TOWERS, family_of, model_class, parsed_config, part_name, sketch
+from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
 from vlmcap.models.versions import check_transformers
 
-
-@dataclass(frozen=True, slots=True)
-class QwenFamily:
-    """Differences between the three families.
-
-    Attributes:
-        class_name: Name of the transformers class.
-        tower_name: Class name of its vision tower, in the same module.
-        preprocessing: Preprocessing of a checkpoint without a processor file.
-        has_timestamps: Whether the prompt states the time of each temporal patch.
-    """
-
-    class_name: str
-    tower_name: str
-    preprocessing: Preprocessing
-    has_timestamps: bool = False
-
-
-_CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-FAMILIES = {
-    "qwen2_vl": QwenFamily("Qwen2VLForConditionalGeneration", "Qwen2VisionTransformerPretrainedModel", _CLIP),
-    "qwen2_5_vl": QwenFamily("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformerPretrainedModel", _CLIP),
-    "qwen3_vl": QwenFamily(
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLVisionModel",
-        Preprocessing((0.5,) * 3, (0.5,) * 3),
-        has_timestamps=True,
-    ),
-}
+# Prefixes of the tower's tensors in published checkpoints, and in those that transformers 5 writes.
+_TOWER_KEYS = {r"^(?:model\.)?(?:visual|vision_model)\.": ""}
 
 
 def load_qwen_vl(
-    kind: str,
     folder: Path,
     *,
     dtype: torch.dtype,
@@ -70,43 +45,41 @@ def load_qwen_vl(
     Raises:
         UserError: The folder holds an incomplete model, or no tokenizer.
     """
-    import transformers
+    from transformers import AutoTokenizer
 
-    model_class = getattr(transformers, FAMILIES[kind].class_name)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": choose_attention(attention, device, dtype, model_class),
-    }
+    model_type = read_config(folder)["model_type"]
+    found = model_class(model_type)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, found)}
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if quantization != "none":
-        config = quantization_config(quantization, dtype)
+        config = expert_quantization(folder, quantization_config(quantization, dtype))
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # prefixes of names
         options["quantization_config"] = config
-    model = read_model(model_class, kind, folder, **options)
-    with reading(kind, folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = read_model(found, model_type, folder, **options)
+    with reading(model_type, folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_attention(model, options["attn_implementation"])
     if quantization == "4bit":
         keep_packing(model)
-    processor = read_processor(folder)
+        check_experts_packed(model)
     return split_qwen_vl(
-        kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks, processor=processor, tokenizer=tokenizer
+        model,
+        max_patches=max_patches,
+        use_outer_marks=use_outer_marks,
+        processor=read_processor(folder),
+        tokenizer=tokenizer,
     )
 
 
 def build_qwen_vl(
-    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool
+    config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool
 ) -> VlmComponents:
-    """Builds the components of a configuration with random weights, without `visual_layout` for lack of a tokenizer."""
-    import transformers
-
-    model_class = getattr(transformers, FAMILIES[kind].class_name)
-    model = model_class._from_config(model_class.config_class.from_dict(dict(config)), dtype=dtype)
-    return split_qwen_vl(kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks)
+    """Builds the components of a configuration with random weights, without a layout for lack of a tokenizer."""
+    model = model_class(config["model_type"])._from_config(parsed_config(config), dtype=dtype)
+    return split_qwen_vl(model, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
 def split_qwen_vl(
-    kind: str,
     model: Any,
     *,
     max_patches: int,
@@ -117,7 +90,6 @@ def split_qwen_vl(
     """Splits a transformers model into components, in place.
 
     Args:
-        kind: Key of `FAMILIES`.
         model: Model of the family's class.
         max_patches: Maximum patches per frame.
         use_outer_marks: As for `load_pretrained`.
@@ -128,35 +100,61 @@ def split_qwen_vl(
         UserError: `max_patches` is below one token per frame, or transformers is too old for these models.
     """
     check_transformers("the Qwen-VL models")
-    family, tower = FAMILIES[kind], model.model.visual
-    merge, span = tower.config.spatial_merge_size, tower.config.temporal_patch_size
-    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
-    encoder = vision_encoder(kind, tower, max_patches=max_patches, processor=processor)
-    spec = MergerSpec(merge, encoder.grid)
+    family, tower = family_of(model.config.model_type), model.model.visual
+    mergers = mergers_of(model.model)
+    encoder = vision_encoder(model.config.model_type, tower, max_patches=max_patches, processor=processor)
+    spec = MergerSpec(tower.config.spatial_merge_size, encoder.grid)
     model.model.visual = None  # the encoder owns the tower now
-    is_timed = family.has_timestamps and tokenizer is not None
     # With timestamps, each run has its own pair of marks, of which the last end mark belongs to the prompt. The outer
     # pair is an additional one.
-    num_marks = int(use_outer_marks) if family.has_timestamps else 1
+    num_marks = int(use_outer_marks) if family.has_runs else 1
+    start, end = "<|vision_start|>", family.text.after
     return VlmComponents(
         encoder=encoder,
         projector=MergerProjector(mergers, spec).float().requires_grad_(True),
         llm=model.requires_grad_(False).eval(),
         num_tokens=spec.num_tokens,
-        captioner_class=partial(QwenVLCaptioner, frames_per_patch=span),
-        visual_prefix=VISION_START * num_marks,
-        visual_suffix=VISION_END * (num_marks + family.has_timestamps),
-        visual_layout=TimestampedRuns(spec, tokenizer, span) if is_timed else None,
+        captioner_class=partial(QwenVLCaptioner, frames_per_patch=tower.config.temporal_patch_size),
+        visual_prefix=start * num_marks,
+        visual_suffix=end * (num_marks + family.has_runs),
+        run_text=family.text if family.has_runs else None,
+        tokenizer=tokenizer,
+        frames_per_run=tower.config.temporal_patch_size,
     )
 
 
+def mergers_of(model: Any) -> list[nn.Module]:
+    """Returns the merger of the last layer, then one for each DeepStack layer, of the base model of a class."""
+    tower = getattr(model, part_name(model, TOWERS))
+    return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+
+
+def load_tower(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> Any:
+    """Loads the vision tower of a checkpoint in the class of transformers; the language model is not read.
+
+    Raises:
+        UserError: The folder holds an incomplete tower.
+    """
+    tower_class, config = tower_class_and_config(read_config(folder))
+    options: dict[str, Any] = {"attn_implementation": choose_attention(attention, device, dtype, tower_class)}
+    options["device_map"] = {"": device}
+    kind = read_config(folder)["model_type"]
+    return read_model(tower_class, kind, folder, config=config, key_mapping=_TOWER_KEYS, dtype=dtype, **options)
+
+
+def tower_class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns class and configuration of a model's vision tower."""
+    base = sketch(config).model
+    return type(getattr(base, part_name(base, TOWERS))), parsed_config(config).vision_config
+
+
 def vision_encoder(
-    kind: str, tower: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None
+    model_type: str, tower: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None
 ) -> QwenVisionEncoder:
     """Builds the frozen encoder around a vision tower, whose mergers are removed.
 
     Args:
-        kind: Key of `FAMILIES`.
+        model_type: Model type of the whole model.
         tower: Vision tower of transformers.
         max_patches: Maximum patches per frame.
         processor: Content of the checkpoint's processor file.
@@ -164,7 +162,9 @@ def vision_encoder(
     Raises:
         UserError: `max_patches` is below one token per frame.
     """
-    vision, preprocessing = tower.config, FAMILIES[kind].preprocessing.updated(processor or {})
+    vision, default = tower.config, family_of(model_type).preprocessing
+    assert isinstance(default, Preprocessing), "the table states the preprocessing of these families"
+    preprocessing = default.updated(processor or {})
     merge = vision.spatial_merge_size
     if max_patches < merge**2:
         raise UserError(f"encoder.max_patches must be at least {merge**2} for this model, not {max_patches}")

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
-from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
+from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, TimedVlmConfig
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.merge import adapters_for_inference
 from vlmcap.planning.estimate.meta_models import (
@@ -348,7 +348,7 @@ class MemoryProfiler:
 
     def _num_stacked_widths(self) -> int:
         """Returns how many language widths a visual token has: Qwen3-VL appends those of its DeepStack layers."""
-        if not isinstance(self.config.model, Qwen3VlConfig):
+        if not isinstance(self.config.model, TimedVlmConfig):
             return 1
         return 1 + int(cached_meta_vlm(self.config).encoder.num_deep_layers)
 

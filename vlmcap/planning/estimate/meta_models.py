@@ -27,7 +27,7 @@ from vlmcap.assembly.components import (
     projector_sizes,
     train_encoder,
 )
-from vlmcap.config import Config, LlavaNextVideoConfig
+from vlmcap.config import Config, MropeVlmConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS
 from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
@@ -203,8 +203,7 @@ def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> Vlm
     if plain_vision is not None:
         values["vision_config"] = _truncate_vision(values["vision_config"], plain_vision)
     dtype = dtype_of(config.hardware.precision)
-    with torch.device("meta"):
-        return build_pretrained(config.model.kind, values, dtype=dtype, max_patches=max_patches(config))
+    return build_pretrained(values, dtype=dtype, max_patches=max_patches(config))
 
 
 def _truncate_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
@@ -277,7 +276,7 @@ def fake_llm(
     dtype, kept = dtype_of(config.hardware.precision), None
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     with torch.device("meta"):
-        if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
+        if isinstance(config.model, MropeVlmConfig):
             components = meta_vlm(config, depth)
             llm, captioner_class, kept = components.llm, components.captioner_class, {"lm_head"}
         else:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.components import dtype_of, has_plugin_encoder
 from vlmcap.assembly.model import check_length
-from vlmcap.config import Config, LlavaNextVideoConfig, Qwen3VlConfig
+from vlmcap.config import Config, MropeVlmConfig, TimedVlmConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
@@ -90,7 +90,7 @@ def clip_sizes(config: Config) -> Sizes:
     else:
         check_projector(config.projector, projector)
         num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
-    is_timed = isinstance(config.model, Qwen3VlConfig)
+    is_timed = isinstance(config.model, TimedVlmConfig)
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
@@ -128,7 +128,7 @@ def key_value_bytes(config: Config) -> float:
 
 def uses_native_decoding(config: Config) -> bool:
     """Whether the native engine decodes the captions, as far as it can be decided without weights."""
-    has_plain_inputs = not config.is_pretrained_vlm or isinstance(config.model, LlavaNextVideoConfig)
+    has_plain_inputs = not isinstance(config.model, MropeVlmConfig)
     return (
         config.evaluation.use_continuous_batching
         and has_plain_inputs

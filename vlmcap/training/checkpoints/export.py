@@ -261,7 +261,7 @@ def _merge(
     with progress_reporter("merging layers") as progress:
         settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress}
         if config.is_pretrained_vlm:
-            return merged_pretrained(config.model.kind, folder, weights, **settings)
+            return merged_pretrained(folder, weights, **settings)
         return merged_model(folder, weights, **settings)
 
 

@@ -1,0 +1,94 @@
+"""Families of pretrained VLMs by model type: the few facts that the classes of transformers do not state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmcap.errors import UserError
+from vlmcap.models.encoders.preprocessing import Preprocessing
+from vlmcap.models.pretrained.components import RunText
+
+TOWERS = ("visual", "vision_tower", "vision_model")  # names of the vision tower in a class of transformers
+LANGUAGE = ("language_model", "text_model")  # names of the language model without its head
+
+
+_NOTHING = RunText()
+
+
+@dataclass(frozen=True, slots=True)
+class VlmFamily:
+    """Facts about a model type.
+
+    Attributes:
+        kind: Kind in the configuration: "frames", "patches", "mrope" or "timed_mrope".
+        text: Text around the visual tokens.
+        has_runs: Whether each frame (or temporal patch) has a run of its own, instead of one run per clip.
+        preprocessing: Preprocessing of a checkpoint without a processor file, except for kind "frames", where it
+            follows from the vision tower.
+    """
+
+    kind: str
+    text: RunText = _NOTHING
+    has_runs: bool = False
+    preprocessing: Preprocessing | None = None
+
+
+_MARKS = RunText("<|vision_start|>", "<|vision_end|>")
+_TIMED = RunText("<{seconds:.1f} seconds><|vision_start|>", "<|vision_end|>")
+_CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
+FAMILIES = {
+    "llava_next_video": VlmFamily("frames"),
+    "qwen2_vl": VlmFamily("mrope", _MARKS, preprocessing=_CLIP),
+    "qwen2_5_vl": VlmFamily("mrope", _MARKS, preprocessing=_CLIP),
+    "qwen3_vl": VlmFamily("timed_mrope", _TIMED, has_runs=True, preprocessing=_HALF),
+    "qwen3_vl_moe": VlmFamily("timed_mrope", _TIMED, has_runs=True, preprocessing=_HALF),
+}
+
+
+def family_of(model_type: Any) -> VlmFamily:
+    """Returns the facts about a model type.
+
+    Raises:
+        UserError: The model type is not supported.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"the checkpoint has the model type {model_type}, but pretrained VLMs must be one of "
+            f"{', '.join(FAMILIES)}; assemble its components with encoder=custom and llm=custom"
+        )
+    return FAMILIES[model_type]
+
+
+def model_class(model_type: str) -> Any:
+    """Returns the class of transformers for a model type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    return getattr(transformers, NAMES[model_type])
+
+
+def parsed_config(config: Mapping[str, Any]) -> Any:
+    """Returns transformers' configuration of the content of a `config.json`."""
+    return model_class(config["model_type"]).config_class.from_dict(copy.deepcopy(dict(config)))
+
+
+def sketch(config: Mapping[str, Any]) -> Any:
+    """Builds the whole model in float32 on the meta device, with one block of its language model only."""
+    parsed = parsed_config(config)
+    text = parsed.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    with torch.device("meta"):
+        return model_class(config["model_type"])._from_config(parsed, dtype=torch.float32)
+
+
+def part_name(model: Any, names: tuple[str, ...]) -> str:
+    """Returns the name under which the base model of a class has a part, of `TOWERS` or `LANGUAGE`."""
+    return next(name for name in names if name in model._modules)

@@ -1,0 +1,220 @@
+"""Pretrained VLMs whose frames are squares of one size: a vision tower, a projector, and a causal language model.
+
+Legend: B batch, F frames, P patches per frame, Dv vision width, V visual tokens per clip, Dl language width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmcap.errors import UserError, first_line
+from vlmcap.models.checkpoint import read_safetensors
+from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
+from vlmcap.models.encoders.tower import read_config
+from vlmcap.models.llm.load import load_language_model
+from vlmcap.models.pretrained.components import VlmComponents
+from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, VlmFamily, family_of, parsed_config, part_name, sketch
+from vlmcap.models.projectors.base import autocast_without_float16
+
+
+class _Features(nn.Module):
+    """Replaces the tower of a class and returns the features that the class passes to it as if they were pixels.
+
+    Args:
+        num_prefix: Number of CLS and register tokens, which the class drops.
+    """
+
+    def __init__(self, num_prefix: int) -> None:
+        super().__init__()
+        self.num_prefix = num_prefix
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
+        """(N, P, Dv, 1) -> output with every hidden state (N, prefix + P, Dv)."""
+        features = F.pad(pixel_values.squeeze(-1), (0, 0, self.num_prefix, 0))
+        return SimpleNamespace(last_hidden_state=features, hidden_states=_EveryLayer(features), pooler_output=None)
+
+
+class _EveryLayer:
+    """Hidden states of which only the requested layer exists."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.features
+
+
+class ClassProjector(nn.Module):
+    """Runs what a VLM computes between its tower and its language model, by the code of its class.
+
+    Weights stay in float32 and the input is cast to it. Autocast is disabled for float16.
+
+    Args:
+        model: Base model of the class on the meta device; its tower and its language model are removed.
+        encoder: Vision encoder, for the shape of its features.
+
+    Raises:
+        UserError: The class does not accept such features.
+    """
+
+    def __init__(self, model: Any, encoder: VisionEncoder) -> None:
+        super().__init__()
+        setattr(model, part_name(model, TOWERS), _Features(encoder.num_prefix_tokens))
+        setattr(model, part_name(model, LANGUAGE), None)
+        self.model = model.requires_grad_(True)
+        shape = (encoder.num_patches, encoder.embed_dim)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                tokens = [self(torch.empty(1, frames, *shape, device="meta")) for frames in (1, 2)]
+                tokens[0].sum().backward()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UserError(
+                f"model.checkpoint is a {model.config.model_type} whose class does not accept the features of its own "
+                f"vision tower ({first_line(error)}); use another checkpoint"
+            ) from error
+        one, two = (each.shape[1] for each in tokens)
+        self.spec = FrameTokens(per_frame=two - one, per_clip=2 * one - two)
+        for module in self.modules():  # weights that are used for images only would never get a gradient
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.grad is None:
+                    setattr(module, name, None)
+                parameter.grad = None
+
+    def num_tokens(self, num_frames: int, num_patches: int, grid: tuple[int, int] | None = None) -> int:
+        """Returns V for F frames, without running."""
+        return self.spec(num_frames, grid)
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None, prompt: Tensor | None = None) -> Tensor:
+        """Projects features to visual tokens, (B, F, P, Dv) -> float32 (B, V, Dl)."""
+        with autocast_without_float16(features):
+            pixels = features.float().unsqueeze(-1)  # (B, F, P, Dv) -> (B, F, P, Dv, 1), with as many axes as pixels
+            if hasattr(self.model, "get_video_features"):
+                output = self.model.get_video_features(pixels, return_dict=True)
+            else:
+                output = self.model.get_image_features(pixels.flatten(0, 1), return_dict=True)
+        tokens: Tensor = output.pooler_output.float()
+        return tokens.reshape(len(features), -1, tokens.shape[-1])  # (B or B · F, …, Dl) -> (B, V, Dl)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTokens:
+    """Number of visual tokens of a clip; picklable for the data workers.
+
+    Attributes:
+        per_frame: Tokens of each frame.
+        per_clip: Tokens of the clip besides them, such as the one that ends a video in LLaVA-OneVision.
+    """
+
+    per_frame: int
+    per_clip: int
+
+    def __call__(self, num_frames: int, grid: tuple[int, int] | None = None) -> int:
+        """Returns V for F frames."""
+        return num_frames * self.per_frame + self.per_clip
+
+
+def load_frames(folder: Path, *, device: str, is_on_host: bool, **language: Any) -> VlmComponents:
+    """Loads the components of a checkpoint; the arguments are those of `load_pretrained`.
+
+    Raises:
+        UserError: The folder holds an incomplete model, or one that joins several layers of its tower.
+    """
+    from transformers import AutoTokenizer
+
+    config = read_config(folder)
+    encoder = load_encoder(folder, vision_options(config, language["dtype"]), "cpu" if is_on_host else device)
+    whole = sketch(config)
+    projector = _projector(whole, encoder)
+    _load_weights(projector, whole, folder)
+    llm = load_language_model(folder, device=device, is_on_host=is_on_host, **language)
+    family = family_of(config["model_type"])
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if family.has_runs else None
+    return _components(family, encoder, projector, llm, tokenizer)
+
+
+def build_frames(config: Mapping[str, Any], *, dtype: torch.dtype) -> VlmComponents:
+    """Builds the components of a configuration on the meta device, without a layout for lack of a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        encoder = build_encoder(config, vision_options(config, dtype))
+        llm = AutoModelForCausalLM.from_config(parsed_config(config).get_text_config(), dtype=dtype)
+    llm.requires_grad_(False).eval()
+    return _components(family_of(config["model_type"]), encoder, _projector(sketch(config), encoder), llm, None)
+
+
+def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOptions:
+    """Returns the options of a checkpoint's vision tower.
+
+    Raises:
+        UserError: The model joins several layers of its tower.
+    """
+    layer = getattr(parsed_config(config), "vision_feature_layer", None)
+    if layer is not None and not isinstance(layer, int):
+        raise UserError(
+            f"model.checkpoint joins the layers {layer} of its vision tower, but only one layer is supported; use "
+            "another checkpoint"
+        )
+    return EncoderOptions(feature_layer=-1 if layer is None else layer, dtype=dtype)
+
+
+def _projector(whole: Any, encoder: VisionEncoder) -> ClassProjector:
+    strategy = getattr(whole.config, "vision_feature_select_strategy", None)
+    if strategy == "full" and encoder.num_prefix_tokens:
+        raise UserError(
+            "model.checkpoint has vision_feature_select_strategy=full in its config.json and so gives CLS tokens to "
+            "its language model, but only patches are supported; use another checkpoint"
+        )
+    return ClassProjector(whole.model, encoder)
+
+
+def _load_weights(projector: ClassProjector, whole: Any, folder: Path) -> None:
+    """Reads the weights between tower and language model, under the names that transformers gives them.
+
+    Raises:
+        UserError: A weight is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    wanted = {f"model.{name}": name for name in projector.model.state_dict()}
+    renamings = get_model_conversion_mapping(whole)
+
+    def target(key: str) -> str | None:
+        found, _ = rename_source_key(key, renamings, [], whole.base_model_prefix, dict(wanted))
+        return wanted.get(found)
+
+    weights = {
+        name: tensor.float()
+        for key, tensor in read_safetensors(folder, lambda k: target(k) is not None)
+        if (name := target(key)) is not None
+    }
+    if missing := sorted(set(wanted.values()) - weights.keys()):
+        raise UserError(
+            f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
+        )
+    projector.model.load_state_dict(weights, assign=True)
+    projector.requires_grad_(True)
+
+
+def _components(
+    family: VlmFamily, encoder: VisionEncoder, projector: ClassProjector, llm: nn.Module, tokenizer: Any
+) -> VlmComponents:
+    return VlmComponents(
+        encoder,
+        projector,
+        llm,
+        num_tokens=projector.spec,
+        visual_prefix="" if family.has_runs else family.text.before,
+        visual_suffix=family.text.after,
+        run_text=family.text if family.has_runs else None,
+        tokenizer=tokenizer,
+    )
