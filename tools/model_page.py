@@ -51,6 +51,9 @@ NOT_OFFERED = """## Not offered
 | kakaocorp/kanana-1.5-2.1b-instruct-2505 | 24 heads of 128 at width 1 792, which transformers' Llama class refuses |
 | naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, -Vision-Instruct-3B | vision-language models with remote code |
 | LGAI-EXAONE/EXAONE-3.5-* | remote code, no class in transformers |
+| facebook/PE-Core-\\*, PE-Lang-\\*, PE-Spatial-\\* (Perception Encoder) | transformers reads these towers through \
+timm, which is no dependency |
+| nvidia/C-RADIOv4-SO400M | sizes not confirmed; `encoder=custom` takes them from a `config.json` in the native layout |
 """
 
 

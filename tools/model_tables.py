@@ -72,14 +72,16 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
     known = known_model_config(config.checkpoint)
     vision = getattr(known, "vision_config", known)
     tower = _meta_model("AutoModel", vision)
-    up_to = "at most " if len(encoder.possible_grids(1)) > 1 else ""
+    num_joined = getattr(encoder, "frames_per_token", 1)
+    up_to = "at most " if len(encoder.possible_grids(num_joined)) > 1 else ""
+    joined = f" per {num_joined} frames" if num_joined > 1 else ""
     return (
         f"`{config.name}`",
         _link(config.checkpoint),
         f"`{type(tower).__name__}`",
         _millions(tower),
         str(encoder.embed_dim),
-        f"{up_to}{encoder.num_patches}",
+        f"{up_to}{encoder.num_patches}{joined}",
         _license(config.license, config.gate),
         *_parity(parity, f"encoder:{vision.model_type}"),
     )

@@ -226,7 +226,7 @@ def prompt_batch(found: Planned, num_rows: int) -> Batch:
 def _collated(found: Planned, lengths: Sequence[int], mode: Literal["train", "generate"]) -> Batch:
     config, sizes = found.config, found.sizes
     collator = Collator(_Prompt(), sizes.num_visual, config.llm.caption_tokens, mode)
-    shape = frames_shape(config, meta_encoder(config), sizes.grid)
+    shape = frames_shape(meta_encoder(config), sizes.grid)
     clips = [Clip(str(row), "", (str(length),)) for row, length in enumerate(lengths)]
     return collator([Sample(clip, frames=torch.randint(0, 256, shape, dtype=torch.uint8)) for clip in clips])
 

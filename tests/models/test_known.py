@@ -39,6 +39,14 @@ VISION = {
     "Qwen/Qwen3-VL-8B-Instruct": "576.4",
     "Qwen/Qwen3-VL-32B-Instruct": "595.3",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "538.6",
+    "facebook/dinov2-with-registers-small": "22.1",
+    "facebook/dinov2-with-registers-large": "304.4",
+    "facebook/dinov2-with-registers-giant": "1136",
+    "facebook/dinov3-convnext-large-pretrain-lvd1689m": "196.2",
+    "apple/aimv2-large-patch14-224": "309.2",
+    "nvidia/C-RADIOv4-H": "651.7",
+    "MCG-NJU/videomae-base": "86.2",
+    "MCG-NJU/videomae-large": "303.9",
 }
 WHOLE = {
     "openai/clip-vit-large-patch14-336": "427.9",
@@ -56,6 +64,12 @@ WHOLE = {
     "Qwen/Qwen3-VL-8B-Instruct": "8767",
     "Qwen/Qwen3-VL-32B-Instruct": "33357.4",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "31070.8",
+    "facebook/vjepa2-vitl-fpc64-256": "326.0",
+    "facebook/vjepa2-vith-fpc64-256": "653.9",
+    "facebook/vjepa2-vitg-fpc64-256": "1034.6",
+    "facebook/vjepa2-vitg-fpc64-384": "1034.6",
+    "MCG-NJU/videomae-base": "94.2",
+    "MCG-NJU/videomae-large": "343.0",
     "lmsys/vicuna-7b-v1.5": "6738",
     "Qwen/Qwen3-4B-Instruct-2507": "4022",
     "Qwen/Qwen3-8B": "8191",
@@ -91,7 +105,7 @@ def build(config: Any) -> torch.nn.Module:
 
 def vision_component(model: torch.nn.Module) -> torch.nn.Module:
     inner = getattr(model, "model", model)
-    for name in ("vision_model", "vision_tower", "visual"):
+    for name in ("vision_model", "vision_tower", "visual", "videomae"):
         if isinstance(part := getattr(inner, name, None), torch.nn.Module):
             return part
     return model

@@ -73,8 +73,8 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
         captions: Caption tokens of each clip; zeros for a batch for generation.
     """
     encoder = meta_encoder(config)
-    shape = frames_shape(config, encoder, sizes.grid)
-    varies = config.is_pretrained_vlm or shape[1] != 3
+    shape = frames_shape(encoder, sizes.grid)
+    varies = config.is_pretrained_vlm or hasattr(encoder, "frames_per_token") or shape[1] != 3
     is_packed = config.data.batching is Batching.packed and any(captions)
     batch = language_batch(
         captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed

@@ -1,22 +1,31 @@
 """The interface of vision encoders, from frames to patch features, and the rules of families of vision towers.
 
 Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches per frame (row-major over
-the grid h × w), Dv vision width, S side of a frame in pixels.
+the grid h × w), Dv vision width, S side of a frame in pixels; for video encoders, T tokens in time, N clips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.encoders.classes import square_side
+from vlmcap.models.encoders.classes import fixed_arguments, frame_size, pixels_argument, square_side
 from vlmcap.models.encoders.layout import FinalNorm, Layout, as_tokens, find_final_norm, find_layout
-from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, TileTransform, Transform, num_tiles
+from vlmcap.models.encoders.preprocessing import (
+    ClipTransform,
+    FrameTransform,
+    Preprocessing,
+    TileTransform,
+    Transform,
+    num_tiles,
+)
 from vlmcap.types import GridTHW
 
 
@@ -142,6 +151,77 @@ class VisionEncoder(nn.Module):
         return next(self.tower.parameters()).dtype
 
 
+class VideoEncoder(VisionEncoder):
+    """An encoder of whole clips, which joins consecutive frames to T = F / `frames_per_token` steps in time.
+
+    Its steps take the place of frames in everything that reads features.
+
+    Args:
+        tower: See `VisionEncoder`.
+        frames_per_token: Frames of a step.
+        positions: (1, steps · P, Dv), positions of the longest clip if the class has those of one length only.
+        **options: Further arguments of `VisionEncoder`.
+    """
+
+    positions: Tensor | None
+
+    def __init__(
+        self, tower: nn.Module, *, frames_per_token: int, positions: Tensor | None = None, **options: Any
+    ) -> None:
+        super().__init__(tower, **options)
+        self.frames_per_token = frames_per_token
+        self.register_buffer("positions", positions, persistent=False)
+        self.arguments |= fixed_arguments(type(tower))
+
+    def possible_grids(self, num_frames: int) -> Sequence[GridTHW]:
+        """Returns the only possible (T, h, w) of a clip of `num_frames` frames.
+
+        Raises:
+            UserError: The frames do not fill whole tokens, or there are more than the tower has positions for.
+        """
+        steps, rest = divmod(num_frames, self.frames_per_token)
+        if rest:
+            raise UserError(
+                f"this encoder joins {self.frames_per_token} frames to a token, so data.num_frames must be a multiple "
+                f"of {self.frames_per_token}, not {num_frames}"
+            )
+        if self.positions is not None and steps * self.num_patches > self.positions.shape[1]:
+            longest = self.positions.shape[1] // self.num_patches * self.frames_per_token
+            raise UserError(
+                f"this encoder has positions for {longest} frames, so data.num_frames cannot be {num_frames}; lower it"
+            )
+        return [(steps, *self.grid)]
+
+    def forward(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
+        """Encodes clips to patch features, uint8 (B, F, 3, S, S) -> (B, T, P, Dv), with zeros for padding.
+
+        Args:
+            frames: Frames as returned by `transform`, padded at the end of F if clips have fewer.
+            grid_thw: (T, h, w) of each clip; None if none is padded.
+        """
+        num_steps = frames.shape[1] // self.frames_per_token
+        steps = [num_steps] * len(frames) if grid_thw is None else [count for count, _, _ in grid_thw]
+        encoded: dict[int, Tensor] = {}
+        for count in dict.fromkeys(steps):  # attention runs over a clip, so clips of one length are encoded together
+            clips = [clip for clip, other in enumerate(steps) if other == count]
+            own = frames[on_device(clips, frames.device), : count * self.frames_per_token]
+            features = self.encode(own, ())  # (N, F, 3, S, S) -> (N, T, P, Dv)
+            padded = F.pad(features, (0, 0, 0, 0, 0, num_steps - count))
+            encoded |= dict(zip(clips, padded, strict=True))
+        return torch.stack([encoded[clip] for clip in range(len(frames))])
+
+    def encode(self, frames: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Encodes clips of one length to patch features, uint8 (N, F, 3, S, S) -> (N, T, P, Dv)."""
+        steps = frames.shape[1] // self.frames_per_token
+        if self.positions is not None:
+            embeddings: Any = self.tower.embeddings
+            embeddings.position_embeddings = self.positions[:, : steps * self.num_patches]
+        pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std).to(self._dtype)
+        outputs = self.tower(**{pixels_argument(type(self.tower)): pixels}, **self.arguments)
+        hidden: Tensor = outputs.last_hidden_state[:, self.num_prefix_tokens :]
+        return hidden.unflatten(1, (steps, self.num_patches))  # (N, T · P, Dv) -> (N, T, P, Dv)
+
+
 def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Copies numbers of the host to a device, without synchronisation."""
     return torch.tensor(numbers, pin_memory=torch.cuda.is_available()).to(device, non_blocking=True)
@@ -181,23 +261,36 @@ class Family:
         """Returns the module after the last block; None if a truncated tower does not give the hidden states."""
         return find_final_norm(config)
 
+    def positions(self, config: Any, grid: tuple[int, int]) -> Tensor | None:
+        """Returns the positions of the longest clip, (1, T · P, Dv), if the class has those of one length only."""
+        return None
+
     def assemble(
         self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing
     ) -> VisionEncoder:
         """Builds the encoder around a tower.
 
         Raises:
-            UserError: The image size is not possible.
+            UserError: The image size is not possible, or a video encoder shall tile.
         """
         layout = self.layout(config)
         size, arguments = _image_size(config, options, layout, preprocessing)
         grid = (size // layout.patch_size, size // layout.patch_size)
-        transform: Transform = FrameTransform(
-            size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size)
-        )
+        resizing = (size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size))
+        transform: Transform = FrameTransform(*resizing)
         if options.max_tiles > 1:
             transform = TileTransform(size, grid, options.max_tiles, preprocessing.resampling)
-        return VisionEncoder(
+        build: Callable[..., VisionEncoder] = VisionEncoder
+        if layout.frames_per_token:
+            if options.max_tiles > 1:
+                raise UserError(
+                    f"encoder.tiling={options.max_tiles} is not possible, as this encoder joins consecutive frames; "
+                    "set encoder.tiling=1"
+                )
+            transform = ClipTransform(*resizing, layout.frames_per_token, grid)
+            positions = self.positions(config, grid)
+            build = partial(VideoEncoder, frames_per_token=layout.frames_per_token, positions=positions)
+        return build(
             tower,
             transform=transform,
             preprocessing=preprocessing,
@@ -216,7 +309,7 @@ def _image_size(
 
     If the class supports any size, the processor file has priority over the configuration.
     """
-    own = getattr(config, "image_size", None)
+    own = frame_size(config)
     own = None if own is None else square_side(own)
     default = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
     size = default if options.image_size is None else options.image_size
@@ -226,10 +319,10 @@ def _image_size(
             "encoder.image_size"
         )
     patch = layout.patch_size
-    if size == own:
-        return size, ()
     if size < patch:
         raise UserError(f"encoder.image_size={size} is less than one patch; the smallest possible is {patch}")
+    if size == own:
+        return size, ()
     if layout.arguments:
         return size, layout.arguments
     if not layout.is_any_size:

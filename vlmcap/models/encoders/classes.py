@@ -41,6 +41,28 @@ def tower_class(config: Any) -> Any:
     return found[0] if isinstance(found, list | tuple) else found
 
 
+def pixels_argument(model_class: Any) -> str:
+    """Returns the argument of `forward` that takes the pixels; empty if the class takes no images or videos."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return next((name for name in ("pixel_values", "pixel_values_videos") if name in parameters), "")
+
+
+def fixed_arguments(model_class: Any) -> dict[str, bool]:
+    """Returns arguments that leave out what the features do not depend on, such as V-JEPA 2's predictor."""
+    return {"skip_predictor": True} if "skip_predictor" in inspect.signature(model_class.forward).parameters else {}
+
+
+def frames_per_token(config: Any) -> int:
+    """Returns how many consecutive frames a video tower joins to one token; 0 for a tower of single images."""
+    size = getattr(config, "tubelet_size", None)
+    return size if isinstance(size, int) else 0
+
+
+def frame_size(config: Any) -> Any:
+    """Returns the side or sides of a frame in pixels that a configuration states; None if it states none."""
+    return getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+
+
 def set_depth(config: Any, num_blocks: int) -> None:
     """Sets the number of blocks of a tower."""
     config.num_hidden_layers = num_blocks

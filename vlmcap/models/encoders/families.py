@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlmcap.models.encoders.base import Family
+from vlmcap.models.encoders.layout import FinalNorm, Layout
 from vlmcap.models.encoders.preprocessing import Preprocessing
 from vlmcap.models.encoders.siglip2_naflex import Siglip2Naflex
 
@@ -22,6 +27,45 @@ class Siglip(Family):
     is_raw = True
 
 
+class Dinov2(Family):
+    """DINOv2, with and without registers (Oquab et al., https://arxiv.org/abs/2304.07193)."""
+
+    preprocessing = Preprocessing(*_IMAGENET, is_cropped=True, image_size=224, short_side=256)
+
+
+class Radio(Family):
+    """C-RADIO (Ranzinger et al., https://arxiv.org/abs/2312.06709), whose class normalises pixels in 0…1 itself."""
+
+    preprocessing = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Leaves out the values of remote code, as the native class does, whose defaults are C-RADIOv4-H."""
+        return {"model_type": "radio"} if "auto_map" in values and "hidden_size" not in values else values
+
+
+class Vjepa2(Family):
+    """V-JEPA 2 (Assran et al., https://arxiv.org/abs/2506.09985)."""
+
+    # Its processor class needs torchvision.
+    preprocessing = Preprocessing(*_IMAGENET, "bilinear", is_cropped=True, image_size=256, short_side=292)
+
+
+class Videomae(Family):
+    """VideoMAE (Tong et al., https://arxiv.org/abs/2203.12602), whose class has positions for one length of clips."""
+
+    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Builds the class for the shortest clip, as it computes positions slowly."""
+        frames = {"num_frames": values.get("tubelet_size", 2), "max_frames": values.get("num_frames", 16)}
+        return {**values, **frames}
+
+    def positions(self, config: Any, grid: tuple[int, int]) -> Tensor:
+        """Returns the sinusoids of the class, (1, T · P, Dv)."""
+        places = torch.arange(config.max_frames // config.tubelet_size * math.prod(grid), dtype=torch.float64)
+        channels = torch.arange(config.hidden_size)
+        angles = places[:, None] / 10000 ** (channels // 2 * 2 / config.hidden_size).double()  # (T · P, Dv)
+        return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()[None]
+
+
 class Dinov3(Family):
     """DINOv3 ViT of every size (Siméoni et al., https://arxiv.org/abs/2508.10104)."""
 
@@ -30,6 +74,28 @@ class Dinov3(Family):
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Disables the random position augmentation of pre-training, which the class applies in training mode."""
         return {**values, "pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None}
+
+
+class Dinov3Convnext(Family):
+    """DINOv3 ConvNeXt of every size, whose tokens are the mean of the last stage, and then its places in row order."""
+
+    preprocessing = Dinov3.preprocessing
+
+    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Counts all stages as one block, as features of inner stages have other grids."""
+        return {**values, "num_hidden_layers": 1}
+
+    def layout(self, config: Any) -> Layout:
+        """Returns the known layout: each stage halves the grid, after a first step of four pixels."""
+        return Layout(
+            2 ** (len(config.hidden_sizes) + 1),
+            num_prefix_tokens=1,
+            embed_dim=int(config.hidden_sizes[-1]),
+            is_any_size=True,
+        )
+
+    def final_norm(self, config: Any) -> FinalNorm | None:
+        """Returns None, as only the last stage is usable."""
 
 
 _REMOTE = "intern_vit_6b"  # the model type of InternViT's remote code, for all sizes
@@ -100,10 +166,20 @@ _INTERNVIT = Internvit()
 _FAMILIES: dict[str, Family] = {
     "siglip_vision_model": Siglip(),
     "siglip2_vision_model": Siglip2Naflex(),
+    "dinov2": Dinov2(),
+    "dinov2_with_registers": Dinov2(),
+    "dinov3_convnext": Dinov3Convnext(),
     "dinov3_vit": Dinov3(),
+    "radio": Radio(),
+    "videomae": Videomae(),
+    "vjepa2": Vjepa2(),
     "internvl_vision": _INTERNVIT,
     _REMOTE: _INTERNVIT,
 }
+
+
+REMOTE_CLASSES = {"RADIOModel": "radio"}
+"""Types of towers whose published `config.json` names a class of remote code only."""
 
 
 def family_of(model_type: str) -> Family:

@@ -1,6 +1,8 @@
 """The feature layout of a vision tower of transformers, determined by running small random models of its class.
 
-Legend: K patches per side of the small image, N images, T output tokens, P patches, Dv vision width.
+A tower of videos, which joins t consecutive frames to one token, sees an image as a clip of t equal frames.
+
+Legend: K patches per side of the small image, N images, T output tokens, P patches, Dv vision width, S side in pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import first_line
-from vlmcap.models.encoders.classes import TIMM, UnknownLayoutError, set_depth, square_side, tower_class
+from vlmcap.models.encoders.classes import (
+    TIMM,
+    UnknownLayoutError,
+    fixed_arguments,
+    frame_size,
+    frames_per_token,
+    pixels_argument,
+    set_depth,
+    square_side,
+    tower_class,
+)
 
 _SIDE = 4  # K
 _ARGUMENT = "interpolate_pos_encoding"
@@ -38,6 +50,7 @@ class Layout:
         unused: Names, as returned by `without_numbers`, of parameters that do not affect the features, such as those of
             a pooling head. A checkpoint may lack them.
         idle: Modules with unused parameters only, which can be removed from the tower.
+        frames_per_token: Consecutive frames that a tower of videos joins to one token; 0 for a tower of images.
     """
 
     patch_size: int
@@ -47,6 +60,7 @@ class Layout:
     arguments: tuple[str, ...] = ()
     unused: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
+    frames_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +137,16 @@ def _find_layout(key: _Key, patch: int) -> Layout:
             tower, width = _shrunk(config, model_class, depth=1, size=_SIDE * patch)
             first = _first_patch(tower, patch, _run_embeddings)
         _check_true_size(config, model_class, patch, first, int(tower.config.num_hidden_layers))
-        size = (_SIDE + 2) * patch
-        is_any_size = _has_patches(tower, size, patch, first)
+        num_joined, size = frames_per_token(config), (_SIDE + 2) * patch
+        if num_joined:
+            _check_time(config, model_class, patch, num_joined)
+        is_any_size = not num_joined and _has_patches(tower, size, patch, first)
         has_argument = _ARGUMENT in inspect.signature(model_class.forward).parameters
         use_argument = not is_any_size and has_argument and _has_patches(tower, size, patch, first, **{_ARGUMENT: True})
         # With a block, as blocks may use modules outside of them, such as a shared relative position bias.
         tower, _ = _shrunk(config, model_class, depth=1, size=_SIDE * patch)
         unused, idle = _find_unused(tower, _SIDE * patch)
-    return Layout(patch, first, width, is_any_size, (_ARGUMENT,) if use_argument else (), unused, idle)
+    return Layout(patch, first, width, is_any_size, (_ARGUMENT,) if use_argument else (), unused, idle, num_joined)
 
 
 def _check_class(config: Any, model_class: Any) -> int:
@@ -139,14 +155,14 @@ def _check_class(config: Any, model_class: Any) -> int:
     Raises:
         UnknownLayoutError: The class takes other inputs than images, or has no patches or layers.
     """
-    parameters = inspect.signature(model_class.forward).parameters
-    if "pixel_values" not in parameters:
+    parameters, pixels = inspect.signature(model_class.forward).parameters, pixels_argument(model_class)
+    if not pixels or (pixels != "pixel_values" and not frames_per_token(config)):
         raise UnknownLayoutError("takes no images")
     if getattr(config, "depths", None):
         raise UnknownLayoutError("is hierarchical, with stages of different grids")
     optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     others = [name for name, value in parameters.items() if value.default is value.empty and value.kind not in optional]
-    others = [name for name in others if name not in ("self", "pixel_values")]
+    others = [name for name in others if name not in ("self", pixels)]
     if others:
         raise UnknownLayoutError(f"needs {', '.join(others)} in addition to the pixels of an image")
     missing = [name for name in _REQUIRED if not isinstance(getattr(config, name, None), int | list | tuple)]
@@ -181,9 +197,10 @@ def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) ->
     """
     small = copy.deepcopy(config)
     set_depth(small, depth)
-    own = getattr(config, "image_size", None)
+    own = frame_size(config)
     if size is not None and own is not None:
-        small.image_size = type(own)([size] * len(own)) if isinstance(own, list | tuple) else size
+        name = "image_size" if getattr(config, "image_size", None) else "crop_size"
+        setattr(small, name, type(own)([size] * len(own)) if isinstance(own, list | tuple) else size)
         if small.model_type == TIMM:
             small.model_args = {**small.model_args, "img_size": size}
     if is_narrow:
@@ -192,12 +209,15 @@ def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) ->
         for name, value in (("num_key_value_heads", 2), ("intermediate_size", 4 * head)):
             if isinstance(getattr(config, name, None), int):
                 setattr(small, name, value)
+    for name, value in (("num_frames", frames_per_token(config)), ("pred_num_hidden_layers", 1)):
+        if hasattr(config, name):
+            setattr(small, name, value)
     return small
 
 
 def _shrunk(config: Any, model_class: Any, *, depth: int, size: int | None) -> tuple[Any, int]:
     """Builds a random tower for images of `size` pixels, narrow if possible, and returns it with the true Dv."""
-    side = square_side(config.image_size) if size is None else size
+    side = square_side(frame_size(config)) if size is None else size
     try:
         tower = _random_tower(model_class, _small_config(config, depth, size, is_narrow=True))
         found = _run(tower, torch.randn(1, 3, side, side))
@@ -219,9 +239,16 @@ def _random_tower(model_class: Any, config: Any) -> Any:
     return tower.eval()
 
 
+def _call(tower: Any, pixels: Tensor, **arguments: Any) -> Any:
+    """Returns the outputs of the class for images (N, 3, S, S) or clips (N, F, 3, S, S)."""
+    if pixels.dim() == 4 and (num_joined := frames_per_token(tower.config)):
+        pixels = pixels[:, None].expand(-1, num_joined, -1, -1, -1)  # (N, 3, S, S) -> (N, t, 3, S, S)
+    return tower(**{pixels_argument(type(tower)): pixels}, **fixed_arguments(type(tower)), **arguments)
+
+
 def _run(tower: Any, pixels: Tensor, **arguments: Any) -> Tensor:
     """Returns the tokens of images, (N, 3, S, S) -> (N, T, Dv)."""
-    features = getattr(tower(pixel_values=pixels, **arguments), "last_hidden_state", None)
+    features = getattr(_call(tower, pixels, **arguments), "last_hidden_state", None)
     if not isinstance(features, Tensor) or features.dim() not in (3, 4):
         raise UnknownLayoutError("returns no features of patches")
     return as_tokens(features)
@@ -229,7 +256,7 @@ def _run(tower: Any, pixels: Tensor, **arguments: Any) -> Tensor:
 
 def _run_embeddings(tower: Any, pixels: Tensor) -> Tensor:
     """Returns the input of the first block, (N, 3, S, S) -> (N, T, Dv), if the output has the same tokens."""
-    outputs = tower(pixel_values=pixels, output_hidden_states=True)
+    outputs = _call(tower, pixels, output_hidden_states=True)
     embeddings = as_tokens(outputs.hidden_states[0])
     if embeddings.shape != as_tokens(outputs.last_hidden_state).shape:
         raise UnknownLayoutError("returns other tokens than those of its patch embedding")
@@ -249,7 +276,7 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
         rows, columns = (slice(place * patch, (place + 1) * patch) for place in divmod(index, _SIDE))
         pixels[1 + index, :, rows, columns] = torch.randn(3, patch, patch)
     tokens = run(tower, pixels)
-    is_map = tower(pixel_values=pixels[:1]).last_hidden_state.dim() == 4
+    is_map = _call(tower, pixels[:1]).last_hidden_state.dim() == 4
     is_moved = ((tokens[1:] - tokens[:1]).abs().amax(-1) > 1e-4).T  # (T, P): tokens by the patches that move them
     patches = is_moved.any(1).nonzero().flatten().tolist()
     if len(patches) != _SIDE**2 or patches[-1] - patches[0] != len(patches) - 1:
@@ -260,6 +287,21 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
     if not found.diagonal().all() or (found & ~allowed).any():
         raise UnknownLayoutError("mixes its patches or returns them in another order than row by row")
     return int(patches[0])
+
+
+@torch.no_grad()
+def _check_time(config: Any, model_class: Any, patch: int, num_joined: int) -> None:
+    """Raises `UnknownLayoutError` unless the tokens of a clip follow each other in time, each of its own frames."""
+    small = _small_config(config, 0, _SIDE * patch, is_narrow=True)
+    if hasattr(small, "num_frames"):
+        small.num_frames = 2 * num_joined
+    tower = _random_tower(model_class, small)
+    clips = torch.randn(1, 2 * num_joined, 3, _SIDE * patch, _SIDE * patch).repeat(2, 1, 1, 1, 1)
+    clips[1, num_joined:] = torch.randn_like(clips[1, num_joined:])
+    tokens = _run(tower, clips)
+    is_moved = ((tokens[1] - tokens[0]).abs().amax(-1) > 1e-4)[-2 * _SIDE**2 :]  # (T, Dv) -> (2 · P,)
+    if len(is_moved) != 2 * _SIDE**2 or is_moved[: _SIDE**2].any() or not is_moved[_SIDE**2 :].all():
+        raise UnknownLayoutError("mixes frames or returns their patches in another order than frame by frame")
 
 
 def _neighbours() -> Tensor:
@@ -281,7 +323,7 @@ def _has_patches(tower: Any, size: int, patch: int, first: int, **arguments: Any
 
 def _check_true_size(config: Any, model_class: Any, patch: int, first: int, depth: int) -> None:
     """Raises `UnknownLayoutError` if images of the configured size give too few patches, as in hierarchical towers."""
-    own = getattr(config, "image_size", None)
+    own = frame_size(config)
     if own is None:
         return
     side = square_side(own)
@@ -327,7 +369,7 @@ def _find_final_norm(key: _Key) -> FinalNorm | None:
     pixels = torch.randn(1, 3, size, size, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     with _probing(), torch.no_grad():
         deep, _ = _shrunk(config, model_class, depth=2, size=size)
-        outputs = deep(pixel_values=pixels, output_hidden_states=True)
+        outputs = _call(deep, pixels, output_hidden_states=True)
         states, last = outputs.hidden_states, outputs.last_hidden_state
         if not states or len(states) != 3:
             return None

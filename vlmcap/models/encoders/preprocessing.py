@@ -8,6 +8,7 @@ Legend: F frames, T tiles per frame, H/W pixels, p side of a patch, h/w patch ro
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,8 +65,8 @@ class Preprocessing:
             std=std,
             resampling=_RESAMPLING.get(values.get("resample"), self.resampling),  # type: ignore[arg-type]
             is_cropped=is_cropped,
-            image_size=_edge(crop) or edge if is_cropped else edge,
-            short_side=edge if is_cropped else None,
+            image_size=(_edge(crop) or edge if is_cropped else edge) or self.image_size,
+            short_side=(edge or self.short_side) if is_cropped else None,
         )
 
     def _normalisation(self, values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -175,6 +176,31 @@ class FrameTransform:
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW | None:
         """Returns None, as every clip has the encoder's fixed grid."""
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipTransform(FrameTransform):
+    """Resizes the frames of a clip for an encoder that joins consecutive frames.
+
+    The last frame of a clip is repeated to fill its token.
+
+    Attributes:
+        frames_per_token: Consecutive frames that the encoder joins.
+        grid: Patch grid (h, w) of a frame.
+    """
+
+    frames_per_token: int = 2
+    grid: tuple[int, int] = (0, 0)
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Resizes frames, uint8 (F, 3, H, W) -> uint8 (F, 3, image_size, image_size), F rounded up."""
+        resized = FrameTransform.__call__(self, frames)  # super() does not find the class of a dataclass with slots
+        missing = -len(frames) % self.frames_per_token
+        return torch.cat([resized, resized[-1:].expand(missing, -1, -1, -1)]) if missing else resized
+
+    def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW:
+        """Returns the tokens in time, and the encoder's patch grid."""
+        return math.ceil(num_frames / self.frames_per_token), *self.grid
 
 
 @dataclass(frozen=True, slots=True)

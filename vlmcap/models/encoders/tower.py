@@ -17,8 +17,16 @@ from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.checkpoint import holding, read_safetensors, weight_files
 from vlmcap.models.encoders.base import EncoderOptions, Family
-from vlmcap.models.encoders.classes import TIMM, UnknownLayoutError, describe_timm, refusal, set_depth, tower_class
-from vlmcap.models.encoders.families import family_of
+from vlmcap.models.encoders.classes import (
+    TIMM,
+    UnknownLayoutError,
+    describe_timm,
+    refusal,
+    set_depth,
+    square_side,
+    tower_class,
+)
+from vlmcap.models.encoders.families import REMOTE_CLASSES, family_of
 from vlmcap.models.encoders.layout import without_numbers
 from vlmcap.models.llm.adapt import peft_settings
 
@@ -44,6 +52,7 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     # Files that timm writes state no type.
     is_timm = "pretrained_cfg" in section and "architecture" in section
     model_type = section.get("model_type") or (TIMM if is_timm else _default_tower_type(values))
+    model_type = REMOTE_CLASSES.get(next(iter(section.get("architectures") or ()), ""), model_type)
     family = family_of(model_type)
     known = {**family.config_values({**section, "model_type": model_type})}
     if known["model_type"] not in CONFIG_MAPPING:
@@ -107,7 +116,7 @@ def build_tower(family: Family, config: Any, options: EncoderOptions, source: st
     Raises:
         UserError: There is no such layer, or the class returns no grid of patch features.
     """
-    dropped = _truncate(family, config, options, source)
+    dropped = _adapt_config(family, config, options, source)
     model_class = tower_class(config)
     tower: nn.Module = model_class._from_config(
         config, dtype=options.dtype, attn_implementation=_attention(family, model_class, options.attention)
@@ -115,8 +124,11 @@ def build_tower(family: Family, config: Any, options: EncoderOptions, source: st
     return _remove_modules(tower, dropped)
 
 
-def _truncate(family: Family, config: Any, options: EncoderOptions, source: str) -> tuple[str, ...]:
-    """Sets the number of blocks in the configuration, and returns the names of modules to remove."""
+def _adapt_config(family: Family, config: Any, options: EncoderOptions, source: str) -> tuple[str, ...]:
+    """Sets the number of blocks and the frame size in the configuration; returns the names of modules to remove."""
+    if options.image_size is not None and hasattr(config, "crop_size"):
+        # V-JEPA 2 counts its rotary positions by it. A size of less than one patch is refused later.
+        config.crop_size = max(options.image_size, square_side(config.patch_size))
     try:
         idle, layer, depth = family.layout(config).idle, options.feature_layer, int(config.num_hidden_layers)
         if not -depth - 1 <= layer <= depth:
@@ -166,7 +178,7 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
     """
     source = f"encoder.checkpoint {folder}"
     # 1. The names of the tensors that the truncated tower needs.
-    dropped = _truncate(family, config, options, source)
+    dropped = _adapt_config(family, config, options, source)
     model_class = tower_class(config)
     with torch.device("meta"):
         names = _TensorNames(family, model_class._from_config(config), dropped)

@@ -227,11 +227,9 @@ class MemoryProfiler:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         encoder = fake_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
-        shape = frames_shape(self.config, encoder, self.sizes.grid)
         with mode:
-            frames = torch.empty(num_clips, *shape, dtype=torch.uint8)
-        varies = shape[1] != 3
-        grids = [self.sizes.grid] * num_clips if varies else None
+            frames = torch.empty(num_clips, *frames_shape(encoder, self.sizes.grid), dtype=torch.uint8)
+        grids = [self.sizes.grid] * num_clips
         return profile_stage(
             encoder,
             lambda: encoder(frames, grids),

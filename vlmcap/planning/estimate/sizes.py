@@ -21,7 +21,6 @@ from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.decoding.engine import supports_native_engine
-from vlmcap.models.encoders.plugin import FrameEncoder
 from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
@@ -93,7 +92,7 @@ def clip_sizes(config: Config) -> Sizes:
     is_timed = isinstance(config.model, TimedVlmConfig)
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1
-    for side in frames_shape(config, encoder, grid):
+    for side in frames_shape(encoder, grid):
         frame_bytes *= side
     has_known_blocks = not config.is_pretrained_vlm and not has_plugin_encoder(config)
     depth = num_blocks(encoder) if has_known_blocks else 0
@@ -102,19 +101,14 @@ def clip_sizes(config: Config) -> Sizes:
     return sizes
 
 
-def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
+def frames_shape(encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Returns the shape of one clip's frames as the encoder takes them, in bytes."""
     frames, rows, columns = grid
-    if isinstance(encoder, FrameEncoder):
-        return (frames, 3, encoder.transform.image_size, encoder.transform.image_size)
+    if side := getattr(encoder.transform, "image_size", None):
+        return (frames * getattr(encoder, "frames_per_token", 1), 3, side, side)
     tower = encoder.tower.config
     patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
     depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
-    if (
-        encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None
-        or encoder.max_tiles > 1
-    ):
-        return (frames, 3, rows * patch, columns * patch)
     return (frames, rows * columns, 3 * depth * patch * patch)
 
 
