@@ -180,9 +180,9 @@ class Batch:
         changed: dict[str, Any] = {
             name: select_rows(value, indices) for name in _BATCHED if (value := getattr(self, name)) is not None
         }
-        own, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
+        by_clip, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
         # A clip that moves from row `old` to row `new` moves its places by whole rows.
-        places = torch.cat([own[old] + (new - old) * width for new, old in enumerate(indices)])
+        places = torch.cat([by_clip[old] + (new - old) * width for new, old in enumerate(indices)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[index] for index in indices)
         times_s = tuple(self.times_s[index] for index in indices) if self.times_s else ()
         clips = tuple(self.clips[index] for index in indices)

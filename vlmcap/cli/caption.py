@@ -131,17 +131,17 @@ def find_videos(paths: Sequence[Path]) -> Found:
 
 
 def _search(root: Path, found: Found) -> None:
-    from vlmcap.data.media.tree import VIDEO_ENDINGS, Visit, list_files
+    from vlmcap.data.media.tree import VIDEO_ENDINGS, WalkState, list_files
 
-    visit, own, videos = Visit(), Found(), []
-    for file in list_files(str(root), "follow", visit):
+    walk_state, own, videos = WalkState(), Found(), []
+    for file in list_files(str(root), "follow", walk_state):
         if isinstance(file, Skipped):
             own.broken.append(file)
         elif (ending := PurePosixPath(file.path).suffix.lower()) in VIDEO_ENDINGS:
             videos.append(file)
         else:
             own.other_endings[ending or "no ending"] += 1
-    own.num_hidden, own.unreadable = visit.num_hidden, visit.unreadable
+    own.num_hidden, own.unreadable = walk_state.num_hidden, walk_state.unreadable
     if not videos and not own.broken:
         why = f"; {'; '.join(own.notices())}" if own.notices() else ""
         raise UserError(f"{root} holds no video ({', '.join(sorted(VIDEO_ENDINGS))}){why}")

@@ -138,7 +138,7 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
         dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
         watch, workers = WorkerWatch(), config.data.num_workers
         watched = watch.watch(dataset, clips) if workers else dataset
-        with watch.naming_clips():
+        with watch.as_user_errors():
             for item in DataLoader(
                 watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)
             ):

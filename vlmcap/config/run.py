@@ -277,7 +277,7 @@ def check_native_components(plain: Mapping[str, Any]) -> None:
         for key in MODEL_KEYS:
             path, value = f"{group}.{key}", plain[group][key]
             is_followed = value in (f"${{model.{key}}}", plain["model"].get(key))
-            why = f"changes nothing in model={model}, which brings its own {group}"
+            why = f"has no effect in model={model}, which brings its own {group}"
             require(is_followed, f"{path}={value} {why}; set model.{key}, or leave {path} out")
 
 

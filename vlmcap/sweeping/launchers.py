@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from vlmcap.config import LauncherConfig, ParallelLauncherConfig, RayLauncherConfig, SubmititLauncherConfig
 from vlmcap.errors import UserError, first_line
+from vlmcap.libraries import usable_processors
 from vlmcap.sweeping.child import JobPacker, run_packed
 from vlmcap.sweeping.job import BEGUN, read_status
 from vlmcap.sweeping.runner import JobLauncher
@@ -145,7 +146,7 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
 
     def _environment(self, num_jobs: int) -> dict[str, str]:
         """Returns the environment of a job: the module search path of this process, and a share of the cores."""
-        cores = self._launcher.cpus_per_job or max(1, (os.cpu_count() or 1) // num_jobs)
+        cores = self._launcher.cpus_per_job or max(1, usable_processors() // num_jobs)
         return {"OMP_NUM_THREADS": str(cores)} | dict(os.environ) | _module_paths()
 
 

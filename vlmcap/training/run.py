@@ -162,7 +162,7 @@ def _validation_loss(run: Run) -> dict[str, float]:
     """Returns the loss of the validation clips for a run that ended before its first validation."""
     run.data.trainer = run.trainer
     labelled = run.data.val_dataloader(is_captioned=False)
-    with run.data.watch.naming_clips(), suppress(TrialPruned):  # training is over, so there is nothing to prune
+    with run.data.watch.as_user_errors(), suppress(TrialPruned):  # training is over, so there is nothing to prune
         run.trainer.validate(run.module, dataloaders=labelled, verbose=False)
     return dict(run.evaluation.scores)
 
@@ -263,7 +263,7 @@ def test(run: Run, split: Split) -> dict[str, float]:
     """Captions a full split and returns its scores by name."""
     run.evaluation.split = split.value
     run.data.trainer = run.trainer
-    with run.data.watch.naming_clips():
+    with run.data.watch.as_user_errors():
         run.trainer.test(run.module, dataloaders=run.data.prompt_loader(split.value), verbose=False)
     return dict(run.evaluation.scores)
 

@@ -127,6 +127,7 @@ def read_header(file: BinaryIO) -> Header:
         tensors = {name: _place(8 + length, **entry) for name, entry in raw.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFileError("its header is damaged") from error
+    # The tensors must fill the file without gaps and overlaps, so a truncated file is noticed here.
     end = 8 + length
     for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
         if place.start != end or place.stop - place.start != math.prod(place.shape) * _ITEM_BYTES[place.dtype]:
@@ -320,6 +321,7 @@ class ShardWriter:
         """
         if batch and self.since is None:
             self.since = time.monotonic()
+        # 1. Separate the clips that could not be decoded.
         named = list(zip(batch, (content.decode() for content in contents), strict=True))
         self._skipped |= {content: item for item, content in named if isinstance(item, Skipped)}
         samples = [(item, content) for item, content in named if isinstance(item, Sample)]
@@ -327,13 +329,14 @@ class ShardWriter:
         if frames is None:
             assert not samples, "features are encoded from samples with frames"
             return []
+        # 2. Encode the others together, and collect the features of each clip without the padding of the batch.
         grids = [sample.grid_thw for sample, _ in samples if sample.grid_thw is not None]
         assert len(grids) in (0, len(samples)), "a batch mixes clips with and without a size in patches"
         features = encode(frames, grids or None)
         is_padded = isinstance(features, Tensor)
         return [
-            self._collect(sample, content, _remove_padding(own, sample) if is_padded else own)
-            for (sample, content), own in zip(samples, features, strict=True)
+            self._collect(sample, content, _remove_padding(clip_features, sample) if is_padded else clip_features)
+            for (sample, content), clip_features in zip(samples, features, strict=True)
         ]
 
     def flush(self) -> None:

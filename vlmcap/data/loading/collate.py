@@ -152,9 +152,10 @@ class Collator:
         ids: list[int] = []
         is_visual: list[bool] = []
         for segment in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
-            own = [self.prompt.pad_id] * segment if isinstance(segment, int) else list(segment)
-            ids += own
-            is_visual += [isinstance(segment, int)] * len(own)
+            # A number stands for that many visual tokens, everything else is text.
+            tokens = [self.prompt.pad_id] * segment if isinstance(segment, int) else list(segment)
+            ids += tokens
+            is_visual += [isinstance(segment, int)] * len(tokens)
         return tuple(ids), tuple(is_visual)
 
     def _layout(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
@@ -176,7 +177,7 @@ class Collator:
         visual = torch.zeros_like(ids, dtype=torch.bool)
         labels = torch.full_like(ids, IGNORED)
         for sequence, (row, start) in zip(sequences, places, strict=True):
-            middle, end = start + len(sequence.prompt), start + len(sequence)
+            middle, end = start + len(sequence.prompt), start + len(sequence)  # prompt | caption
             ids[row, start:end] = torch.tensor([*sequence.prompt, *sequence.caption], dtype=torch.int64)
             attention[row, start:end] = 1
             positions[row, start:end] = torch.arange(len(sequence))
@@ -198,19 +199,21 @@ class ValidationCollator:
     Attributes:
         prompts: Collator of the prompts.
         labelled: Collator of the labelled batches.
-        num_rows: Largest number of clips in a labelled batch.
+        batch_size: Largest number of clips in a labelled batch.
         is_captioned: As in `ValidationBatch`.
     """
 
     prompts: Collator
     labelled: Collator
-    num_rows: int
+    batch_size: int
     is_captioned: bool = True
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
         """Collate the usable samples."""
         bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
-        labelled = [self.labelled(bare[start : start + self.num_rows]) for start in range(0, len(bare), self.num_rows)]
+        labelled = [
+            self.labelled(bare[start : start + self.batch_size]) for start in range(0, len(bare), self.batch_size)
+        ]
         return ValidationBatch(self.prompts(items), tuple(labelled), self.is_captioned)
 
 
@@ -229,7 +232,7 @@ def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
     if labels is not None:
         flat = labels.flatten()  # (R, S) -> (R * S,)
         places = (flat != IGNORED).nonzero().flatten()
-        found |= {"targets": flat[places], "label_places": places - 1}
+        found |= {"targets": flat[places], "label_places": places - 1}  # the hidden state before a token predicts it
     return found
 
 

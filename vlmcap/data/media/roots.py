@@ -179,6 +179,7 @@ def _archive_member(settings: AnnotatedConfig, relative: str, name: str) -> str 
         for a in archives
         if relative.startswith(f"{a.folder}/" if a.folder else "")
     ]
+    # A member may have its path below the archive's folder, its path below the root, or its name in the annotations.
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
         found = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
         if len(found) > 1:

@@ -210,12 +210,14 @@ def language_batch(
         gap: Text tokens between two runs.
         is_packed: Whether all clips are in one sequence.
     """
+    # 1. The prompt that all clips share: True at visual tokens.
     before = num_prompt // 2
     prompt = [False] * before
     for index, run in enumerate(runs):
         prompt += [False] * (gap if index else 0) + [True] * run
     prompt += [False] * (num_prompt - before)
     is_visual, lengths = torch.tensor(prompt), [len(prompt) + count for count in captions]
+    # 2. (R, S): one packed row, or a row per clip.
     shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
     starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
     ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)

@@ -99,11 +99,11 @@ class VisualRelianceCheck(L.Callback):
             self._publish(trainer, pl_module, split, name, found)
 
     def _gather(self, seen: list[Observation]) -> list[Observation]:
-        everyone = [seen]
+        by_rank = [seen]
         if dist.is_available() and dist.is_initialized():
-            everyone = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, seen)
-        return [one for rows in everyone for one in rows]
+            by_rank = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(by_rank, seen)
+        return [observation for observations in by_rank for observation in observations]
 
     def _publish(
         self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: VisualReliance
@@ -133,7 +133,7 @@ class _Measurement:
     def __init__(self, check: VisualRelianceCheck, module: CaptioningModule) -> None:
         self.data, self.blank, self.module = check.data, check.blank, module
         self.has_captions = check.settings.mode is VisualRelianceMode.captions
-        self.own = {row.clip.id: row.text for row in check.evaluation.predictions}
+        self.own = {prediction.clip.id: prediction.text for prediction in check.evaluation.predictions}
         self.rank, self.world_size = check.data.evaluation_rank
 
     def run(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Observation]:
