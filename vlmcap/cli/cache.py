@@ -71,7 +71,7 @@ def build(overrides: Sequence[str]) -> None:
     store = open_store(plan)
     hashes = hash_clips(clips, hash_memo(config))
     fill_store(plan, store, clips, hashes)
-    bad = [(clip, reason) for split, own in hashes.items() for clip, reason in unusable(clips[split], own, store)]
+    bad = [(clip, reason) for split in hashes for clip, reason in unusable(clips[split], hashes[split], store)]
     if bad:
         clip, reason = bad[0]
         print(f"{grouped(len(bad))} clips have no features; the first is {clip.id} ({reason})", file=sys.stderr)

@@ -86,12 +86,12 @@ def _publish(project: str, entity: str | None, objective: str) -> str:
     from vlmcap.reporting.dashboard import workspace
 
     try:
-        made = workspace(project, entity or str(wandb.Api().default_entity), objective).save()
+        saved = workspace(project, entity or str(wandb.Api().default_entity), objective).save()
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
             f"W&B rejected the dashboard of project {project}: {first_line(error)}; check --entity and --project"
         ) from error
-    return str(made.url)
+    return str(saved.url)
 
 
 def _publish_command(project: str, entity: str | None, objective: str) -> str:
@@ -131,16 +131,12 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     parameters, fixed = _parsed(overrides)
     if not parameters:
         raise UserError("no key has several values; give one some, such as encoder=clip,siglip2")
-    config = compose([*fixed, *(f"{key}={_examples(space)[0]}" for key, space in parameters.items())])
-    for key, space in parameters.items():  # compose each value once: a typo is reported now, not by an agent
+    # Compose every value once, beside the first value of each other key: a typo is reported now, not by an agent.
+    first = {key: _examples(space)[0] for key, space in parameters.items()}
+    config = _composed(fixed, first)
+    for key, space in parameters.items():
         for value in _examples(space)[1:]:
-            compose(
-                [
-                    *fixed,
-                    *(f"{other}={_examples(found)[0]}" for other, found in parameters.items() if other != key),
-                    f"{key}={value}",
-                ]
-            )
+            _composed(fixed, first | {key: value})
     settings = (
         config.sweep
         if isinstance(config.sweep, WandbSweepConfig)
@@ -150,7 +146,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         raise UserError("sweep.method=grid cannot search a range; list its values, or set sweep=wandb")
     goal = "maximize" if config.monitor_mode == "max" else "minimize"
     # W&B reads the sweep's settings from this file; a run ignores them.
-    own = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
+    read_by_runs = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
     command = [
         "${env}",
         "${interpreter}",
@@ -158,7 +154,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         "logger=wandb",
         f"logger.project={project}",
         _FOLDER,
-        *own,
+        *read_by_runs,
         "${args_no_hyphens}",
     ]
     return {
@@ -172,6 +168,10 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         "parameters": parameters,
         "command": command,
     }
+
+
+def _composed(fixed: Sequence[str], values: dict[str, Any]) -> Config:
+    return compose([*fixed, *(f"{key}={value}" for key, value in values.items())])
 
 
 def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:

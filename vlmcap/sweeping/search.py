@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 
-_WHOLE = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
+_WHOLE_BOUNDS = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _distribution(key: str, override: Override) -> Any:
     is_log = "log" in getattr(value, "tags", ())
     try:
         if is_interval:
-            if _WHOLE.search(override.input_line or ""):  # Hydra converts the bounds to floats
+            if _WHOLE_BOUNDS.search(override.input_line or ""):  # Hydra converts the bounds to floats
                 return IntDistribution(int(value.start), int(value.end), log=is_log)
             return FloatDistribution(value.start, value.end, log=is_log)
         if is_range and not value.shuffle:

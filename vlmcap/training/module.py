@@ -24,7 +24,7 @@ from vlmcap.training.checkpoints.load import check_base_checkpoints, check_weigh
 from vlmcap.training.optimizer import adapt_optimizer_states, make_optimizer
 from vlmcap.training.random_state import gather_random_states, set_random_states
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch, ValidationBatch, select_rows
+from vlmcap.types import Batch, ValidationBatch, select_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class CaptioningModule(L.LightningModule):
         for micro_batch in batch.labelled:
             if len(micro_batch):
                 assert prompts.features is not None
-                features = select_rows(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
+                features = select_entries(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
                 loss, count = self.captioner(replace(micro_batch, features=features))
                 losses.append(float(loss))
                 num_labels += count

@@ -99,7 +99,7 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
     if (folder / "predictions.jsonl").is_file():
         split = next((name.split("/")[0] for name in _numbers(evaluation)), "test")
         predictions.setdefault(split, folder / "predictions.jsonl")
-    parts = [part for part in _object(summary, "parameters").values() if isinstance(part, dict)]
+    components = [counts for counts in _object(summary, "parameters").values() if isinstance(counts, dict)]
     seconds = _numbers(_object(summary, "seconds")) or _numbers({"total": status.get("seconds")})
     plan = _numbers(_object(summary, "plan")) or _numbers(_object(status, "plan"))
     return RunFolder(
@@ -116,9 +116,9 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         peak_memory_gib=_numbers(summary).get("peak_memory_gib"),
         planned_gib=plan.get("peak_gib"),
         planned_fit_s=plan.get("fit_s"),
-        parameters={name: sum(int(part.get(key) or 0) for part in parts) for name, key in _COUNTS.items()}
-        if parts
-        else {},
+        parameters={
+            name: sum(int(counts.get(key) or 0) for counts in components) for name, key in _COUNTS.items() if components
+        },
         curve=read_curves(folder / "metrics.jsonl", warnings),
         revision=str(summary.get("git_revision") or ""),
         predictions=predictions,

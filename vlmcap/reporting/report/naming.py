@@ -63,6 +63,7 @@ def find_factors(runs: Sequence[RunFolder]) -> list[str]:
     groups = [group for group in _GROUPS if f"{group}.name" in differing]
     chosen = [f"{group}.name" for group in groups]
     typed = [key for key in dict.fromkeys(key for run in runs for key in map(_key, run.overrides)) if key in differing]
+    # A group's own keys, and keys that nobody typed, are factors only if those chosen so far do not determine them.
     for key in [*typed, *sorted(differing)]:
         may_follow = key.split(".")[0] in groups or key not in typed
         if key not in chosen and not (may_follow and _is_determined(configs, chosen, key)):
@@ -166,8 +167,8 @@ def _is_determined(configs: Sequence[Mapping[str, Any]], chosen: Sequence[str], 
     known: dict[tuple[str, ...], str] = {}
     for config in configs:
         if key in config:
-            place = tuple(_text(config.get(one)) for one in chosen)
-            if known.setdefault(place, _text(config[key])) != _text(config[key]):
+            settings = tuple(_text(config.get(one)) for one in chosen)
+            if known.setdefault(settings, _text(config[key])) != _text(config[key]):
                 return False
     return True
 

@@ -100,14 +100,14 @@ def draw_curves(report: Report, file: Path) -> None:
         colours = _colours(len(order))
         for index, key in enumerate(shown):
             axes = figure.add_subplot(1, len(shown), index + 1)
-            for place, group in enumerate(order):
+            for position, group in enumerate(order):
                 curves = [run.curve[key] for run in runs if run.group == group.id and key in run.curve]
                 for number, curve in enumerate(curves):
-                    name = _label(group) if number == 0 and place < _MAX_LABELLED else None
+                    name = _label(group) if number == 0 and position < _MAX_LABELLED else None
                     mark = "o" if len(curve) < 8 else ""
                     axes.plot(
                         *zip(*curve, strict=True),
-                        color=colours[place],
+                        color=colours[position],
                         linewidth=1.2,
                         marker=mark,
                         markersize=3,

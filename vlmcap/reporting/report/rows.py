@@ -81,16 +81,19 @@ def group_rows(
         shown: Metrics that get an interval, in addition to all resampled ones.
         is_higher_better: Whether higher values of the metric are better.
     """
+    # 1. Groups of runs that differ only in their seed, and an estimator per metric.
     groups: dict[str, list[Member]] = {}
     for member in members:
         groups.setdefault(member.group, []).append(member)
     counted = {name: _counted(those) for name, those in groups.items()}
     names = dict.fromkeys([metric, *shown, *(name for member in members for name in member.samples)])
     estimators = {name: _estimator(counted, name) for name in names}
+    # 2. The best group by the report's metric, and the differences of all other groups from it.
     main = estimators[metric]
     means = {name: main.means[name] for name, those in counted.items() if those and those[0].is_compared}
     best = (max if is_higher_better else min)(means, key=means.__getitem__) if means else None
     differences = main.differences({name: {name: 1.0, best: -1.0} for name in means if name != best}) if best else {}
+    # 3. A row per group.
     rows = []
     for name, those in groups.items():
         known = {key: one.estimate({name: 1.0}) for key, one in estimators.items() if name in one.groups}
