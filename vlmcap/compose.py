@@ -22,7 +22,7 @@ from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
 from vlmcap.config_unread import unread_override
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 from vlmcap.overrides import read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds
 
@@ -300,8 +300,7 @@ def to_plain(config: object) -> Any:
 
 def write_yaml(plain: Any, path: Path) -> None:
     """Writes plain data to a YAML file atomically."""
-    with replacing(path) as partial:
-        partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
 def read_yaml(path: Path) -> Any:

@@ -12,10 +12,11 @@ import torch
 
 from benchmarks.gpu import limits
 from benchmarks.gpu.counting import wait, watching_host
-from benchmarks.gpu.models import Prepared, loader, prepare, require_gpu, training, training_batch
+from benchmarks.gpu.models import Prepared, prepare, require_gpu, training, training_batch
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
 from vlmcap.config import Precision
+from vlmcap.measuring.steps import batch_loader
 from vlmcap.planning.hardware import GIB
 from vlmcap.types import Batch
 
@@ -104,7 +105,7 @@ def teardown_8bit(report: Report, place: Place) -> None:
 def fit(prepared: Prepared, place: Place, batches: Sequence[Batch]) -> tuple[Any, Any]:
     """Trains a step for each batch, and returns the trainer and its module."""
     trainer, module = training(prepared, place, [], len(batches), 1)
-    trainer.fit(module, train_dataloaders=loader(batches, place))
+    trainer.fit(module, train_dataloaders=batch_loader(batches, is_on_gpu=place.device == "cuda"))
     wait(place.device)
     return trainer, module
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Skip
@@ -271,16 +270,6 @@ def training(
         default_root_dir=place.folder,
     )
     return trainer, module
-
-
-def loader(batches: Sequence[Batch], place: Place) -> DataLoader[Any]:
-    """Returns a loader of the batches, in page-locked memory for a GPU, as in a run."""
-    chosen: Any = list(batches)
-    return DataLoader(chosen, batch_size=None, collate_fn=_identity, pin_memory=place.device == "cuda")
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch
 
 
 def writer(

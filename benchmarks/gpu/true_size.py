@@ -18,7 +18,6 @@ from benchmarks.gpu.counting import Waits, launches, wait, watching_host
 from benchmarks.gpu.models import (
     NUM_NEW,
     Prepared,
-    loader,
     peak_flops,
     prepare,
     tiny_moe,
@@ -29,6 +28,7 @@ from benchmarks.gpu.models import (
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
 from vlmcap.measuring.memory_use import MemoryUse, PeakMemory
+from vlmcap.measuring.steps import batch_loader
 from vlmcap.models.decoding.engine import native_engine_obstacle
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import REPEATED
@@ -123,7 +123,7 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
     with watching_host() as host:
         trainer, module = training(prepared, place, [watch], len(batches), ACCUMULATED)
         use.start()
-        trainer.fit(module, train_dataloaders=loader(batches, place))
+        trainer.fit(module, train_dataloaders=batch_loader(batches, is_on_gpu=place.device == "cuda"))
     _report_memory(report, "training", watch.training, prepared.plan.training)
     _report_memory(report, "captions", watch.generation, prepared.plan.generation)
     _report_speed(report, prepared, watch, is_bounded=is_bounded)

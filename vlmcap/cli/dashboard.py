@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from vlmcap.config import Config, WandbConfig, WandbSweepConfig
 from vlmcap.config.sweep import OF_A_SWEEP, SweepMethod
 from vlmcap.config_saved import override_values
 from vlmcap.errors import UserError, first_line
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.overrides import read_overrides, sweep_values
 from vlmcap.sweep_syntax import override_parser
 
@@ -69,10 +68,7 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
         return
     target = file or OFFLINE_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as partial:
-        partial.write_text(
-            json.dumps(spec(workspace(project, entity or "ENTITY", objective)), indent=1) + "\n", encoding="utf-8"
-        )
+    write_json(target, spec(workspace(project, entity or "ENTITY", objective)))
     why = "" if reason is None else f"W&B cannot be reached, {reason}; "
     command = _publish_command(project, entity, objective)
     print(

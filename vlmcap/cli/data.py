@@ -23,7 +23,7 @@ from vlmcap.data.loading.lengths import caption_lengths
 from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 from vlmcap.demo.prepare import TINY, demo_folder
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 from vlmcap.libraries import silence_libraries
 from vlmcap.models.checkpoint import fingerprint, locate
 from vlmcap.reporting.data_page import data_page, show_inspection
@@ -79,10 +79,7 @@ def check_data(
         _read_videos(config, splits, report, max_clips)
     limit = _caption_limit(config, report)
     title = f"{config.data.name}: {config.data.root}"
-    with replacing(output) as partial:
-        partial.write_text(
-            data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8"
-        )
+    write_text(output, data_page(report, title=title, llm=config.llm.name, limit=limit, note=note))
     show_inspection(report, llm=config.llm.name, limit=limit, note=note)
     print(f"{output}: {len(report.samples)} clips with pictures, the lengths of captions, and all findings")
     return report

@@ -236,8 +236,7 @@ class Config:
         require_seed("seed", self.seed)
         for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data"):
             require(
-                getattr(self, group).name.strip() != "",
-                f"{group}.name is empty; set a name, or leave {group}.name out",
+                getattr(self, group).name.strip() != "", f"{group}.name is empty; set a name, or leave {group}.name out"
             )
         require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")
         is_wrong = self.mode == "max" and is_lower_better(self.monitor)

@@ -121,11 +121,7 @@ _RULES = (
         "without adapters on unquantised weights; set tuning=lora and llm.quantization=none as well, or leave {key} "
         "out",
     ),
-    _Rule(
-        ("evaluation.cuda_graphs",),
-        lambda run: run.hardware.accelerator != "cpu",
-        "on a CPU; leave {key} out",
-    ),
+    _Rule(("evaluation.cuda_graphs",), lambda run: run.hardware.accelerator != "cpu", "on a CPU; leave {key} out"),
     _Rule(
         ("encoder.max_patches",),
         lambda run: not isinstance(run.model, LlavaNextVideoConfig),

@@ -258,11 +258,10 @@ def measure_run(
     module = make_module(config, captioner, plan, {}, SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, 1))
     batches = [random_batch(config, sizes, captions) for captions in captions_of_batches]
     # The validation loss is computed in the batch that is not timed.
-    validation = _loader(
-        config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
-    )
+    validation = [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
+    loader, validation_loader = (batch_loader(one, is_on_gpu=use.is_cuda) for one in (batches, validation))
     with deterministic_kernels(config.is_deterministic), reraising_interrupts(trainer):
-        trainer.fit(module, _loader(config, batches), validation)
+        trainer.fit(module, loader, validation_loader)
     # 3. A clip's share of a step: the passes of a micro-batch, and of the optimizer step that several of them share.
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
     context_gib = max(clock.context_gib, use.context_gib())
@@ -282,14 +281,9 @@ def _fullest_stage(config: Config) -> Stage:
     )
 
 
-def _loader(config: Config, batches: Sequence[Batch | ValidationBatch]) -> DataLoader[Any]:
-    """Returns a loader of ready batches, in page-locked memory as in a run."""
-    pin_memory = config.hardware.accelerator != "cpu"
-    return DataLoader(batches, batch_size=None, collate_fn=_identity, pin_memory=pin_memory)  # type: ignore[arg-type]
-
-
-def _identity(batch: Batch | ValidationBatch) -> Batch | ValidationBatch:
-    return batch
+def batch_loader(batches: Sequence[Batch | ValidationBatch], *, is_on_gpu: bool) -> DataLoader[Any]:
+    """Returns a loader of ready batches, for a GPU in page-locked memory as in a run."""
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch, pin_memory=is_on_gpu)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import TINY, prepare
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.libraries import silence_libraries
 from vlmcap.locks import claimed_folder
 from vlmcap.models.encoders import VisionEncoder
@@ -82,8 +82,7 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
                 spectra.append(found)
                 report(len(spectra), len(jobs))
         record = spectra_record(spectra)
-        with replacing(folder / "spectrum.json") as partial:
-            partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "spectrum.json", record)
         if len(spectra) > 1:
             draw_comparison(spectra, folder / "comparison.png")
     if as_json:

@@ -7,7 +7,6 @@ same.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from vlmcap.config import Config, DemoDataConfig, HalvingSweepConfig, Scaled, TwoStageConfig
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.sweeping.composing import Composer, Job
 from vlmcap.sweeping.job import FINISHED
 from vlmcap.sweeping.runner import JobResult, Runner
@@ -102,8 +101,7 @@ class Halving:
 
     def _write(self, rounds: Sequence[Round]) -> None:
         plain = {"objective": self._objective[0], "mode": self._objective[1], "rounds": [_plain(one) for one in rounds]}
-        with replacing(self._runner.folder / ROUNDS_FILE) as partial:
-            partial.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(self._runner.folder / ROUNDS_FILE, plain)
 
 
 def round_sizes(count: int, keep: float) -> list[int]:

@@ -76,8 +76,7 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
             size = max(1, _BATCH_ELEMENTS // max(1, metrics[left[0][0]][left[0][1]].values.size))
             batch, left = left[:size], left[size:]
             chosen = [metrics[index][name] for index, name in batch]
-            # The columns of all metrics are summed over resampled clips in one product, (resamples, columns of all), and
-            # then split into those of each metric.
+            # The columns of all metrics are summed over resampled clips in one product, then split by metric.
             ends = np.cumsum([metric.values.shape[1] for metric in chosen])[:-1]
             chunks = [
                 np.split(sums, ends, axis=1)

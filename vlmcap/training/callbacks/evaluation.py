@@ -67,11 +67,7 @@ class CaptionEvaluation(L.Callback):
     """
 
     def __init__(
-        self,
-        scorer: CaptionScorer,
-        clips: Mapping[str, Sequence[Clip]],
-        folder: Path,
-        monitor: str = "",
+        self, scorer: CaptionScorer, clips: Mapping[str, Sequence[Clip]], folder: Path, monitor: str = ""
     ) -> None:
         self.scorer, self.clips, self.folder = scorer, clips, folder
         extra = {monitor.removeprefix("val/")} & set(METRIC_NAMES) - set(LOOP_METRICS)

@@ -113,12 +113,7 @@ class StepProfile(L.Callback):
         self.profiler.device = pl_module.device
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Counts the clips of timed steps."""
         if self._stage == TIMED:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmcap.files import replacing
+from vlmcap.files import replacing, write_json
 
 # Phases in the order of a step, with their labels. steps.json uses the names, and loggers use `profile/<name>_s`.
 LABELS = {
@@ -131,8 +130,7 @@ def write_times(times: StepTimes, path: Path) -> None:
     """Writes `steps.json` atomically."""
     content: dict[str, Any] = asdict(times) | {"total_s": times.total_s}
     content["shares"] = {name: seconds / times.total_s for name, seconds in times.rows()}
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def draw_times(times: StepTimes, path: Path) -> None:
