@@ -62,6 +62,7 @@ def check_data(
     config = compose(overrides)
     if config.data.is_demo:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
+    # 1. Captions of all splits, from the annotations alone.
     splits = load_splits(config, (), tuple(Split))
     if not splits:
         raise UserError(
@@ -75,8 +76,10 @@ def check_data(
     if splits.note:
         print(f"Warning: {splits.note}", file=sys.stderr)
     note = _count_tokens(config, splits, report)
+    # 2. The videos, which take most of the time.
     if reads_videos:
         _read_videos(config, splits, report, max_clips)
+    # 3. The page, and a summary on the screen.
     limit = _caption_limit(config, report)
     title = f"{config.data.name}: {config.data.root}"
     write_text(output, data_page(report, title=title, llm=config.llm.name, limit=limit, note=note))

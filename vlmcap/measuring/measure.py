@@ -309,6 +309,7 @@ def show_comparison(comparison: Comparison) -> None:
     console = Console(highlight=False)
     plan, measured, ratios = comparison.plan, comparison.measured, comparison.ratios
     blocks = "" if comparison.num_blocks is None else f", {_count_blocks(comparison.num_blocks)}"
+    # 1. Memory: the whole peak, tensors alone, and what is outside of PyTorch's allocator.
     table = Table(
         title=f"{plan.title}{blocks}, hardware={plan.hardware}, on {comparison.device_name}",
         title_justify="left",
@@ -334,11 +335,13 @@ def show_comparison(comparison: Comparison) -> None:
         table.add_row(
             "host memory of the process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", ""
         )
+    # 2. Times.
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
     for name, (label, expected, found) in rows.items():
         table.add_row(label, duration(expected), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
     console.print(table)
+    # 3. Whether later plans use the figures, and the deviation in one sentence.
     if comparison.why_not_kept:
         console.print(f"Not stored for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
     else:

@@ -126,6 +126,7 @@ def random_captioner(
     """
     device = device_of(config)
     torch.manual_seed(config.seed)
+    # 1. Encoder and projector, on the meta device first, which needs no memory.
     encoder_on_meta = meta_encoder(config)
     sizes = planned_sizes(config, encoder_on_meta)
     if sizes is not None:
@@ -141,6 +142,7 @@ def random_captioner(
     say(f"projector ({_size_text(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
+    # 2. The captioner and its language model, which Qwen-VL models have classes of their own for.
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
         captioner_class = meta_vlm(config, 1).captioner_class

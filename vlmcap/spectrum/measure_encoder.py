@@ -168,6 +168,7 @@ def _encode(
     finally:
         if handle is not None:
             handle.remove()
+    # Qwen-VL joins two frames into one, so there may be fewer grids than pictures.
     num_frames, *side = sample.grid_thw or (len(features[0]), *encoder.grid)
     grid = (side[0], side[1])
     indices = torch.linspace(0, num_frames - 1, min(keep, num_frames)).round().long().tolist()
@@ -208,6 +209,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     if config.is_pretrained_vlm or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
         raise UserError("--layers needs an encoder whose frames have one size; remove it")
     assert sample.frames is not None
+    # The longest list of modules holds the blocks, whatever the architecture calls it.
     lists = [module for module in encoder.tower.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = max(lists, key=len, default=torch.nn.ModuleList())
     found: dict[str, Spectrum] = {}

@@ -70,6 +70,7 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     figure = Figure(figsize=(3 * num_maps, 6.2), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     upper, lower = halves
+    # 1. Above: singular values, and similarity against distance.
     values, alike = upper.subplots(1, 2)
     _draw_values(values, [one])
     _draw_locality(alike, one)
@@ -77,6 +78,7 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
         f"{one.label}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}",
         fontsize=11,
     )
+    # 2. Below: the frame, and a map for each of the chosen patches, in one colour scale.
     axes = lower.subplots(1, num_maps)
     _draw_frame(axes[0], one, queries)
     maps = similarity_maps(one.frame, queries)

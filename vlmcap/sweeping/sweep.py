@@ -116,6 +116,7 @@ def show_sweep(
     from rich.console import Console
     from rich.table import Table
 
+    # A resumed or halved sweep may have several results of one job.
     rows = sorted({result.number: result for result in results}.values(), key=lambda result: result.number)
     best = next((rows[index] for index in best_jobs(rows, 1, objective[1])), None)
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -93,12 +93,12 @@ class ShardIndex:
         # 1. Collect the entries of the new shards.
         files, hashes, offsets, places, checksums, times_s = list(self.files), [], [], [], [], []
         for file, shard in shards:
-            for row in shard.rows:
-                hashes.append(row.content)
-                offsets.append((row.offset, row.scale_offset))
-                places.append((len(files), *row.shape, *(row.grid_thw or (0, 0, 0))))
-                checksums.append(row.checksum)
-                times_s.append(row.times_s)
+            for entry in shard.entries:
+                hashes.append(entry.content)
+                offsets.append((entry.offset, entry.scale_offset))
+                places.append((len(files), *entry.shape, *(entry.grid_thw or (0, 0, 0))))
+                checksums.append(entry.checksum)
+                times_s.append(entry.times_s)
             files.append(file)
         # 2. Sort them by hash, without repeats and without clips that the index has.
         names, first = np.unique(np.array(hashes, "S32"), return_index=True)
@@ -213,9 +213,9 @@ def is_intact(folder: Path) -> bool:
     index = update(index, folder, {})
     try:
         held = {
-            (file.name, row.content): (row.offset, row.checksum)
+            (file.name, entry.content): (entry.offset, entry.checksum)
             for file in index.files
-            for row in read_shard(folder / file.name).rows
+            for entry in read_shard(folder / file.name).entries
         }
     except (BrokenFileError, OSError):
         return False

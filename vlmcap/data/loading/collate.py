@@ -100,6 +100,7 @@ class Collator:
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
         """Collate the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
+        # 1. A sequence of token ids per clip; a clip without a caption has no loss and is skipped.
         skipped = [item for item in items if isinstance(item, Skipped)]
         sequences: list[_Sequence] = []
         num_truncated = 0
@@ -118,6 +119,7 @@ class Collator:
             sequences.append(
                 _Sequence(item, *self._prompt(item.grid_thw, item.times_s), caption[: self.max_caption_tokens])
             )
+        # 2. Pad the sequences, and the frames or features, to common sizes.
         grids = [sequence.sample.grid_thw for sequence in sequences if sequence.sample.grid_thw is not None]
         assert len(grids) in (0, len(sequences)), "a batch mixes clips with and without a size in patches"
         times_s = tuple(sequence.sample.times_s for sequence in sequences)

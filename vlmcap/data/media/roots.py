@@ -208,6 +208,7 @@ def _find_in_archive(archive: str, member: str) -> str | None:
 
 def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
     root = settings.root
+    # Names of Korean files are stored in two Unicode forms (NFC on Linux and Windows, NFD on macOS), so both are tried.
     if is_archive(root) and not os.path.isdir(root):
         for member in list_members(root):
             if any(
@@ -219,6 +220,7 @@ def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
         yield from list_remote(f"{root.rstrip('/')}/{pattern}")
     else:
         for form in _unicode_forms(pattern):
+            # A name with brackets or stars that exists as it is written is that file, not a pattern.
             literal = os.path.join(root, form)
             paths = (
                 [literal]

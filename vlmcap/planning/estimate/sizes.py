@@ -91,6 +91,7 @@ def clip_sizes(config: Config) -> Sizes:
         check_projector(config.projector, projector)
         num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
     is_timed = isinstance(config.model, Qwen3VlConfig)
+    # Qwen3-VL writes a time as text before the visual tokens of each step, so they come in several runs.
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
@@ -105,8 +106,10 @@ def clip_sizes(config: Config) -> Sizes:
 def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Returns the shape of one clip's frames as the encoder takes them, in bytes."""
     frames, rows, columns = grid
+    # 1. Encoders of square frames: (F, 3, H, W).
     if isinstance(encoder, FrameEncoder):
         return (frames, 3, encoder.transform.image_size, encoder.transform.image_size)
+    # 2. Towers that take whole frames: (F, 3, H, W). Qwen-VL and NaFlex take patches: (F, P, values of a patch).
     tower = encoder.tower.config
     patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
     depth = int(getattr(tower, "temporal_patch_size", 1) or 1)

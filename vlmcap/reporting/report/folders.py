@@ -93,12 +93,14 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
     summary, status = _read_json(folder / "summary.json", warnings), _read_json(folder / "status.json", warnings)
     evaluation = _read_json(folder / "metrics.json", warnings)
     overrides = _overrides(folder, status, read_yaml)
+    # 1. `train.py` leaves summary.json and status.json, `evaluate.py` leaves metrics.json.
     is_evaluation = bool(evaluation) and not (summary or status)
     scores = _numbers(evaluation) | _numbers(_object(summary, "scores"))
     predictions = {split: path for split in _SPLITS if (path := folder / "predictions" / f"{split}.jsonl").is_file()}
     if (folder / "predictions.jsonl").is_file():
         split = next((name.split("/")[0] for name in _numbers(evaluation)), "test")
         predictions.setdefault(split, folder / "predictions.jsonl")
+    # 2. Costs, of which a run that has failed knows only some.
     components = [counts for counts in _object(summary, "parameters").values() if isinstance(counts, dict)]
     seconds = _numbers(_object(summary, "seconds")) or _numbers({"total": status.get("seconds")})
     plan = _numbers(_object(summary, "plan")) or _numbers(_object(status, "plan"))

@@ -93,6 +93,7 @@ def draw_curves(report: Report, file: Path) -> None:
     Each configuration has a colour, each run a line.
     """
     runs = [run for run in report.runs if run.curve]
+    # Colours follow the ranking, and only the first run of a group has a label in the legend.
     order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MAX_GROUPS]
     wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])
     shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][:2]

@@ -62,6 +62,7 @@ def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, 
         dataclasses.replace(member, id=ids[path], group=groups[content])
         for member, path, content in zip(members, paths, contents, strict=True)
     ]
+    # Ids are hashes of the folder and of the configuration, so that they stay the same in a later report.
     named = _without_repeats(named)
     sign = -1 if is_higher_better else 1
     return sorted(

@@ -227,6 +227,7 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
     for index, batch in enumerate(window.batches):
         named = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
         tensors |= {f"batch.{index}.{name}": value for name, value in named.items() if value is not None}
+    # NumPy's state is a tuple; its second element, 624 words, is among the tensors.
     generator = window.random["numpy"]
     content = {
         "reason": reason,

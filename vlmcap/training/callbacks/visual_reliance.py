@@ -82,6 +82,7 @@ class VisualRelianceCheck(L.Callback):
         clips = list(self.data.clips[split][: min(self.settings.max_clips, self.max_clips)])
         if len(clips) < 2:
             return
+        # Each clip gets another clip's video. Sampled captions draw random numbers, but training must not notice.
         order = swap_order(clips, self.seed)
         states = random_states()
         try:
@@ -94,6 +95,7 @@ class VisualRelianceCheck(L.Callback):
                 seen = self._gather(_Measurement(self, pl_module).run(clips, order))
         finally:
             set_random_states(states)
+        # All ranks have all observations, so all log the same scores; the first one writes the files.
         found = compare(clips, order, seen, self.evaluation.scorer)
         if found is not None:
             self._publish(trainer, pl_module, split, name, found)
@@ -142,6 +144,7 @@ class _Measurement:
             replace(clip, video=clips[other].video, frames=clips[other].frames)
             for clip, other in zip(clips, order, strict=True)
         ]
+        # The captions of the own videos are those that were scored just now.
         own = self._measure(
             OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples]
         )
