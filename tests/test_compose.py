@@ -22,7 +22,7 @@ from vlmcap.sweep_syntax import expand
 CONF = Path(config_dir())
 GROUPS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
 FILLED = ["data.root=data/clips"]  # what has no default, in some files
-DEVICES = "hardware.devices=2"  # with one, trainer=ddp changes nothing
+DEVICES = "hardware.devices=2"  # with one, trainer=ddp has no effect
 CHECKPOINT = "encoder.checkpoint=models/tower"  # likewise in encoder=custom
 
 
@@ -300,7 +300,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         ),
         (
             ["model=qwen2_vl_7b", "llm.checkpoint=a/b"],
-            ["llm.checkpoint=a/b changes nothing in model=qwen2_vl_7b", "set model.checkpoint"],
+            ["llm.checkpoint=a/b has no effect in model=qwen2_vl_7b", "set model.checkpoint"],
         ),
         (["llm=custom"], ["llm.checkpoint has no value", "set it on the command line: llm.checkpoint=…"]),
     ],

@@ -71,7 +71,7 @@ def saved(trained: list[str], overrides: list[str]) -> Config:
 def test_what_only_training_reads_is_refused_by_name(override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(
-        UserError, match=rf"^{re.escape(key)}\S* changes nothing of a checkpoint, .*leave {re.escape(key)} out$"
+        UserError, match=rf"^{re.escape(key)}\S* has no effect on a checkpoint, .*leave {re.escape(key)} out$"
     ):
         saved([], [override])
 
@@ -122,7 +122,7 @@ def test_what_an_override_leaves_without_a_reader_is_as_if_it_had_not_been_set()
     assert saved(["evaluation.engine=hf"], ["evaluation.num_beams=3"]).evaluation.engine.name == "native"
     several = ["hardware=l4", "hardware.devices=2", "trainer=ddp", "encoder=siglip2", "llm=qwen3_4b"]
     assert saved(several, ["hardware=cpu"]).trainer.strategy.name == "auto"
-    with pytest.raises(UserError, match=r"^evaluation\.top_k=7 changes nothing without evaluation\.do_sample=true"):
+    with pytest.raises(UserError, match=r"^evaluation\.top_k=7 has no effect without evaluation\.do_sample=true"):
         saved(sampled, ["evaluation.do_sample=false", "evaluation.top_k=7"])
 
 
@@ -138,7 +138,7 @@ def test_a_base_that_has_moved_has_no_revision() -> None:
     ["data.root=x", "evaluation.tokenizer=char", "logger=wandb", "seed=3", "data.split=val", "cache.enabled=true"],
 )
 def test_captioning_refuses_what_it_does_not_read(override: str) -> None:
-    with pytest.raises(UserError, match=r"changes nothing in vlmcap caption; leave"):
+    with pytest.raises(UserError, match=r"has no effect in vlmcap caption; leave"):
         override_values([override], program="vlmcap caption", read=caption._READ)
     assert override_values(["evaluation.num_beams=3", "hardware=l4"], program="vlmcap caption", read=caption._READ)
 

@@ -140,9 +140,9 @@ def test_a_key_is_refused_by_a_sentence_that_is_true_or_changes_the_run(state: s
                 or is_seen
                 or value_at(config, key) == value_at(base, key)
                 or key in SAME | CUT.get(state, set())
-            ), f"{key}={value} changes nothing"
+            ), f"{key}={value} has no effect"
             num_read += 1
-        elif " changes nothing " in config:
+        elif " has no effect " in config:
             idle = config.partition("=")[0]  # the key, or one of the state that the key leaves without a reader
             assert idle == key or any(override.startswith(f"{idle}=") for override in STATES[state]), config
             check_fix(changed, idle, config)
@@ -168,7 +168,7 @@ CUT = {"short": {"tuning.epochs", "tuning.align_epochs"}}
 def check_fix(node: DictConfig, key: str, sentence: str) -> None:
     """Whether a refusal is over once its fix is made."""
     assert f"leave {key} out" in sentence, sentence
-    found = re.search(r"changes nothing without ((?:[\w.]+=\S+ ?)+?)(?:;|$)", sentence)
+    found = re.search(r"has no effect without ((?:[\w.]+=\S+ ?)+?)(?:;|$)", sentence)
     if found is None:
         return
     fixed = node
@@ -176,7 +176,7 @@ def check_fix(node: DictConfig, key: str, sentence: str) -> None:
         name, _, value = setting.partition("=")
         fixed = changed_node(fixed, name, "some/model" if value == "…" else yaml.safe_load(value))
     left = refusal(fixed)
-    assert not (left.startswith(f"{key}=") and " changes nothing " in left), f"{sentence}\n  and with that: {left}"
+    assert not (left.startswith(f"{key}=") and " has no effect " in left), f"{sentence}\n  and with that: {left}"
 
 
 @pytest.mark.slow
@@ -207,37 +207,37 @@ def test_a_default_that_is_spelled_out_is_no_mistake(state: str) -> None:
     [
         (
             ["hardware.num_frames=4", "data.num_frames=8"],
-            "hardware.num_frames=4 changes nothing beside data.num_frames=8",
+            "hardware.num_frames=4 has no effect beside data.num_frames=8",
         ),
         (
             ["hardware.frame_stack=4", "projector=perceiver"],
-            "hardware.frame_stack=4 changes nothing beside projector.frame_stack=1",
+            "hardware.frame_stack=4 has no effect beside projector.frame_stack=1",
         ),
         (
             ["hardware.frame_stack=4", "model=qwen3_vl_8b"],
-            "hardware.frame_stack=4 changes nothing with projector=native",
+            "hardware.frame_stack=4 has no effect with projector=native",
         ),
         (
             ["hardware.image_size=64", "encoder=siglip2_naflex"],
-            "hardware.image_size=64 changes nothing with encoder=siglip2_naflex",
+            "hardware.image_size=64 has no effect with encoder=siglip2_naflex",
         ),
         (
             ["hardware.quantization=8bit", "llm.quantization=none"],
-            "hardware.quantization=8bit changes nothing beside llm.quantization=none",
+            "hardware.quantization=8bit has no effect beside llm.quantization=none",
         ),
         (
             ["hardware.batch_size=4", "data.batching=packed", "data.max_tokens_per_batch=400"],
-            "hardware.batch_size=4 changes nothing",
+            "hardware.batch_size=4 has no effect",
         ),
         (
             ["data.batch_size=1", "data.batching=packed", "data.max_tokens_per_batch=400"],
-            "data.batch_size=1 changes nothing beside",
+            "data.batch_size=1 has no effect beside",
         ),
         (
             ["encoder=siglip2", "encoder.is_cached=true", "cache.enabled=false"],
-            "encoder.is_cached=true changes nothing beside",
+            "encoder.is_cached=true has no effect beside",
         ),
-        (["data.root=mine"], "data.root=mine changes nothing in data=demo"),
+        (["data.root=mine"], "data.root=mine has no effect in data=demo"),
         (["hardware.num_frames=8", "data.num_frames=8"], ""),
         (["hardware.frame_stack=1", "projector=perceiver"], ""),
         (["hardware.frame_stack=1", "model=qwen3_vl_8b"], ""),
@@ -276,7 +276,7 @@ def test_a_single_run_refuses_what_a_sweep_reads(overrides: list[str], refused: 
     if not refused:
         check_single_run(overrides, config)
         return
-    with pytest.raises(UserError, match=re.escape(f"{refused} changes nothing without -m")):
+    with pytest.raises(UserError, match=re.escape(f"{refused} has no effect without -m")):
         check_single_run(overrides, config)
 
 
@@ -296,5 +296,5 @@ def test_training_refuses_what_evaluation_reads(overrides: list[str], is_refused
     if not is_refused:
         check_training(overrides, config)
         return
-    with pytest.raises(UserError, match=rf"{re.escape(overrides[-1])} changes nothing"):
+    with pytest.raises(UserError, match=rf"{re.escape(overrides[-1])} has no effect"):
         check_training(overrides, config)

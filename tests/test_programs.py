@@ -44,8 +44,8 @@ def left_in(folder: Path) -> list[str]:
         ("train.py", ["encoder=clip,siglip2"], ["train.py -m encoder=clip,siglip2"]),
         ("train.py", ["-m", "hydra/launcher=joblib"], ["set launcher=joblib"]),
         ("train.py", ["--config-dir", "missing"], ["--config-dir missing is not a folder"]),
-        ("train.py", ["data.split=val"], ["data.split=val changes nothing in training", "pass it to evaluate.py"]),
-        ("train.py", ["sweep.budget_h=4"], ["sweep.budget_h=4 changes nothing without -m"]),
+        ("train.py", ["data.split=val"], ["data.split=val has no effect in training", "pass it to evaluate.py"]),
+        ("train.py", ["sweep.budget_h=4"], ["sweep.budget_h=4 has no effect without -m"]),
     ],
 )
 def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], expected: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""No setting is accepted that changes nothing.
+"""No setting is accepted that has no effect.
 
 Every key of every group is refused by name, or read by what a user runs.
 """

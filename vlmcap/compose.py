@@ -22,7 +22,7 @@ from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
 from vlmcap.config_unread import unread_override
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 from vlmcap.overrides import read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds
 
@@ -47,9 +47,8 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
     load_plugins()
-    OmegaConf.register_new_resolver(
-        "product", lambda *factors: prod(factors), replace=True
-    )  # as conf/debug/fast.yaml multiplies
+    # conf/debug/fast.yaml multiplies values.
+    OmegaConf.register_new_resolver("product", lambda *factors: prod(factors), replace=True)
     store = ConfigStore.instance()
     store.store(name="config_schema", node=_following(Config))
     for group, node in _PLAIN_GROUPS.items():
@@ -161,11 +160,13 @@ def name_components(node: DictConfig, hydra_node: Any) -> None:
         node: Composed configuration before interpolations are resolved, changed in place.
         hydra_node: Hydra's own configuration, with choices and overrides.
     """
+    # 1. Names of the user's own files.
     choices = hydra_node.runtime.choices
     typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
     for group in _NAMED:
         if f"{group}.name" not in typed:
             _name_by_file(node, group, choices.get(group))
+    # 2. Names, licenses and prompts of checkpoints that differ from those of their files.
     for group in ("model", "encoder", "llm"):
         file = config_file(f"{group}/{choices.get(group)}")
         values = cast(dict[str, Any], OmegaConf.to_container(node[group], resolve=False))
@@ -176,12 +177,12 @@ def name_components(node: DictConfig, hydra_node: Any) -> None:
         ):
             continue
         content = read_yaml(file)
-        own = content if group != "model" else content["model"]  # the file of a pretrained VLM also sets other groups
+        in_file = content if group != "model" else content["model"]  # that of a pretrained VLM also sets other groups
         is_typed = f"{group}.checkpoint" in typed
-        is_another = values["checkpoint"] != own["checkpoint"] if "checkpoint" in own else is_typed
+        is_another = values["checkpoint"] != in_file["checkpoint"] if "checkpoint" in in_file else is_typed
         if not is_another:
             continue
-        _replace(node, group, {"name": checkpoint_name(values["checkpoint"])} | _CHECKPOINT_DEFAULTS, own, typed)
+        _replace(node, group, {"name": checkpoint_name(values["checkpoint"])} | _CHECKPOINT_DEFAULTS, in_file, typed)
         if group == "model":
             _replace(node, "llm", _CHECKPOINT_DEFAULTS, content.get("llm", {}), typed)
 
@@ -197,11 +198,13 @@ def _name_by_file(node: DictConfig, group: str, choice: str | None) -> None:
         node[group].name = file.stem
 
 
-def _replace(node: DictConfig, group: str, values: Mapping[str, Any], own: Mapping[str, Any], typed: set[str]) -> None:
+def _replace(
+    node: DictConfig, group: str, values: Mapping[str, Any], in_file: Mapping[str, Any], typed: set[str]
+) -> None:
     """Replaces values that come from a group's file or from defaults; values from the command line are kept."""
     for key, value in values.items():
         is_there = key in node[group] and not OmegaConf.is_interpolation(node[group], key)
-        if is_there and f"{group}.{key}" not in typed and node[group][key] == own.get(key, node[group][key]):
+        if is_there and f"{group}.{key}" not in typed and node[group][key] == in_file.get(key, node[group][key]):
             node[group][key] = value
 
 
@@ -251,13 +254,14 @@ def to_config(node: DictConfig) -> Config:
         UserError: A value is missing, has the wrong type, or contradicts another one.
     """
     try:
-        # Hydra allows `+group.key=value` to add any key; merging plain values into the schema refuses unknown ones.
+        # 1. Refuse kinds and components that do not belong together, before their keys would be called unknown.
         plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
         for group in SCHEMAS:
             composed = OmegaConf.get_type(node[group])
             if is_dataclass(composed) and hasattr(composed, "kind"):
                 check_kind(group, plain[group], composed.kind)
         check_native_components(plain)
+        # 2. Hydra allows `+group.key=value` to add any key; merging plain values into the schema refuses unknown ones.
         found = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -296,8 +300,7 @@ def to_plain(config: object) -> Any:
 
 def write_yaml(plain: Any, path: Path) -> None:
     """Writes plain data to a YAML file atomically."""
-    with replacing(path) as partial:
-        partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
 def read_yaml(path: Path) -> Any:

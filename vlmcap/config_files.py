@@ -23,7 +23,7 @@ def use_config_dir(folder: str | None) -> None:
     """Searches YAML files in a folder of the user first, in this process and in those that it starts.
 
     Args:
-        folder: Folder with the layout of `conf/`, such as with a file `encoder/mine.yaml`; None changes nothing.
+        folder: Folder with the layout of `conf/`, for example with `encoder/mine.yaml`; None keeps the present one.
 
     Raises:
         UserError: The folder does not exist.

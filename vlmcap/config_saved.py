@@ -90,7 +90,7 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
     values = _values(compose_node(loosened(overrides), name="evaluate"), overrides)
     for key in values if read else ():
         if not any(_is_within(key, known) for known in read):
-            raise UserError(f"{key} changes nothing in {program}; leave {key} out")
+            raise UserError(f"{key} has no effect in {program}; leave {key} out")
     return values
 
 
@@ -133,7 +133,7 @@ def saved_config(
     for group in ("model", "encoder", "llm"):
         if f"{group}.checkpoint" in values and f"{group}.revision" not in values and "revision" in node[group]:
             node[group].revision = None  # the saved revision belongs to the saved checkpoint
-    while True:
+    while True:  # each round resets one saved value that has no effect with the new ones
         try:
             return to_config(node)
         except UserError as error:
@@ -158,7 +158,7 @@ def _refuse_training_keys(plain: Mapping[str, Any], values: Mapping[str, Any]) -
         typed = key if isinstance(value, DictConfig) or value is None else f"{key}={as_text(value)}"
         instead = f"{_TRAINING_ONLY[found]}, or " if _TRAINING_ONLY[found] else ""
         raise UserError(
-            f"{typed} changes nothing of a checkpoint, because only training reads it; {instead}leave {key} out"
+            f"{typed} has no effect on a checkpoint, because only training reads it; {instead}leave {key} out"
         )
 
 

@@ -41,7 +41,7 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
     for key in dict.fromkeys(key_of(override) for override in overrides):
         value = value_at(config, key)
         if key in unread and value != default_at(config, key):
-            return f"{key}={as_text(value)} changes nothing {unread[key]}"
+            return f"{key}={as_text(value)} has no effect {unread[key]}"
         if (
             key in _SOURCES
             and not _SOURCES[key](config)
@@ -51,7 +51,7 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
     typed_root = any(key_of(override) == "data.root" and override != NO_DATA for override in overrides)
     if typed_root and config.data.is_demo and config.data.root != default_at(config, "data.root"):
         return (
-            f"data.root={config.data.root} changes nothing in data={config.data.name}, whose clips are rendered under "
+            f"data.root={config.data.root} has no effect in data={config.data.name}, whose clips are rendered under "
             "paths.cache_dir; choose another data=NAME, or leave data.root out"
         )
     return ""
@@ -59,10 +59,12 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
 
 def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[str, str]) -> str:
     """Returns a sentence if nothing follows a key that is only a default of other keys; "" otherwise."""
+    # 1. A key that refers to it and is read: the override has an effect.
     followers = _followers()[key]
     places = set(_places(plain, f"${{{key}}}"))
     if places - unread.keys():
         return ""
+    # 2. The followers that the chosen kinds have.
     there = [
         one
         for one in followers
@@ -70,17 +72,18 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
     ]
     if there and there[0] in places:
         why = unread[there[0]].replace(there[0], key)
-        return f"{key}={as_text(value)} changes nothing, because {there[0]} changes nothing {why}"
+        return f"{key}={as_text(value)} has no effect, because {there[0]} has none {why}"
     if any(value_at(config, one) == value for one in there):
         return ""
     if not there and value == default_at(config, key):
         return ""
+    # 3. Nothing follows it: the chosen kind lacks the key, or the key has a value of its own.
     if not there:
         group = followers[0].partition(".")[0]
         chosen = f"{group}={getattr(config, group).name}"
-        return f"{key}={as_text(value)} changes nothing with {chosen}, which has no such key; leave {key} out"
-    own = f"{there[0]}={as_text(value_at(config, there[0]))}"
-    return f"{key}={as_text(value)} changes nothing beside {own}; set {there[0]}, or leave {key} out"
+        return f"{key}={as_text(value)} has no effect with {chosen}, which has no such key; leave {key} out"
+    chosen = f"{there[0]}={as_text(value_at(config, there[0]))}"
+    return f"{key}={as_text(value)} has no effect beside {chosen}; set {there[0]}, or leave {key} out"
 
 
 def _places(values: Any, text: str, prefix: str = "") -> Iterator[str]:
@@ -123,7 +126,7 @@ def check_single_run(overrides: Sequence[str], config: Config) -> None:
         chosen = getattr(config, group)
         known = {field.name: field.default for field in fields(chosen)}
         if (getattr(chosen, name) != known[name]) if name else (chosen != defaults[group]):
-            raise UserError(f"{override} changes nothing without -m; add -m to run a sweep, or leave it out")
+            raise UserError(f"{override} has no effect without -m; add -m to run a sweep, or leave it out")
 
 
 def check_training(overrides: Sequence[str], config: Config) -> None:
@@ -140,7 +143,7 @@ def check_training(overrides: Sequence[str], config: Config) -> None:
         key = key_of(override)
         if key == "data.split" and config.data.split is not default_at(config, key):
             raise UserError(
-                f"{override} changes nothing in training, which scores val and test; pass it to evaluate.py, or leave "
+                f"{override} has no effect in training, which scores val and test; pass it to evaluate.py, or leave "
                 "it out"
             )
         if (
@@ -149,6 +152,6 @@ def check_training(overrides: Sequence[str], config: Config) -> None:
             and config.evaluation.max_final_clips is not None
         ):
             raise UserError(
-                f"{override} changes nothing with trainer.overfit=true, which scores the clips of data.max_clips; "
+                f"{override} has no effect with trainer.overfit=true, which scores the clips of data.max_clips; "
                 "leave it out"
             )

@@ -39,6 +39,7 @@ def deterministic_kernels(is_active: bool) -> Iterator[None]:
     filling: Any = torch.utils.deterministic
 
     was_filling = filling.fill_uninitialized_memory
+    # Libraries read these variables at their first use; values that the user has set are kept.
     added = [name for name in _VARIABLES if name not in os.environ]
     os.environ.update({name: _VARIABLES[name] for name in added})
     with _mode(True):

@@ -8,6 +8,7 @@ and keeps those of running ones.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 with contextlib.suppress(ImportError):  # Windows has no fcntl; there, only the age of a work folder decides
     import fcntl
@@ -44,6 +46,17 @@ def replacing(path: Path) -> Iterator[Path]:
     with work_folder(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 atomically."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 @contextmanager

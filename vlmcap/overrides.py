@@ -31,17 +31,15 @@ HINTS: dict[str, tuple[str, str]] = {
     for names, instead, more in (
         (
             "lr learning_rate base_lr optim.lr optim.learning_rate optimizer.lr optimizer.learning_rate trainer.lr "
-            "trainer.learning_rate "
-            "model.lr model.learning_rate tuning.lr tuning.learning_rate tuning.lora.lr train.lr train.learning_rate "
-            "llm.lr llm.adapter_lr model.adapter_lr llm.suggested.adapter_lr",
+            "trainer.learning_rate model.lr model.learning_rate tuning.lr tuning.learning_rate tuning.lora.lr train.lr "
+            "train.learning_rate llm.lr llm.adapter_lr model.adapter_lr llm.suggested.adapter_lr",
             "tuning.adapter_lr=",
             _RATES,
         ),
         (
             "epochs max_epochs num_epochs n_epochs num_train_epochs trainer.epochs trainer.max_epochs "
-            "trainer.num_epochs "
-            "trainer.num_train_epochs train.epochs train.max_epochs training.epochs tuning.max_epochs data.epochs "
-            "optim.epochs data.tune_epochs",
+            "trainer.num_epochs trainer.num_train_epochs train.epochs train.max_epochs training.epochs "
+            "tuning.max_epochs data.epochs optim.epochs data.tune_epochs",
             "tuning.epochs=",
             _EPOCHS,
         ),
@@ -60,9 +58,8 @@ HINTS: dict[str, tuple[str, str]] = {
         ),
         (
             "batch_size bs train_batch_size per_device_train_batch_size trainer.batch_size "
-            "trainer.per_device_train_batch_size "
-            "train.batch_size training.batch_size data.train_batch_size data.bs dataloader.batch_size "
-            "datamodule.batch_size",
+            "trainer.per_device_train_batch_size train.batch_size training.batch_size data.train_batch_size data.bs "
+            "dataloader.batch_size datamodule.batch_size",
             "data.batch_size=",
             "",
         ),
@@ -73,8 +70,8 @@ HINTS: dict[str, tuple[str, str]] = {
         ),
         (
             "ckpt ckpt_path checkpoint_path resume resume_from resume_from_checkpoint trainer.ckpt_path "
-            "trainer.checkpoint trainer.resume "
-            "trainer.resume_from_checkpoint model.ckpt_path paths.checkpoint paths.ckpt_path",
+            "trainer.checkpoint trainer.resume trainer.resume_from_checkpoint model.ckpt_path paths.checkpoint "
+            "paths.ckpt_path",
             "checkpoint=",
             "",
         ),
@@ -85,8 +82,8 @@ HINTS: dict[str, tuple[str, str]] = {
         ),
         (
             "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir "
-            "trainer.output_dir "
-            "trainer.save_dir paths.output paths.out_dir paths.log_dir paths.root_dir logger.save_dir",
+            "trainer.output_dir trainer.save_dir paths.output paths.out_dir paths.log_dir paths.root_dir "
+            "logger.save_dir",
             "paths.output_dir=",
             "",
         ),
@@ -190,6 +187,7 @@ def foreign_key(override: str, beside: Sequence[str] = ()) -> str:
     key = key.partition("@")[0]
     if f"{key}={value}" in _LEFT_TO_HYDRA:
         return ""
+    # 1. The key to use instead, by the table or by the prefix of a plugin of Hydra.
     instead, more = HINTS.get(f"{key}={value}") or HINTS.get(key) or ("", "")
     for prefix, group in _PLUGINS.items():
         name = key.removeprefix(prefix)
@@ -200,10 +198,11 @@ def foreign_key(override: str, beside: Sequence[str] = ()) -> str:
             )
     if not instead:
         return ""
+    # 2. The same for the chosen kinds, which may lack that key.
     fitting, choice = _fitting(instead, beside)
-    own = shell_quoted(fitting + value) if fitting.endswith("=") else fitting
+    override = shell_quoted(fitting + value) if fitting.endswith("=") else fitting
     more = more if fitting == instead and not choice else ""
-    return f"there is no key '{key}' here: set {choice}{own}{f' ({more})' if more else ''}"
+    return f"there is no key '{key}' here: set {choice}{override}{f' ({more})' if more else ''}"
 
 
 def _fitting(instead: str, beside: Sequence[str]) -> tuple[str, str]:

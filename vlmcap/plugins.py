@@ -109,6 +109,7 @@ def _named() -> list[str]:
 def _load(name: str) -> None:
     if name in _loaded:
         return
+    # A plugin registers its components when it is imported; one without any is a mistake.
     before = {(group, kind) for group, kinds in MAKERS.items() for kind in kinds}
     is_new = _import(name)
     _loaded.add(name)
@@ -144,6 +145,7 @@ def _import(name: str) -> bool:
     except Exception as error:
         sys.modules.pop(module_name, None)
         raise UserError(f"--plugin {name} cannot be loaded ({_reason(error)}); fix it, or leave it out") from error
+    # A module of the same name may have been imported, or be earlier on the search path.
     if file is not None and Path(str(module.__file__)).resolve() != file.resolve():
         raise UserError(f"--plugin {name} has the name of another module, {module.__file__}; rename the file")
     return is_new
@@ -190,12 +192,15 @@ def origin(component: Any) -> dict[str, str]:
 
 @cache
 def _origin(module: str) -> dict[str, str]:
+    # 1. An installed plugin with an entry point.
     top = module.partition(".")[0]
     for point in _installed():
         if point.module.partition(".")[0] == top and point.dist:
             return dict(zip(("name", "version"), _owner(point), strict=True))
+    # 2. The distribution that contains the module.
     if names := packages_distributions().get(top):
         return {"name": names[0], "version": version(names[0])}
+    # 3. A file that was passed to --plugin: the hash of its content.
     content = Path(str(sys.modules[module].__file__)).read_bytes()
     return {"name": module, "version": f"sha256:{hashlib.sha256(content).hexdigest()}"}
 

@@ -100,6 +100,7 @@ def run_program(
         arguments: Arguments as typed; None takes those of this process.
         command: Command before the arguments; empty takes the script of this process.
     """
+    # 1. Variables that libraries read when they are imported.
     set_cuda_variables()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     command = command or f"python {shlex.quote(sys.argv[0])}"

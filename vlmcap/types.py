@@ -178,11 +178,11 @@ class Batch:
 
         assert self.targets is None, "only prompts can be selected, not clips with targets"
         changed: dict[str, Any] = {
-            name: select_rows(value, indices) for name in _BATCHED if (value := getattr(self, name)) is not None
+            name: select_entries(value, indices) for name in _BATCHED if (value := getattr(self, name)) is not None
         }
-        own, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
+        by_clip, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
         # A clip that moves from row `old` to row `new` moves its places by whole rows.
-        places = torch.cat([own[old] + (new - old) * width for new, old in enumerate(indices)])
+        places = torch.cat([by_clip[old] + (new - old) * width for new, old in enumerate(indices)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[index] for index in indices)
         times_s = tuple(self.times_s[index] for index in indices) if self.times_s else ()
         clips = tuple(self.clips[index] for index in indices)
@@ -196,15 +196,15 @@ class Batch:
         return replace(self, **changed)
 
 
-def select_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns some rows of a tensor, in its own dtype.
+def select_entries(values: Tensor, indices: Sequence[int]) -> Tensor:
+    """Returns the entries of a tensor at some indices of its first dimension, in its own dtype.
 
     Autocast is disabled, as with bfloat16 it refuses to stack float16 features.
     """
     import torch
 
     with torch.autocast(values.device.type, enabled=False):
-        return torch.stack([values[row] for row in rows])
+        return torch.stack([values[index] for index in indices])
 
 
 @dataclass(frozen=True, slots=True)

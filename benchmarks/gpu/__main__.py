@@ -122,13 +122,13 @@ def _verdict(ends: Sequence[Row], name: str, seconds: float, shown: Path) -> str
     counts = {"pass": "passed", "rehearsed": "were rehearsed"}
     good = [end for end in ends if end.verdict in counts]
     words = counts[good[0].verdict] if good else "passed"
-    parts = [f"{len(good)} of {len(ends)} checks {words} on {name} in {seconds:.0f} s"]
-    parts += [
+    clauses = [f"{len(good)} of {len(ends)} checks {words} on {name} in {seconds:.0f} s"]
+    clauses += [
         f"{verdict}: {', '.join(end.check for end in ends if end.verdict == verdict)}"
         for verdict in ("fail", "error", "stopped", "skipped")
         if any(end.verdict == verdict for end in ends)
     ]
-    return f"{'; '.join(parts)}. The figures are in {shown}."
+    return f"{'; '.join(clauses)}. The figures are in {shown}."
 
 
 def _revision() -> str:

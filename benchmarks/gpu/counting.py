@@ -1,8 +1,7 @@
-"""Counts what a GPU and its host do: waits of the host, launches, busy time of the GPU, and memory of both."""
+"""Counts what a GPU and its host do: waits of the host, launches, busy time of the GPU, and memory of the host."""
 
 from __future__ import annotations
 
-import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,10 +11,12 @@ from typing import Any
 
 import torch
 
+from vlmcap.measuring.memory_use import resident_bytes
+from vlmcap.planning.hardware import GIB
+
 _WAIT = "called a synchronizing CUDA operation"  # PyTorch's warning under torch.cuda.set_sync_debug_mode("warn")
 _CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")  # beginnings of names
 _EVERY_S = 0.005
-GIB = 2**30
 
 
 class Waits:
@@ -82,55 +83,6 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """Memory of the GPU, in GiB; on a CPU that of the process.
-
-    Attributes:
-        allocated: Peak of tensors.
-        reserved: Peak held by PyTorch's allocator.
-    """
-
-    allocated: float = 0.0
-    reserved: float = 0.0
-
-
-class Memory:
-    """Measures the peak of memory since `start`."""
-
-    def __init__(self, device: str) -> None:
-        self.is_cuda = device == "cuda"
-        self._base_gib = resident_gib("VmRSS")
-
-    def start(self) -> None:
-        """Releases unused memory and resets the peak."""
-        gc.collect()
-        if self.is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> Use:
-        """Returns the peak; on a CPU the present memory, as the peak of a process cannot be reset."""
-        if self.is_cuda:
-            return Use(torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
-        grown = resident_gib("VmRSS") - self._base_gib
-        return Use(grown, grown)
-
-    def context_gib(self) -> float:
-        """Returns GPU memory beside PyTorch's allocator: context, kernels, workspaces and other programs."""
-        if not self.is_cuda:
-            return 0.0
-        free, total = torch.cuda.mem_get_info()
-        return float(total - free - torch.cuda.memory_reserved()) / GIB
-
-
-def resident_gib(name: str) -> float:
-    """Returns memory of this process by its name in /proc/self/status: all ("VmRSS"), or anonymous ("RssAnon")."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(name))
-    return float(line.split()[1]) * 1024 / GIB
-
-
 @dataclass(slots=True)
 class HostMemory:
     """Anonymous host memory.
@@ -155,12 +107,12 @@ def watching_host() -> Iterator[HostMemory]:
 
     Pages of memory-mapped weight files do not count.
     """
-    now = resident_gib("RssAnon")
+    now = resident_bytes("RssAnon") / GIB
     memory, is_over = HostMemory(now, now), threading.Event()
 
     def sample() -> None:
         while not is_over.wait(_EVERY_S):
-            memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))
+            memory.peak_gib = max(memory.peak_gib, resident_bytes("RssAnon") / GIB)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -169,4 +121,4 @@ def watching_host() -> Iterator[HostMemory]:
     finally:
         is_over.set()
         thread.join()
-        memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))
+        memory.peak_gib = max(memory.peak_gib, resident_bytes("RssAnon") / GIB)

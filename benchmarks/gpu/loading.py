@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import limits
-from benchmarks.gpu.counting import GIB, wait, watching_host
-from benchmarks.gpu.models import Prepared, loader, prepare, require_gpu, training, training_batch
+from benchmarks.gpu.counting import wait, watching_host
+from benchmarks.gpu.models import Prepared, prepare, require_gpu, training, training_batch
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
 from vlmcap.config import Precision
+from vlmcap.measuring.steps import batch_loader
+from vlmcap.planning.hardware import GIB
 from vlmcap.types import Batch
 
 _LARGE = {
@@ -42,8 +44,8 @@ def unquantised(report: Report, place: Place) -> None:
     report.add("Qwen3", "weights, GiB", size / GIB)
     report.add("Qwen3", "memory of the GPU over weights", allocated / size, limits.ON_DEVICE)
     report.add("Qwen3", "host memory grown over weights", host.grown_gib * GIB / size, limits.HOST)
-    places = [parameter.device.type for parameter in llm.parameters()]
-    report.add("Qwen3", "share of weights on the device", places.count(place.device) / len(places), limits.ALL)
+    devices = [parameter.device.type for parameter in llm.parameters()]
+    report.add("Qwen3", "share of weights on the device", devices.count(place.device) / len(devices), limits.ALL)
     with torch.no_grad():
         logits = llm(torch.arange(16, device=place.device)[None]).logits
     report.add("Qwen3", "logits are numbers", bool(logits.isfinite().all()), limits.ALL)
@@ -89,10 +91,10 @@ def teardown_8bit(report: Report, place: Place) -> None:
     before = {name: parameter.detach().clone() for name, parameter in weights.items()}
     with watching_host() as host:
         trainer, module = fit(prepared, place, batches)
-    places = [parameter.device.type for parameter in captioner.parameters()]
+    devices = [parameter.device.type for parameter in captioner.parameters()]
     size = sum(parameter.numel() * parameter.element_size() for parameter in captioner.parameters())
     report.add("after a fit", "weights in 8 bits", len(weights))
-    report.add("after a fit", "share of weights on the device", places.count(place.device) / len(places), limits.ALL)
+    report.add("after a fit", "share of weights on the device", devices.count(place.device) / len(devices), limits.ALL)
     changed = sum(not torch.equal(before[name], parameter) for name, parameter in weights.items())
     report.add("after a fit", "frozen weights that changed", changed, limits.SAME)
     report.add("after a fit", "host memory grown over weights", host.grown_gib * GIB / size, limits.HOST)
@@ -103,7 +105,7 @@ def teardown_8bit(report: Report, place: Place) -> None:
 def fit(prepared: Prepared, place: Place, batches: Sequence[Batch]) -> tuple[Any, Any]:
     """Trains a step for each batch, and returns the trainer and its module."""
     trainer, module = training(prepared, place, [], len(batches), 1)
-    trainer.fit(module, train_dataloaders=loader(batches, place))
+    trainer.fit(module, train_dataloaders=batch_loader(batches, is_on_gpu=place.device == "cuda"))
     wait(place.device)
     return trainer, module
 

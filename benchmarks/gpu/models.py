@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Skip
@@ -214,20 +213,20 @@ def training_batch(found: Planned, rng: random.Random, *, is_longest: bool) -> B
         is_longest: Whether one of the captions has the most tokens that the plan assumes.
     """
     most, count = found.config.llm.caption_tokens, found.config.data.batch_size
-    lengths = [most if is_longest and not row else draw_length(rng, most) for row in range(count)]
+    lengths = [most if is_longest and not index else draw_length(rng, most) for index in range(count)]
     return _collated(found, lengths, "train")
 
 
-def prompt_batch(found: Planned, num_rows: int) -> Batch:
-    """Makes prompts of `num_rows` clips on the CPU."""
-    return _collated(found, [1] * num_rows, "generate")
+def prompt_batch(found: Planned, num_prompts: int) -> Batch:
+    """Makes the prompts of `num_prompts` clips on the CPU."""
+    return _collated(found, [1] * num_prompts, "generate")
 
 
 def _collated(found: Planned, lengths: Sequence[int], mode: Literal["train", "generate"]) -> Batch:
     config, sizes = found.config, found.sizes
     collator = Collator(_Prompt(), sizes.num_visual, config.llm.caption_tokens, mode)
     shape = frames_shape(meta_encoder(config), sizes.grid)
-    clips = [Clip(str(row), "", (str(length),)) for row, length in enumerate(lengths)]
+    clips = [Clip(str(index), "", (str(length),)) for index, length in enumerate(lengths)]
     return collator([Sample(clip, frames=torch.randint(0, 256, shape, dtype=torch.uint8)) for clip in clips])
 
 
@@ -273,21 +272,11 @@ def training(
     return trainer, module
 
 
-def loader(batches: Sequence[Batch], place: Place) -> DataLoader[Any]:
-    """Returns a loader of the batches, in page-locked memory for a GPU, as in a run."""
-    chosen: Any = list(batches)
-    return DataLoader(chosen, batch_size=None, collate_fn=_identity, pin_memory=place.device == "cuda")
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch
-
-
 def writer(
-    prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_rows: int
+    prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_prompts: int
 ) -> Callable[[int], list[str]]:
     """Returns a function that decodes captions of a number of tokens for a batch of prompts, as in evaluation."""
-    prompts = prompt_batch(prepared, num_rows).to(module.captioner.device)
+    prompts = prompt_batch(prepared, num_prompts).to(module.captioner.device)
     plugin: Any = trainer.precision_plugin
 
     def write(num_new: int) -> list[str]:

@@ -15,8 +15,8 @@ from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Limit, Report
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = "tests/devices/test_on_gpu.py"
-_TINY_PARTS = "siglip or bf16"
+COMPONENTS = "tests/devices/test_on_gpu.py"
+_TINY_COMPONENTS = "siglip or bf16"
 _FIGURES: dict[str, tuple[str, dict[bool, Limit]]] = {
     "loss": ("loss, relative difference", {False: limits.LOSS, True: limits.HALF_LOSS}),
     "gradients": ("gradients, relative difference", {False: limits.GRADIENTS, True: limits.HALF_GRADIENTS}),
@@ -25,9 +25,9 @@ _FIGURES: dict[str, tuple[str, dict[bool, Limit]]] = {
 
 
 def gpu_tests(report: Report, place: Place) -> None:
-    """Runs every test with the marker `gpu`, except those of `PARTS`; a rehearsal only collects them."""
+    """Runs every test with the marker `gpu`, except those of `COMPONENTS`; a rehearsal only collects them."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if _is_marked(path))
-    files = [file for file in files if file != PARTS]
+    files = [file for file in files if file != COMPONENTS]
     if place.is_tiny:
         output = _pytest(place, [*files, "--collect-only", "-q"])
         report.add("tests", "collected", len(re.findall(r"^tests/\S+::", output, re.MULTILINE)))
@@ -42,9 +42,9 @@ def gpu_tests(report: Report, place: Place) -> None:
             report.add(name, "passes", 1, limits.ALL)
 
 
-def parts(report: Report, place: Place) -> None:
+def components(report: Report, place: Place) -> None:
     """Checks loss, gradients and captions of all components against their bounds."""
-    _pytest(place, [PARTS, "-q", *(["-k", _TINY_PARTS] if place.is_tiny else [])])
+    _pytest(place, [COMPONENTS, "-q", *(["-k", _TINY_COMPONENTS] if place.is_tiny else [])])
     for name, figures, problem, reason in _cases(place):
         case = name.partition("[")[2].rstrip("]")
         for key, (measure, bounds) in _FIGURES.items():

@@ -56,8 +56,8 @@ CHECKS = (
         "`pytest -m gpu`, but for tests/devices, which is the next check.",
     ),
     Check(
-        "parts",
-        _HERE + "pytest_checks:parts",
+        "components",
+        _HERE + "pytest_checks:components",
         75,
         "Loss, gradients and captions of every encoder, projector, reducer and number format, at tiny size, against "
         "the CPU.",
@@ -87,7 +87,7 @@ CHECKS = (
         "decode",
         _HERE + "decode:matrix",
         85,
-        "Milliseconds of a caption token by rows, engine, deterministic mode, autocast's cache and adapters.",
+        "Milliseconds of a caption token by slots, engine, deterministic mode, autocast's cache and adapters.",
         least_gib=9,
     ),
     Check(

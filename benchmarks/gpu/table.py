@@ -20,7 +20,7 @@ def page(machine: dict[str, Any], rows: Sequence[Row], titles: dict[str, str]) -
         titles: Check name to what the check does, in the order of the page.
     """
     names = [name for name in titles if any(row.check == name for row in rows)]
-    parts = [
+    sections = [
         f"# Acceptance run on {machine.get('gpu', 'an unknown machine')}",
         _machine(machine),
         _summary(names, rows, titles),
@@ -28,10 +28,10 @@ def page(machine: dict[str, Any], rows: Sequence[Row], titles: dict[str, str]) -
     for name in names:
         own = [row for row in rows if row.check == name and not row.is_end]
         bounded, others = [row for row in own if _is_bounded(row)], [row for row in own if not _is_bounded(row)]
-        parts += [f"## {name}", titles[name]]
-        parts += [_bounded(bounded)] if bounded else []
-        parts += _pivots(others)
-    return "\n\n".join(parts) + "\n"
+        sections += [f"## {name}", titles[name]]
+        sections += [_bounded(bounded)] if bounded else []
+        sections += _pivots(others)
+    return "\n\n".join(sections) + "\n"
 
 
 def _is_bounded(row: Row) -> bool:

@@ -14,11 +14,10 @@ import lightning as L
 import torch
 
 from benchmarks.gpu import limits
-from benchmarks.gpu.counting import Memory, Use, Waits, launches, wait, watching_host
+from benchmarks.gpu.counting import Waits, launches, wait, watching_host
 from benchmarks.gpu.models import (
     NUM_NEW,
     Prepared,
-    loader,
     peak_flops,
     prepare,
     tiny_moe,
@@ -28,6 +27,8 @@ from benchmarks.gpu.models import (
 )
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
+from vlmcap.measuring.memory_use import MemoryUse, PeakMemory
+from vlmcap.measuring.steps import batch_loader
 from vlmcap.models.decoding.engine import native_engine_obstacle
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import REPEATED
@@ -37,14 +38,11 @@ from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.peak_memory import Moment
 
-WARM, COUNTED, TIMED = (
-    1,
-    2,
-    2,
-)  # micro-batches, of which one takes a slow GPU seconds: the first takes memory and chooses kernels
+# Micro-batches, of which one takes a slow GPU seconds: the first allocates memory and chooses kernels.
+WARM, COUNTED, TIMED = 1, 2, 2
 PROFILED = 3  # tokens of a profile, which takes a while to read
 ACCUMULATED = 2  # micro-batches to an optimiser step
-# Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 rows, 0.6 × 768
+# Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 slots, 0.6 × 768
 # tokens, and the prompts.
 _PLANNED_CAPTIONS_S = 1.495
 _CAPTION_SHARE = 0.6  # of the most tokens: the mean caption of the Korean data
@@ -59,12 +57,12 @@ def recommended_h100(report: Report, place: Place) -> None:
     """Measures DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
     prepared = prepare(place, "recommended_h100")
     seconds = measure(report, place, prepared, is_bounded=True).seconds
-    rows, most = prepared.plan.eval_batch_size, prepared.whole.llm.new_tokens
-    caption_s = (seconds["prompt"] + _CAPTION_SHARE * most * seconds["token"]) / rows
-    report.add(f"captions, {rows} rows", "seconds per caption of 0.6 × its most tokens", caption_s)
+    num_slots, most = prepared.plan.eval_batch_size, prepared.whole.llm.new_tokens
+    caption_s = (seconds["prompt"] + _CAPTION_SHARE * most * seconds["token"]) / num_slots
+    report.add(f"captions, {num_slots} slots", "seconds per caption of 0.6 × its most tokens", caption_s)
     ratio = _PLANNED_CAPTIONS_S / caption_s
     limit = limits.CAPTIONS if (peak_flops() or 0) >= 900e12 else None
-    report.add(f"captions, {rows} rows", "captions per second over the earlier plan's", ratio, limit)
+    report.add(f"captions, {num_slots} slots", "captions per second over the earlier plan's", ratio, limit)
 
 
 def moe(report: Report, place: Place) -> None:
@@ -75,7 +73,7 @@ def moe(report: Report, place: Place) -> None:
     watch = measure(report, place, prepared, is_bounded=False)
     depth = int(text_config(prepared.config).num_hidden_layers)
     report.add(
-        f"captions, {watch.num_rows} rows", "launches per token and layer", watch.per_token.count / PROFILED / depth
+        f"captions, {watch.num_slots} slots", "launches per token and layer", watch.per_token.count / PROFILED / depth
     )
 
 
@@ -85,7 +83,7 @@ def t4(report: Report, place: Place) -> None:
     Four layers are enough, as all layers take the same path. A rehearsal uses bf16, as CPUs have no fp16 layer norm.
     """
     with ExitStack() as stack:
-        if place.device == "cuda":  # which decides on the attention
+        if place.device == "cuda":  # attention is chosen by the compute capability
             stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (7, 5)))
         tiny = ["hardware.precision=bf16", f"llm.attention={REPEATED}"]
         prepared = prepare(place, "t4", tiny)
@@ -93,9 +91,8 @@ def t4(report: Report, place: Place) -> None:
         report.add("attention", "is sdpa_repeated", model.config._attn_implementation == REPEATED, limits.ALL)
         report.add("our engine", "decodes it", not native_engine_obstacle(prepared.captioner.llm), limits.ALL)
         before = [parameter.detach().clone() for parameter in prepared.captioner.projector.parameters()]
-        if (
-            place.device == "cuda"
-        ):  # without the kernels that a T4 does not have; plain products would hold S × S numbers
+        if place.device == "cuda":
+            # Leave out FlashAttention, which a T4 does not have, and plain products, which would hold S × S numbers.
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
             stack.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
@@ -121,17 +118,19 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
     rng = random.Random(prepared.config.seed)
     longest = [index < WARM or index >= WARM + COUNTED for index in range(WARM + COUNTED + TIMED)]
     batches = [training_batch(prepared, rng, is_longest=is_longest) for is_longest in longest]
-    use = Memory(place.device)
+    use = MemoryUse(place.device)
     watch = Watch(place, use, prepared, prepared.plan.eval_batch_size)
     with watching_host() as host:
         trainer, module = training(prepared, place, [watch], len(batches), ACCUMULATED)
         use.start()
-        trainer.fit(module, train_dataloaders=loader(batches, place))
+        trainer.fit(module, train_dataloaders=batch_loader(batches, is_on_gpu=place.device == "cuda"))
     _report_memory(report, "training", watch.training, prepared.plan.training)
     _report_memory(report, "captions", watch.generation, prepared.plan.generation)
     _report_speed(report, prepared, watch, is_bounded=is_bounded)
-    moved = [parameter.device.type for parameter in prepared.captioner.parameters()]
-    report.add("after the fit", "share of weights on the device", moved.count(place.device) / len(moved), limits.ALL)
+    devices = [parameter.device.type for parameter in prepared.captioner.parameters()]
+    report.add(
+        "after the fit", "share of weights on the device", devices.count(place.device) / len(devices), limits.ALL
+    )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in prepared.captioner.parameters())
     report.add("training", "host memory grown, GiB", host.grown_gib)
     report.add(
@@ -150,19 +149,19 @@ class Watch(L.Callback):
         place: Where it runs.
         use: Peaks of memory.
         prepared: Configuration and model.
-        num_rows: Captions that are decoded together.
+        num_slots: Captions that are decoded together.
 
     Attributes:
         seconds: Seconds of the prompts of an evaluation batch ("prompt"), and of a token of all its captions ("token").
         per_token: Launches of `PROFILED` tokens.
     """
 
-    def __init__(self, place: Place, use: Memory, prepared: Prepared, num_rows: int) -> None:
-        self.place, self.use, self.prepared, self.num_rows = place, use, prepared, num_rows
+    def __init__(self, place: Place, use: MemoryUse, prepared: Prepared, num_slots: int) -> None:
+        self.place, self.use, self.prepared, self.num_slots = place, use, prepared, num_slots
         self.waits = Waits(place.device)
         self.micro_s = 0.0
         self._sums: list[tuple[Any, int]] = []  # losses stay on the device, as reading them would be a wait
-        self.training = self.generation = Use()
+        self.training = self.generation = PeakMemory()
         self.context_gib = 0.0
         self.seconds: dict[str, float] = {}
         self.per_token = launches(lambda: None, place.device)
@@ -196,12 +195,11 @@ class Watch(L.Callback):
         self.training, self.context_gib = self.use.peak(), self.use.context_gib()
         pl_module.eval()
         self.use.start()
-        write, device = writer(self.prepared, trainer, pl_module, self.num_rows), self.place.device
+        write, device = writer(self.prepared, trainer, pl_module, self.num_slots), self.place.device
         longer, shorter = (launches(lambda count=count: write(count), device) for count in (1 + PROFILED, 1))
         self.per_token = longer - shorter
-        prompt_s, whole_s = (
-            timed(write, count, device) for count in (1, NUM_NEW)
-        )  # memory is taken and kernels are chosen by now
+        # The profiled captions have allocated the memory and chosen the kernels.
+        prompt_s, whole_s = (timed(write, count, device) for count in (1, NUM_NEW))
         self.generation = self.use.peak()
         self.seconds = {"prompt": prompt_s, "token": max(whole_s - prompt_s, 0.0) / (NUM_NEW - 1)}
 
@@ -215,7 +213,7 @@ def timed(write: Any, count: int, device: str) -> float:
     return time.perf_counter() - started
 
 
-def _report_memory(report: Report, case: str, found: Use, planned: Moment) -> None:
+def _report_memory(report: Report, case: str, found: PeakMemory, planned: Moment) -> None:
     total = planned.total / GIB
     tensors = total - planned.parts.get("fragmentation", 0.0) / GIB
     for name, measured, plan, limit in (
@@ -226,7 +224,7 @@ def _report_memory(report: Report, case: str, found: Use, planned: Moment) -> No
 
 
 def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounded: bool) -> None:
-    plan, batch_size, rows = prepared.plan, prepared.config.data.batch_size, watch.num_rows
+    plan, batch_size, num_slots = prepared.plan, prepared.config.data.batch_size, watch.num_slots
     waits = watch.waits.count / COUNTED
     report.add("training", "host waits per micro-batch", waits, limits.WAITS if is_bounded else None)
     is_finite = all(map(math.isfinite, watch.losses))
@@ -242,7 +240,7 @@ def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounde
     report.add("training", "seconds per clip", watch.micro_s / batch_size)
     report.add("training", "planned seconds per clip", plan.clip_s)
     report.add("training", "memory beside PyTorch, GiB", watch.context_gib)
-    case = f"captions, {rows} rows"
+    case = f"captions, {num_slots} slots"
     report.add(case, "ms per token", 1e3 * watch.seconds["token"])
     report.add(case, "planned ms per token", 1e3 * plan.token_s)
     report.add(case, "launches per token", watch.per_token.count / PROFILED)

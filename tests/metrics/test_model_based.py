@@ -224,7 +224,7 @@ def test_empty_and_long_texts(bert: str) -> None:
     texts: Sequence[str] = ["", "산", "", "바다 " * 30]
     scores = scorer.score(texts, [["산"], [""], [""], ["산"]])
     assert scores[:3] == [BertScore(0, 0, 0), BertScore(0, 0, 0), BertScore(1, 1, 1)]
-    assert scores[3].is_cut
+    assert scores[3].is_truncated
     with pytest.raises(ValueError, match=r"bert_checkpoint=nowhere/at-all: AutoModel cannot load it"):
         BertScorer("nowhere/at-all")
 

@@ -90,7 +90,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"vision_tower.a": name}}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="outside its own folder"):
-        fingerprint(tmp_path, "a", part="vision_")
+        fingerprint(tmp_path, "a", tensor_filter="vision_")
 
 
 def test_the_fingerprint_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_the_fingerprint_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": WEIGHT_MAP}))
     for file in set(WEIGHT_MAP.values()) - {"model-00002-of-00003.safetensors"}:
         (tmp_path / file).write_bytes(file.encode())
-    before, whole = fingerprint(tmp_path, "a", part="vision_"), fingerprint(tmp_path, "a")
+    before, whole = fingerprint(tmp_path, "a", tensor_filter="vision_"), fingerprint(tmp_path, "a")
     (tmp_path / "model-00002-of-00003.safetensors").write_bytes(b"fetched later, for the language model")
-    assert fingerprint(tmp_path, "a", part="vision_") == before
+    assert fingerprint(tmp_path, "a", tensor_filter="vision_") == before
     assert fingerprint(tmp_path, "a") != whole
     (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"changed")
-    assert fingerprint(tmp_path, "a", part="vision_") != before
+    assert fingerprint(tmp_path, "a", tensor_filter="vision_") != before
 
 
 def test_pickled_weights_count_where_they_are_what_is_read(tmp_path: Path) -> None:

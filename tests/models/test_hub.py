@@ -99,7 +99,7 @@ def test_only_the_files_of_the_wanted_part_are_fetched(
 ) -> None:
     """An InternVL of 77 GB is not downloaded for its vision tower."""
     hub_here.add(NAME, sharded_folder(tmp_path / "model", weights))
-    locate(NAME, None, key="encoder.checkpoint", part="vision_")
+    locate(NAME, None, key="encoder.checkpoint", tensor_filter="vision_")
     assert hub_here.fetched() == {
         "config.json",
         INDEX,
@@ -150,9 +150,9 @@ def test_a_download_that_was_cut_goes_on_by_itself(hub_here: Hub, tmp_path: Path
 @pytest.mark.parametrize("fault", ["reset", "hang", "out of order", "gated, no access"])
 def test_without_the_hub_a_whole_earlier_download_is_taken(hub_here: Hub, tmp_path: Path, fault: str) -> None:
     repository = hub_here.add(NAME, sharded_folder(tmp_path / "model"))
-    part = locate(NAME, None, key="encoder.checkpoint", part="vision_")
+    part = locate(NAME, None, key="encoder.checkpoint", tensor_filter="vision_")
     repository.fault = fault
-    assert locate(NAME, None, key="encoder.checkpoint", part="vision_") == part
+    assert locate(NAME, None, key="encoder.checkpoint", tensor_filter="vision_") == part
     refused()  # only the vision tower's files are there
     assert locate_description(NAME, None, key="llm.checkpoint") == part
 

@@ -12,7 +12,7 @@ from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import DoesNotFitError, UserError
 from vlmcap.planning import make_plan as plan_module
-from vlmcap.planning.captioning import FILL, FUSED_ROWS, MAX_SLOTS
+from vlmcap.planning.captioning import FILL, FUSED_SLOTS, MAX_SLOTS
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.estimate.sizes import unpacked_experts
 from vlmcap.planning.make_plan import enforce_plan, make_plan, with_caption_plan
@@ -141,10 +141,12 @@ def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.slow
 def test_packed_weights_are_unpacked_for_a_token_of_many_rows_alone() -> None:
     overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=h100"]
-    few, many = (planned(*overrides, f"data.eval_batch_size={rows}") for rows in (FUSED_ROWS, FUSED_ROWS + 1))
+    few, many = (
+        planned(*overrides, f"data.eval_batch_size={num_slots}") for num_slots in (FUSED_SLOTS, FUSED_SLOTS + 1)
+    )
     linear = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288)
     row = 36 * 2 * 8 * 128 * 2 * (few.num_visual + 32 + 384)  # keys and values at the middle of a caption of 768 tokens
-    assert few.token_bytes == pytest.approx(linear / 2 + 2 * 2 * 151936 * 4096 + FUSED_ROWS * row, rel=0.02)
+    assert few.token_bytes == pytest.approx(linear / 2 + 2 * 2 * 151936 * 4096 + FUSED_SLOTS * row, rel=0.02)
     assert many.token_bytes - few.token_bytes == pytest.approx(
         4 * linear + row, rel=0.03
     )  # 2 bytes written and 2 read for each
@@ -156,7 +158,7 @@ def test_experts_launch_as_many_kernels_for_a_batch_as_for_a_row() -> None:
     config = compose(["data.root=unset", *overrides])
     assert [unpacked_experts(config, num_tokens) for num_tokens in (1, 8, 16, 17)] == [8 / 128, 0.5, 1, 1]
     assert unpacked_experts(compose(["data.root=unset", "llm=qwen3_8b"]), 1) == 0
-    one, sixteen = (planned(*overrides, f"data.eval_batch_size={rows}") for rows in (1, 16))
+    one, sixteen = (planned(*overrides, f"data.eval_batch_size={num_slots}") for num_slots in (1, 16))
     assert sixteen.token_launches == one.token_launches
     assert sixteen.token_bytes > 4 * one.token_bytes
 

@@ -178,7 +178,7 @@ def test_impossible_combinations_are_named_and_the_others_counted(
             ["hardware=cpu,l4"],
             r"hardware=cpu,l4 would add up CPU hours and GPU hours; plan hardware=cpu separately",
         ),
-        (["sweep.budget_h=10,20"], r"sweep\.budget_h limits the sweep as a whole and cannot be swept"),
+        (["sweep.budget_h=10,20"], r"sweep\.budget_h applies to all combinations together and cannot be swept"),
         (["seed=interval(0,1)"], r"seed=interval\(0,1\) has no values to try one by one; give a list"),
         (["seed=range(3,1)"], r"seed has no values to try"),
         (["seed=(1,2"], r"seed has a wrong value"),

@@ -48,7 +48,7 @@ def test_kept_blocks_are_extrapolated_from_three_short_profiles() -> None:
     shapes = ((3, 1), (4, 1), (4, 2))
     base, again, kept = (profile_trial(replace(trial, num_kept=num_kept), depth) for depth, num_kept in shapes)
     guess = extrapolate_kept(base, again, kept, 2, 2)
-    assert {"forward turn", "backward turn"} <= guess.peaks.keys()
+    assert {"forward last recomputed", "backward last recomputed"} <= guess.peaks.keys()
     for moment, peak in guess.peaks.items():
         assert _nonzero(peak) == _nonzero(deep.peaks[moment])
     assert _nonzero(guess.retained) == _nonzero(deep.retained)

@@ -67,16 +67,16 @@ def test_training_is_the_same_to_the_last_bit(profiled: Path, straight_run: Path
 
 def test_the_parts_make_up_the_step(profiled: Path) -> None:
     times = read(profiled / "profile" / "steps.json")
-    parts = times["parts"]
+    phases = times["phases"]
     assert (times["first_step"], times["num_steps"], times["clips"], times["device"]) == (2, 3, 6, "cpu")
-    assert sum(parts.values()) == pytest.approx(times["step_s"], rel=0.02)
+    assert sum(phases.values()) == pytest.approx(times["step_s"], rel=0.02)
     assert all(
-        parts[name] > 0 for name in ("decode", "projector", "language", "loss", "backward", "optimiser", "other")
-    ), parts
-    assert parts["wait"] >= 0
-    assert "vision" not in parts, "features come from the store"
+        phases[name] > 0 for name in ("decode", "projector", "language", "loss", "backward", "optimiser", "other")
+    ), phases
+    assert phases["wait"] >= 0
+    assert "vision" not in phases, "features come from the store"
     assert times["is_cached"]
-    assert parts["other"] < 0.5 * times["step_s"]
+    assert phases["other"] < 0.5 * times["step_s"]
     assert sum(times["shares"].values()) == pytest.approx(1, rel=0.02)
 
 
@@ -106,7 +106,7 @@ def test_the_loggers_get_the_figures(profiled: Path) -> None:
     rows = [row for row in metrics(profiled) if "profile/step_s" in row]
     times = read(profiled / "profile" / "steps.json")
     assert len(rows) == 1
-    assert rows[0]["profile/language_s"] == times["parts"]["language"]
+    assert rows[0]["profile/language_s"] == times["phases"]["language"]
     assert rows[0]["profile/evaluation_captions_s"] == times["evaluation"]["captions"]
 
 
@@ -121,14 +121,14 @@ def test_with_frames_and_workers_vision_is_timed_and_decoding_stands_beside(
     )
     run.trainer.fit(run.module, datamodule=run.data)
     times = read(tmp_path / "profile" / "steps.json")
-    assert times["parts"]["vision"] > 0
-    assert "decode" not in times["parts"]
+    assert times["phases"]["vision"] > 0
+    assert "decode" not in times["phases"]
     assert times["worker_decode_s"] > 0
     assert not times["is_cached"]
     shown = capsys.readouterr().out
     assert "Means of steps 2 to 4, 6 clips each, on cpu." in shown
     assert "a worker decoded for" in shown
-    for name in times["parts"]:
+    for name in times["phases"]:
         assert LABELS[name] in shown
 
 
@@ -157,7 +157,7 @@ def test_on_a_card_only_the_timed_steps_wait_for_it(
     )
     # The timed steps end with the first epoch, its fourth; the trace, the fifth, and those after wait for nothing.
     assert waits.index("val cuda:0") == waits.count("train cuda:0") > 3 * 2 * 10
-    assert read(tmp_path / "profile" / "steps.json")["parts"]["transfer"] > 0
+    assert read(tmp_path / "profile" / "steps.json")["phases"]["transfer"] > 0
 
 
 def test_no_hook_stays(tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from vlmcap.config import ProfileConfig
 from vlmcap.training.profiling.callback import StepProfile, read_seconds
-from vlmcap.training.profiling.profiler import EVALUATION, PLAIN, TIMED, PartProfiler
+from vlmcap.training.profiling.profiler import EVALUATION, PLAIN, TIMED, PhaseProfiler
 from vlmcap.training.profiling.report import LABELS, StepTimes, draw_times
 from vlmcap.types import Clip
 
@@ -34,7 +34,7 @@ OPTIMIZER_STEP, TRAINING_STEP = (
 
 def test_the_innermost_part_has_the_time_and_the_parts_add_up() -> None:
     hands = Hands()
-    profiler = PartProfiler(lambda: None, hands)
+    profiler = PhaseProfiler(lambda: None, hands)
     hands.now = 200
     profiler.start("language")
     profiler.begin(TIMED)
@@ -68,7 +68,7 @@ def test_the_innermost_part_has_the_time_and_the_parts_add_up() -> None:
 def test_the_end_of_a_section_forgets_what_was_open_and_nothing_counts_outside() -> None:
     hands = Hands()
     fetches: list[float] = []
-    profiler = PartProfiler(lambda: fetches.append(hands.now), hands)
+    profiler = PhaseProfiler(lambda: fetches.append(hands.now), hands)
     profiler.begin(TIMED)
     profiler.start("[_TrainingEpochLoop].train_dataloader_next")
     hands.now += 1

@@ -116,7 +116,7 @@ def test_checkpoints_hold_trained_weights_only(trained: Trained) -> None:
     assert any("lora_A" in name for name in names)
     assert all(name.startswith("captioner.projector.") or "lora_" in name for name in names)
     assert content["optimizer_states"][0]["state"]
-    assert content["vlmcap"]["bases"].keys() == {"encoder", "llm"}
+    assert content["vlmcap"]["base_checkpoints"].keys() == {"encoder", "llm"}
     assert to_config(from_plain(content["vlmcap"]["config"])) == trained.config
 
 

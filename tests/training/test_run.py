@@ -124,7 +124,7 @@ def test_a_best_checkpoint_of_an_earlier_run_is_not_taken(
     straight_run: Path, tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    foreign = {"vlmcap": {"bases": {}}, "state_dict": {"captioner.projector.foreign": torch.zeros(1)}}
+    foreign = {"vlmcap": {"base_checkpoints": {}}, "state_dict": {"captioner.projector.foreign": torch.zeros(1)}}
     torch.save(foreign, tmp_path / "checkpoints" / "best.ckpt")
     # No validation in training, so that this run has no best checkpoint of its own.
     train(tiny_config(tmp_path, "trainer.max_steps=1", "evaluation.every_n_epochs=9"))

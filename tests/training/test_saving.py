@@ -63,7 +63,7 @@ def test_it_holds_optimiser_random_states_position_and_configuration(checkpoint:
 
 
 def test_it_names_content_of_the_frozen_bases(checkpoint: dict[str, Any], tiny_cache: Path) -> None:
-    bases = checkpoint["vlmcap"]["bases"]
+    bases = checkpoint["vlmcap"]["base_checkpoints"]
     assert bases.keys() == {"encoder", "llm"}
     for part, base in bases.items():
         assert base.keys() == {"name", "revision", "sha256"}

@@ -248,7 +248,7 @@ def existing_parent(folder: Path) -> Path:
 def _language_flops(plan: FeaturePlan) -> float:
     """Estimates the FLOP of the language model in a training step for one clip, from its configuration alone."""
     config = plan.config
-    folder = plan.sources.folders.get("model") or plan.sources.folders.get("llm")
+    folder = plan.base_checkpoints.folders.get("model") or plan.base_checkpoints.folders.get("llm")
     if folder is None:  # features are prepared for another machine
         return 0.0
     from vlmcap.models.llm.load import num_active_parameters

@@ -44,11 +44,11 @@ class BaseCheckpoints:
 
     Attributes:
         folders: Local folders, by `encoder` and `llm`, or by `model` for a pretrained VLM.
-        bases: Fingerprints of their content, by the same keys.
+        fingerprints: Fingerprints of their content, by the same keys.
     """
 
     folders: dict[str, Path]
-    bases: dict[str, Fingerprint]
+    fingerprints: dict[str, Fingerprint]
 
 
 def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) -> BaseCheckpoints:
@@ -65,21 +65,21 @@ def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) ->
 
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
-    bases: dict[str, Fingerprint] = {}
+    fingerprints: dict[str, Fingerprint] = {}
     groups = ("encoder",) if is_encoder_only else ("encoder", "llm")
     for group in ("model",) if config.is_pretrained_vlm else groups:
         settings, wanted = getattr(config, group), VISION if group == "encoder" else None
         if group == "encoder" and has_plugin_encoder(config):
             if not settings.checkpoint:
                 sha256 = hashlib.sha256(settings.kind.encode()).hexdigest()
-                folders[group], bases[group] = Path(), Fingerprint(settings.kind, "", sha256)
+                folders[group], fingerprints[group] = Path(), Fingerprint(settings.kind, "", sha256)
                 continue
             wanted = None
         folders[group] = locate(
-            settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, part=wanted
+            settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, tensor_filter=wanted
         )
-        bases[group] = fingerprint(folders[group], settings.checkpoint, memo, wanted)
-    return BaseCheckpoints(folders, bases)
+        fingerprints[group] = fingerprint(folders[group], settings.checkpoint, memo, wanted)
+    return BaseCheckpoints(folders, fingerprints)
 
 
 def vision_component(config: Config) -> str:

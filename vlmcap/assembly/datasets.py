@@ -44,7 +44,7 @@ class FeaturePlan:
 
     Attributes:
         config: Run configuration, as `prepare` returned it.
-        sources: Base checkpoints, including that of the encoder.
+        base_checkpoints: Base checkpoints, including that of the encoder.
         meta_encoder: Encoder on the meta device.
         grid_of: Function `(F, H, W)` of decoded frames that returns a clip's size in patches, or None if all clips have
             the grid of the encoder.
@@ -52,7 +52,7 @@ class FeaturePlan:
     """
 
     config: Config
-    sources: BaseCheckpoints
+    base_checkpoints: BaseCheckpoints
     meta_encoder: VisionEncoder
     grid_of: Callable[[int, int, int], GridTHW | None]
     num_visual_tokens: int = 0
@@ -103,7 +103,7 @@ class PathReader:
         num_workers = max(0, min(data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
         watched = watch.watch(dataset, clips) if num_workers else dataset
-        with watch.naming_clips():
+        with watch.as_user_errors():
             options = worker_options(num_workers, batch_size, data.decode_timeout_s)
             is_pinned = self.plan.config.hardware.accelerator != "cpu"
             yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, pin_memory=is_pinned, **options)

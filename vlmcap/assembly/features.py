@@ -135,7 +135,10 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     from vlmcap.data.features.recipe import Recipe
 
     config = plan.config
-    base, transform = plan.sources.bases[vision_component(config)], cast(Any, plan.meta_encoder.transform)
+    base, transform = (
+        plan.base_checkpoints.fingerprints[vision_component(config)],
+        cast(Any, plan.meta_encoder.transform),
+    )
     own = plugins_of(config).get("encoder")
     code = json.dumps([base.sha256, own, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
@@ -215,7 +218,7 @@ def fill_store(
     if not any(missing.values()):
         return
     config, size = plan.config, clip_bytes(plan)
-    encode = encoding_of(config, load_encoder(config, plan.sources.folders[vision_component(config)]))
+    encode = encoding_of(config, load_encoder(config, plan.base_checkpoints.folders[vision_component(config)]))
     num_frames = max(frames for frames, _, _ in plan.meta_encoder.possible_grids(config.data.num_frames))
     max_bytes = None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30)
     with torch.random.fork_rng(devices=[]):  # the random state does not depend on what was missing
@@ -316,7 +319,7 @@ def _batches_of(
             generator=torch.Generator(),
             **worker_options(workers, batch_size, dataset.data.decode_timeout_s),
         )
-        with watch.naming_clips():
+        with watch.as_user_errors():
             yield from loader
 
     return batches

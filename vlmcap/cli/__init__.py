@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends in one line on stderr and exit code 2."""
     set_cuda_variables()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
+    # Hydra parses the arguments of train and evaluate itself.
     if given[:1] and given[0] in PROGRAMS:
         from vlmcap.program import run_program
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         leave_closed_pipe()
+    # A full disk or a missing permission is no bug of the program, so it ends without a traceback.
     except OSError as error:
         if (sentence := storage_problem(error)) is None:
             raise

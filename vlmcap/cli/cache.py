@@ -65,13 +65,13 @@ def build(overrides: Sequence[str]) -> None:
     silence_libraries()
     config = prepare(config)
     clips = load_splits(config, (), tuple(Split))
-    sources = locate_base_checkpoints(config, is_encoder_only=True)
-    meta_encoder = build_meta_encoder(config, sources.folders[vision_component(config)])
-    plan = FeaturePlan(config, sources, meta_encoder, grid_of_frames(config, meta_encoder))
+    base_checkpoints = locate_base_checkpoints(config, is_encoder_only=True)
+    meta_encoder = build_meta_encoder(config, base_checkpoints.folders[vision_component(config)])
+    plan = FeaturePlan(config, base_checkpoints, meta_encoder, grid_of_frames(config, meta_encoder))
     store = open_store(plan)
     hashes = hash_clips(clips, hash_memo(config))
     fill_store(plan, store, clips, hashes)
-    bad = [(clip, reason) for split, own in hashes.items() for clip, reason in unusable(clips[split], own, store)]
+    bad = [(clip, reason) for split in hashes for clip, reason in unusable(clips[split], hashes[split], store)]
     if bad:
         clip, reason = bad[0]
         print(f"{grouped(len(bad))} clips have no features; the first is {clip.id} ({reason})", file=sys.stderr)

@@ -55,17 +55,17 @@ def run(options: Namespace) -> None:
     for notice in found.notices():
         print(notice, file=sys.stderr)
     output = Path(options.output) if options.output else None
-    rows = CaptionFile(output, found.all, is_resumed=options.resume) if output else None
+    file = CaptionFile(output, found.all, is_resumed=options.resume) if output else None
     counts = _Counts(output)
     with _stopping_on_sigterm():
-        _caption(options.checkpoint, settings, found, rows, counts)
+        _caption(options.checkpoint, settings, found, file, counts)
     if counts.failed:
         video, reason = counts.failed[0]
         raise UserError(
             f"{len(counts.failed)} of {len(found.all)} files could not be read; the first is {video} ({reason}); "
             f"{counts}"
         )
-    print(_printable(str(counts)), file=sys.stdout if rows else sys.stderr)
+    print(_printable(str(counts)), file=sys.stdout if file else sys.stderr)
 
 
 # --- finding videos ---------------------------------------------------------------------------------------------------
@@ -131,25 +131,25 @@ def find_videos(paths: Sequence[Path]) -> Found:
 
 
 def _search(root: Path, found: Found) -> None:
-    from vlmcap.data.media.tree import VIDEO_ENDINGS, Visit, list_files
+    from vlmcap.data.media.tree import VIDEO_ENDINGS, WalkState, list_files
 
-    visit, own, videos = Visit(), Found(), []
-    for file in list_files(str(root), "follow", visit):
+    walk_state, here, videos = WalkState(), Found(), []
+    for file in list_files(str(root), "follow", walk_state):
         if isinstance(file, Skipped):
-            own.broken.append(file)
+            here.broken.append(file)
         elif (ending := PurePosixPath(file.path).suffix.lower()) in VIDEO_ENDINGS:
             videos.append(file)
         else:
-            own.other_endings[ending or "no ending"] += 1
-    own.num_hidden, own.unreadable = visit.num_hidden, visit.unreadable
-    if not videos and not own.broken:
-        why = f"; {'; '.join(own.notices())}" if own.notices() else ""
+            here.other_endings[ending or "no ending"] += 1
+    here.num_hidden, here.unreadable = walk_state.num_hidden, walk_state.unreadable
+    if not videos and not here.broken:
+        why = f"; {'; '.join(here.notices())}" if here.notices() else ""
         raise UserError(f"{root} holds no video ({', '.join(sorted(VIDEO_ENDINGS))}){why}")
     found.videos += [file.address for file in sorted(videos, key=lambda file: file.path.split("/"))]
-    found.broken += own.broken
-    found.other_endings += own.other_endings
-    found.num_hidden += own.num_hidden
-    found.unreadable += own.unreadable
+    found.broken += here.broken
+    found.other_endings += here.other_endings
+    found.num_hidden += here.num_hidden
+    found.unreadable += here.unreadable
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -175,10 +175,10 @@ class _Counts:
 
 
 def _caption(
-    checkpoint: str, settings: dict[str, Any], found: Found, rows: CaptionFile | None, counts: _Counts
+    checkpoint: str, settings: dict[str, Any], found: Found, file: CaptionFile | None, counts: _Counts
 ) -> None:
     """Captions the videos that have no caption in the output yet."""
-    videos = found.videos if rows is None else rows.remaining(found.videos)
+    videos = found.videos if file is None else file.remaining(found.videos)
     counts.skipped = len(found.videos) - len(videos)
     captions: Iterable[tuple[str | Path, str | Skipped]] = ()
     if videos:
@@ -187,26 +187,26 @@ def _caption(
         with progress_reporter("loading the model"):
             captions = load_captioner(checkpoint, settings).caption_files(videos)
     screen = sys.stdout  # a progress bar on the terminal replaces sys.stdout by its own stream
-    is_silent = not videos or (rows is None and screen.isatty())
+    is_silent = not videos or (file is None and screen.isatty())
     with nullcontext(_no_report) if is_silent else progress_reporter("captioning") as report, _adding_counts(counts):
         for archive in found.broken:
-            _write_result(archive.clip.video, archive, rows, counts, screen)
+            _write_result(archive.clip.video, archive, file, counts, screen)
         for done, (video, caption) in enumerate(captions, 1):
-            _write_result(str(video), caption, rows, counts, screen)
+            _write_result(str(video), caption, file, counts, screen)
             report(done, len(videos))
 
 
 def _write_result(
-    video: str, caption: str | Skipped, rows: CaptionFile | None, counts: _Counts, screen: TextIO
+    video: str, caption: str | Skipped, file: CaptionFile | None, counts: _Counts, screen: TextIO
 ) -> None:
     """Writes a caption, or the reason why there is none, and counts it after it has been written."""
     if isinstance(caption, Skipped):
-        if rows is not None:
-            rows.add({"video": video, "error": caption.reason})
+        if file is not None:
+            file.add({"video": video, "error": caption.reason})
         counts.failed.append((video, caption.reason))
         return
-    if rows is not None:
-        rows.add({"video": video, "prediction": caption})
+    if file is not None:
+        file.add({"video": video, "prediction": caption})
     else:
         print(_printable(f"{video}\t{caption}"), file=screen, flush=True)
     counts.captioned += 1

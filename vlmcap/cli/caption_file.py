@@ -12,7 +12,7 @@ from typing import IO, Any
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 
-_MARK = b'{"video": '  # every row begins with it
+_START = b'{"video": '  # every row begins with it
 
 
 class CaptionFile:
@@ -33,12 +33,14 @@ class CaptionFile:
     def __init__(self, path: Path, videos: Sequence[str], *, is_resumed: bool) -> None:
         self.path, self._mode = path, "ab" if is_resumed else "wb"
         self._captioned: Counter[str] = Counter()
-        _check_place(path)
+        _check_writable(path)
         content = path.read_bytes() if path.is_file() else b""
         lines = [(line, row) for line in content.split(b"\n") if (row := _parsed(line)) is not None]
         wanted = Counter(map(_key, videos))
         existing = Counter(_key(row["video"]) for _, row in lines if _is_caption_row(row))
-        if not existing and (lines or not _MARK.startswith(content.strip(b"\0 \r\n\t")[: len(_MARK)])):
+        # Refuse to overwrite a file that holds something else, or captions that this command would not write again.
+        # The beginning of a first row, which a killed command leaves, is not something else.
+        if not existing and (lines or not _START.startswith(content.strip(b"\0 \r\n\t")[: len(_START)])):
             raise UserError(
                 f"--output: {path} holds something other than captions: choose another name, or remove that file"
             )
@@ -47,6 +49,7 @@ class CaptionFile:
                 f"--output: {path} has {existing.total()} rows of an earlier command and lacks {missing} of these "
                 f"{len(videos)} files: add --resume to continue it, or remove it"
             )
+        # Drop broken lines, and the errors of files that are given again, which are then tried again.
         if is_resumed:
             kept = [
                 (line, row)
@@ -102,6 +105,7 @@ class CaptionFile:
 
 
 def _append(file: IO[bytes], content: bytes) -> None:
+    """Appends all of the content, or restores the length of the file and raises."""
     start = file.seek(0, os.SEEK_END)
     left = memoryview(content)
     try:
@@ -112,7 +116,7 @@ def _append(file: IO[bytes], content: bytes) -> None:
         raise
 
 
-def _check_place(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     """Raises `UserError` for a path that cannot be written, before anything slow begins."""
     if not path.parent.is_dir():
         raise UserError(f"--output: the folder {path.parent} does not exist; create it or choose another one")
@@ -140,5 +144,5 @@ def _is_caption_row(row: Any) -> bool:
 
 def _key(video: str) -> str:
     """Identifies a file by its absolute path, so that relative paths name the same file."""
-    member, mark, file = video.rpartition("::")
-    return f"{member}{mark}{os.path.abspath(file)}"
+    member, separator, file = video.rpartition("::")
+    return f"{member}{separator}{os.path.abspath(file)}"

@@ -23,7 +23,7 @@ def run(options: Namespace) -> None:
     """Loads plugins, checks their components, and prints a table of the contracts.
 
     Raises:
-        UserError: A plugin cannot be loaded, or an override sets nothing of its components.
+        UserError: A plugin cannot be loaded, or an override does not set a key of its components.
         SystemExit: With code 1 if a check fails.
     """
     if not options.plugins:

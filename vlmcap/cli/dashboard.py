@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from vlmcap.config import Config, WandbConfig, WandbSweepConfig
 from vlmcap.config.sweep import OF_A_SWEEP, SweepMethod
 from vlmcap.config_saved import override_values
 from vlmcap.errors import UserError, first_line
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.overrides import read_overrides, sweep_values
 from vlmcap.sweep_syntax import override_parser
 
@@ -69,10 +68,7 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
         return
     target = file or OFFLINE_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as partial:
-        partial.write_text(
-            json.dumps(spec(workspace(project, entity or "ENTITY", objective)), indent=1) + "\n", encoding="utf-8"
-        )
+    write_json(target, spec(workspace(project, entity or "ENTITY", objective)))
     why = "" if reason is None else f"W&B cannot be reached, {reason}; "
     command = _publish_command(project, entity, objective)
     print(
@@ -86,12 +82,12 @@ def _publish(project: str, entity: str | None, objective: str) -> str:
     from vlmcap.reporting.dashboard import workspace
 
     try:
-        made = workspace(project, entity or str(wandb.Api().default_entity), objective).save()
+        saved = workspace(project, entity or str(wandb.Api().default_entity), objective).save()
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
             f"W&B rejected the dashboard of project {project}: {first_line(error)}; check --entity and --project"
         ) from error
-    return str(made.url)
+    return str(saved.url)
 
 
 def _publish_command(project: str, entity: str | None, objective: str) -> str:
@@ -131,16 +127,12 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     parameters, fixed = _parsed(overrides)
     if not parameters:
         raise UserError("no key has several values; give one some, such as encoder=clip,siglip2")
-    config = compose([*fixed, *(f"{key}={_examples(space)[0]}" for key, space in parameters.items())])
-    for key, space in parameters.items():  # compose each value once: a typo is reported now, not by an agent
+    # Compose every value once, beside the first value of each other key: a typo is reported now, not by an agent.
+    first = {key: _examples(space)[0] for key, space in parameters.items()}
+    config = _composed(fixed, first)
+    for key, space in parameters.items():
         for value in _examples(space)[1:]:
-            compose(
-                [
-                    *fixed,
-                    *(f"{other}={_examples(found)[0]}" for other, found in parameters.items() if other != key),
-                    f"{key}={value}",
-                ]
-            )
+            _composed(fixed, first | {key: value})
     settings = (
         config.sweep
         if isinstance(config.sweep, WandbSweepConfig)
@@ -150,7 +142,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         raise UserError("sweep.method=grid cannot search a range; list its values, or set sweep=wandb")
     goal = "maximize" if config.monitor_mode == "max" else "minimize"
     # W&B reads the sweep's settings from this file; a run ignores them.
-    own = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
+    read_by_runs = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
     command = [
         "${env}",
         "${interpreter}",
@@ -158,7 +150,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         "logger=wandb",
         f"logger.project={project}",
         _FOLDER,
-        *own,
+        *read_by_runs,
         "${args_no_hyphens}",
     ]
     return {
@@ -172,6 +164,10 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         "parameters": parameters,
         "command": command,
     }
+
+
+def _composed(fixed: Sequence[str], values: dict[str, Any]) -> Config:
+    return compose([*fixed, *(f"{key}={value}" for key, value in values.items())])
 
 
 def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -23,7 +23,7 @@ from vlmcap.data.loading.lengths import caption_lengths
 from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 from vlmcap.demo.prepare import TINY, demo_folder
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 from vlmcap.libraries import silence_libraries
 from vlmcap.models.checkpoint import fingerprint, locate
 from vlmcap.reporting.data_page import data_page, show_inspection
@@ -62,6 +62,7 @@ def check_data(
     config = compose(overrides)
     if config.data.is_demo:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
+    # 1. Captions of all splits, from the annotations alone.
     splits = load_splits(config, (), tuple(Split))
     if not splits:
         raise UserError(
@@ -75,14 +76,13 @@ def check_data(
     if splits.note:
         print(f"Warning: {splits.note}", file=sys.stderr)
     note = _count_tokens(config, splits, report)
+    # 2. The videos, which take most of the time.
     if reads_videos:
         _read_videos(config, splits, report, max_clips)
+    # 3. The page, and a summary on the screen.
     limit = _caption_limit(config, report)
     title = f"{config.data.name}: {config.data.root}"
-    with replacing(output) as partial:
-        partial.write_text(
-            data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8"
-        )
+    write_text(output, data_page(report, title=title, llm=config.llm.name, limit=limit, note=note))
     show_inspection(report, llm=config.llm.name, limit=limit, note=note)
     print(f"{output}: {len(report.samples)} clips with pictures, the lengths of captions, and all findings")
     return report
@@ -138,7 +138,7 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
         dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
         watch, workers = WorkerWatch(), config.data.num_workers
         watched = watch.watch(dataset, clips) if workers else dataset
-        with watch.naming_clips():
+        with watch.as_user_errors():
             for item in DataLoader(
                 watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)
             ):

@@ -92,6 +92,7 @@ def _describe_llm(config: Config, group: str) -> Description:
 
     settings = getattr(config, group)
     found: LlmDescription = describe_llm(_folder(config, group), chat_template=settings.chat_template)
+    # What the checkpoint has, as text for the table.
     template = "from the checkpoint" if found.has_chat_template else "none"
     ids = "no tokenizer" if found.largest_id is None else f"largest token id {grouped(found.largest_id)}"
     engine = "native" if found.is_native else "transformers' generate; the native engine does not support this model"
@@ -130,6 +131,7 @@ def _describe_encoder(config: Config) -> Description:
 
     folder = _folder(config, "encoder")
     content = read_config(folder)
+    # Encoders with a text tower, such as CLIP, have the vision encoder in a section.
     vision = content.get("vision_config") or content
     width, patch, side = (vision.get(name) for name in ("hidden_size", "patch_size", "image_size"))
     if width is None or patch is None:

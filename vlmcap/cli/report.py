@@ -10,7 +10,7 @@ from vlmcap import __version__
 from vlmcap.compose import read_yaml
 from vlmcap.config_saved import override_values
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 from vlmcap.locks import claimed_folder
 from vlmcap.reporting.report.analysis import Wanted, analyse
 from vlmcap.reporting.report.folders import find_runs, read_run
@@ -67,14 +67,9 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
 def _write(report: Report, output: Path) -> None:
     with transient_bar("Reading videos", len(report.clips)) as advance:
         pictures = read_all_frames(report.clips, advance=advance)
-    _write_text(output / "index.html", report_page(report, pictures))
+    write_text(output / "index.html", report_page(report, pictures))
     # The byte order mark lets spreadsheets read Korean.
-    _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))
-    _write_text(output / "report.md", report_markdown(report))
+    write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))
+    write_text(output / "report.md", report_markdown(report))
     for name, draw in (("leaderboard", draw_leaderboard), ("pareto", draw_fronts), ("curves", draw_curves)):
         draw(report, output / f"{name}.png")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")

@@ -236,8 +236,7 @@ class Config:
         require_seed("seed", self.seed)
         for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data"):
             require(
-                getattr(self, group).name.strip() != "",
-                f"{group}.name is empty; set a name, or leave {group}.name out",
+                getattr(self, group).name.strip() != "", f"{group}.name is empty; set a name, or leave {group}.name out"
             )
         require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")
         is_wrong = self.mode == "max" and is_lower_better(self.monitor)
@@ -277,7 +276,7 @@ def check_native_components(plain: Mapping[str, Any]) -> None:
         for key in MODEL_KEYS:
             path, value = f"{group}.{key}", plain[group][key]
             is_followed = value in (f"${{model.{key}}}", plain["model"].get(key))
-            why = f"changes nothing in model={model}, which brings its own {group}"
+            why = f"has no effect in model={model}, which brings its own {group}"
             require(is_followed, f"{path}={value} {why}; set model.{key}, or leave {path} out")
 
 

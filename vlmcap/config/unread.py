@@ -37,7 +37,7 @@ class _Rule:
     Attributes:
         keys: Dotted keys, or prefixes that end with a dot.
         is_read: Function of the run configuration that returns whether the keys are read.
-        why: Text after "changes nothing", with `{key}` for the key; it ends with the fix.
+        why: Text after "has no effect", with `{key}` for the key; it ends with the fix.
         setting: In place of `why`, the single setting of another group with which the keys are read.
     """
 
@@ -118,11 +118,7 @@ _RULES = (
         "without adapters on unquantised weights; set tuning=lora and llm.quantization=none as well, or leave {key} "
         "out",
     ),
-    _Rule(
-        ("evaluation.cuda_graphs",),
-        lambda run: run.hardware.accelerator != "cpu",
-        "on a CPU; leave {key} out",
-    ),
+    _Rule(("evaluation.cuda_graphs",), lambda run: run.hardware.accelerator != "cpu", "on a CPU; leave {key} out"),
     _Rule(
         ("encoder.max_patches",),
         lambda run: not isinstance(run.model, FramesVlmConfig),
@@ -170,7 +166,7 @@ def check_unread(run: Run) -> None:
         value, default = getattr(owner, known.name), _default(run, known)
         # The value of the schema also means "not set", as with the batch of one clip in debug=overfit.
         if value not in (default, known.default):
-            raise UnreadError(path, default, f"{path}={as_text(value)} changes nothing {why.format(key=path)}")
+            raise UnreadError(path, default, f"{path}={as_text(value)} has no effect {why.format(key=path)}")
 
 
 def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
@@ -187,7 +183,7 @@ def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
 
 
 def _why_unread(run: Run, path: str, owner: Any, known: Field[Any]) -> str | None:
-    """Returns the text after "changes nothing", or None if the field is read."""
+    """Returns the text after "has no effect", or None if the field is read."""
     rule = next((rule for rule in _RULES if _matches(path, rule.keys) and not rule.is_read(run)), None)
     if rule is not None and rule.why:  # if another group rules the key out, no setting of its own group helps
         return rule.why

@@ -1,1 +1,1 @@
-"""Clips and captions on disk into batches: layouts, decoding, feature cache, collation, resumable order."""
+"""Reads clips and captions and makes batches of them: formats, decoding, feature cache, collation, resumable order."""

@@ -16,21 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NUM_HASHED_FRAMES = 3
-# Of 192 bits. Two hashes that differ in at most 11 bits agree in one of their twelve bands of 16 bits, so none is
-# missed.
+# Of 192 bits. Two hashes that differ in so few agree in one of their twelve bands of 16 bits, so no pair is missed.
 MAX_DISTANCE = 11
-_STRIP_SIZE = (
-    2048  # clips compared with each other at a time; a larger group, such as black clips, is split into strips
-)
-_GREY = (0.299, 0.587, 0.114)
+_STRIP_SIZE = 2048  # clips compared with each other at a time; a larger group, such as black clips, is split
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
     """Return one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
-    grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    small = F.adaptive_avg_pool2d(grey, (8, 9))
-    rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()
-    packed = np.packbits(rises, axis=1, bitorder="little")
+    grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (F, 1, H, W)
+    small = F.adaptive_avg_pool2d(grey, (8, 9))  # (F, 1, 8, 9)
+    rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()  # (F, 1, 8, 8) -> (F, 64)
+    packed = np.packbits(rises, axis=1, bitorder="little")  # (F, 64) bits -> (F, 8) bytes
     return np.ascontiguousarray(packed).view("<u8").reshape(-1).astype(np.uint64)
 
 
@@ -53,19 +50,22 @@ def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
         )
     # Equal hashes are compared as one: a thousand black clips have a single distinct hash.
     distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
+    # Union-find: `parent` leads from each hash to the root of its group.
     parent = np.arange(len(distinct))
     for first, second in _near_pairs(distinct, max_distance):
         _join(parent, first, second)
-    roots = np.array([_root(parent, int(row)) for row in range(len(distinct))], dtype=np.int64)[inverse.reshape(-1)]
+    roots = np.array([_root(parent, index) for index in range(len(distinct))], dtype=np.int64)[inverse.reshape(-1)]
     groups: dict[int, list[int]] = {}
-    for row, root in enumerate(roots.tolist()):
-        groups.setdefault(root, []).append(row)
+    for clip, root in enumerate(roots.tolist()):
+        groups.setdefault(root, []).append(clip)
     return sorted(group for group in groups.values() if len(group) > 1)
 
 
 def _near_pairs(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple[int, int]]:
-    bands = np.ascontiguousarray(hashes).view(np.uint16).reshape(len(hashes), -1)
+    """Yield the pairs of indices whose hashes are near, several times if they agree in several bands."""
+    bands = np.ascontiguousarray(hashes).view(np.uint16).reshape(len(hashes), -1)  # (N, 3) uint64 -> (N, 12) uint16
     for band in range(bands.shape[1]):
+        # Sorting brings equal bands together; only clips within such a run are compared.
         order = np.argsort(bands[:, band], kind="stable")
         values = bands[order, band]
         for group in np.split(order, np.flatnonzero(np.diff(values)) + 1):
@@ -78,17 +78,17 @@ def _compare(hashes: NDArray[np.uint64], group: NDArray[np.int64], max_distance:
         strip = group[start : start + _STRIP_SIZE]
         for other_start in range(start, len(group), _STRIP_SIZE):
             other = group[other_start : other_start + _STRIP_SIZE]
-            distance = np.bitwise_count(hashes[strip][:, None] ^ hashes[other][None]).sum(-1)
+            distance = np.bitwise_count(hashes[strip][:, None] ^ hashes[other][None]).sum(-1)  # (strip, other)
             for i, j in np.argwhere(distance <= max_distance):
                 if strip[i] < other[j]:
                     yield int(strip[i]), int(other[j])
 
 
-def _root(parent: NDArray[np.int64], row: int) -> int:
-    while parent[row] != row:
-        parent[row] = parent[parent[row]]
-        row = int(parent[row])
-    return row
+def _root(parent: NDArray[np.int64], index: int) -> int:
+    while parent[index] != index:
+        parent[index] = parent[parent[index]]  # halves the path for later calls
+        index = int(parent[index])
+    return index
 
 
 def _join(parent: NDArray[np.int64], first: int, second: int) -> None:

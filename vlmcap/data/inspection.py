@@ -110,18 +110,19 @@ def read_captions(clips: Sequence[Clip]) -> SplitReport:
 def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, list[Entry]]]:
     """Return the captions that more than one clip has, with those clips; the most frequent first."""
     # Hashes first, so that a million captions of 575 characters are not held in memory.
-    places: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    positions: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for split, clips in splits.items():
         for index, clip in enumerate(clips):
             for caption in set(clip.captions):
-                places[hash(caption)].append((split, index))
+                positions[hash(caption)].append((split, index))
     found: dict[str, list[Entry]] = defaultdict(list)
-    for key, rows in places.items():
-        for split, index in rows if len(rows) > 1 else ():
+    for key, same in positions.items():
+        for split, index in same if len(same) > 1 else ():
             clip = splits[split][index]
             for caption in {caption for caption in clip.captions if hash(caption) == key}:
                 found[caption].append(Entry(split, clip.id, clip.video))
-    return sorted(((text, rows) for text, rows in found.items() if len(rows) > 1), key=lambda item: -len(item[1]))
+    # Texts are compared again here, as different captions may have the same hash.
+    return sorted(((text, same) for text, same in found.items() if len(same) > 1), key=lambda item: -len(item[1]))
 
 
 def read_videos(

@@ -22,15 +22,18 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
         splits: Split name to clips.
         memo: File of known hashes, as for `content_hashes`.
     """
+    # 1. Find the sizes that occur in more than one split.
     keys = {split: [_cheap_key(clip) for clip in clips] for split, clips in splits.items()}
     first_split: dict[Hashable, str] = {}
     shared = {key for split, own in keys.items() for key in own if key and first_split.setdefault(key, split) != split}
+    # 2. Hash the content of the clips with these sizes.
     contents = {}
     for split, own in keys.items():
         chosen = [position for position, key in enumerate(own) if key in shared]
         contents[split] = _first_clip_by_content(
             [splits[split][position] for position in chosen], [own[position] for position in chosen], memo
         )
+    # 3. Count the contents that each pair of splits has in common.
     counts, first = [], ""
     for one, other in combinations(contents, 2):
         both = [content for content in contents[one] if content in contents[other]]

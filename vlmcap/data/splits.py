@@ -107,6 +107,7 @@ def draw_split(group: str, settings: SplitConfig) -> str:
     split unchanged.
     """
     digest = hashlib.sha256(f"{settings.seed}\0{group}".encode("utf-8", "surrogatepass")).digest()
+    # 64 bits of the hash as a number in [0, 1).
     position = int.from_bytes(digest[:8]) / 2**64
     return "test" if position < settings.test else "val" if position >= 1 - settings.val else "train"
 
@@ -118,6 +119,7 @@ def video_name(clip: Clip, root: str) -> str:
 
 def nested_subset(num_clips: int, max_clips: int, seed: int) -> NDArray[np.int64]:
     """Return `max_clips` sorted positions; with the same seed, a smaller subset is contained in a larger one."""
+    # One order of all clips for every size, of which a subset takes the first ones.
     order = random.Random(seed).sample(range(num_clips), num_clips)
     return np.sort(np.array(order[:max_clips], np.int64))
 

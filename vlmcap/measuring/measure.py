@@ -100,10 +100,10 @@ class Comparison:
         # The bound that the plan names was measured; the other one cannot be slower than the measurement.
         share = plan.token_bytes / (plan.device.bytes_per_s * measured.token_s)
         kernel = "kernel_s" if plan.is_captured else "launch_s"
-        planned_s, measured_s_each = getattr(plan.device, kernel), measured.token_s / plan.token_launches
+        planned_s, kernel_s = getattr(plan.device, kernel), measured.token_s / plan.token_launches
         is_launch_bound = plan.token_s == plan.token_launches * planned_s
         kernels = {"launch_s": plan.device.launch_s, "kernel_s": plan.device.kernel_s}
-        kernels[kernel] = measured_s_each if is_launch_bound else min(measured_s_each, planned_s)
+        kernels[kernel] = kernel_s if is_launch_bound else min(kernel_s, planned_s)
         return Calibration(
             device_name=self.device_name,
             memory_gib=round(self.memory_gib, 2),
@@ -225,23 +225,23 @@ def _check_room(plan: Plan, detected: DetectedDevice, config: Config) -> None:
 
 def _run(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measured:
     device = device_of(config)
-    moment: dict[str, str] = {"doing": "creating weights"}
+    progress: dict[str, str] = {"doing": "creating weights"}
     print_step = step_printer()
 
     def say(step: str) -> None:
-        moment["doing"] = f"creating or running: {step}"
+        progress["doing"] = f"creating or running: {step}"
         print_step(step)
 
-    with _with_advice(config, plan, overrides, moment), releasing_memory(device):
+    with _with_advice(config, plan, overrides, progress), releasing_memory(device):
         use = MemoryUse(device)
         has_encoder = config.cache.enabled is not True
         captioner = random_captioner(config, has_encoder=has_encoder, num_kept_layers=plan.num_kept, say=say)
-        moment["doing"] = "training"
+        progress["doing"] = "training"
         return measure_run(config, captioner, clip_sizes(config), lengths, plan.batch_size, folder, use, say)
 
 
 @contextmanager
-def _with_advice(config: Config, plan: Plan, overrides: Sequence[str], moment: dict[str, str]) -> Iterator[None]:
+def _with_advice(config: Config, plan: Plan, overrides: Sequence[str], progress: dict[str, str]) -> Iterator[None]:
     """Adds advice to an out-of-memory error; it is planned only then, as it takes many plans."""
     try:
         yield
@@ -250,7 +250,7 @@ def _with_advice(config: Config, plan: Plan, overrides: Sequence[str], moment: d
             raise
         advice = _advice(config, plan, overrides)
         raise UserError(
-            f"{plan.title} ran out of memory on hardware={plan.hardware} while {moment['doing']}, "
+            f"{plan.title} ran out of memory on hardware={plan.hardware} while {progress['doing']}, "
             f"planned at {plan.peak_gib:.1f} GiB of {plan.device.usable_gib:.1f}; {advice}"
         ) from None
 
@@ -309,6 +309,7 @@ def show_comparison(comparison: Comparison) -> None:
     console = Console(highlight=False)
     plan, measured, ratios = comparison.plan, comparison.measured, comparison.ratios
     blocks = "" if comparison.num_blocks is None else f", {_count_blocks(comparison.num_blocks)}"
+    # 1. Memory: the whole peak, tensors alone, and what is outside of PyTorch's allocator.
     table = Table(
         title=f"{plan.title}{blocks}, hardware={plan.hardware}, on {comparison.device_name}",
         title_justify="left",
@@ -334,11 +335,13 @@ def show_comparison(comparison: Comparison) -> None:
         table.add_row(
             "host memory of the process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", ""
         )
+    # 2. Times.
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
     for name, (label, expected, found) in rows.items():
         table.add_row(label, duration(expected), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
     console.print(table)
+    # 3. Whether later plans use the figures, and the deviation in one sentence.
     if comparison.why_not_kept:
         console.print(f"Not stored for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
     else:
@@ -347,13 +350,13 @@ def show_comparison(comparison: Comparison) -> None:
             markup=False,
             soft_wrap=True,
         )
-    console.print(distance(comparison), style="bold", markup=False, soft_wrap=True)
+    console.print(describe_deviation(comparison), style="bold", markup=False, soft_wrap=True)
 
 
-def distance(comparison: Comparison) -> str:
+def describe_deviation(comparison: Comparison) -> str:
     """Describes the deviation from the plan in one sentence."""
     ratios = comparison.ratios
-    memory = " and ".join(f"{_off(ratios[f'{name}_gib'])} in {name}" for name in ("training", "generation"))
+    memory = " and ".join(f"{_deviation(ratios[f'{name}_gib'])} in {name}" for name in ("training", "generation"))
     seconds = [
         f"{'a clip' if name == 'clip' else 'a token'} takes {short_number(ratios[f'seconds_per_{name}'])} times"
         for name in ("clip", "token")
@@ -361,7 +364,7 @@ def distance(comparison: Comparison) -> str:
     return f"The plan's memory is {memory}; {' and '.join(seconds)} the planned seconds."
 
 
-def _off(ratio: float) -> str:
+def _deviation(ratio: float) -> str:
     if ratio <= 0:
         return "too small to be measured"
     if abs(ratio - 1) <= _CLOSE_SHARE:

@@ -25,8 +25,8 @@ class PeakMemory:
         reserved: Peak held by PyTorch's allocator; equal to `allocated` on a CPU.
     """
 
-    allocated: float
-    reserved: float
+    allocated: float = 0.0
+    reserved: float = 0.0
 
 
 class MemoryUse:
@@ -73,7 +73,7 @@ def reset_peak() -> None:
 
 
 def resident_bytes(name: str) -> float:
-    """Returns the resident set of this process in bytes, now ("VmRSS") or at its peak ("VmHWM")."""
+    """Returns memory of this process in bytes: its resident set ("VmRSS"), the peak of it ("VmHWM"), or "RssAnon"."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(name))
     return float(line.split()[1]) * 1024

@@ -70,6 +70,7 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
         _truncate(values.get("vision_config") or {}, _total_blocks(num_blocks, layer if isinstance(layer, int) else -1))
         model = dataclasses.replace(config.model, checkpoint=_write(folder / "model", values))
         return dataclasses.replace(config, model=model)
+    # The blocks of the language model, then those of the encoder and the layer that is read from it.
     text = architecture(config, "llm")
     _truncate(text.get("text_config") or text, num_blocks)
     vision = architecture(config, "encoder")
@@ -125,6 +126,7 @@ def random_captioner(
     """
     device = device_of(config)
     torch.manual_seed(config.seed)
+    # 1. Encoder and projector, on the meta device first, which needs no memory.
     encoder_on_meta = meta_encoder(config)
     sizes = planned_sizes(config, encoder_on_meta)
     if sizes is not None:
@@ -140,6 +142,7 @@ def random_captioner(
     say(f"projector ({_size_text(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
+    # 2. The captioner and its language model, which Qwen-VL models have classes of their own for.
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     if isinstance(config.model, MropeVlmConfig):
         captioner_class = meta_vlm(config, 1).captioner_class
@@ -207,14 +210,14 @@ def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> A
         device: Device that the weights are created on.
         dtype: Data type of packed weights before they are packed.
     """
-    made: dict[int, Any] = {}
+    filled: dict[int, Any] = {}  # by the id of the meta tensor, so that shared tensors stay shared
     for child in module.modules():
         for tensors in (child._parameters, child._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _random_like(child, name, tensor, device, dtype)
-                    tensors[name] = made[id(tensor)]
+                    if id(tensor) not in filled:
+                        filled[id(tensor)] = _random_like(child, name, tensor, device, dtype)
+                    tensors[name] = filled[id(tensor)]
         if isinstance(getattr(child, "mean", None), Tensor) and isinstance(getattr(child, "std", None), Tensor):
             child.mean.fill_(_PIXEL_MEAN)
             child.std.fill_(_PIXEL_MEAN)
@@ -269,7 +272,7 @@ def _prompt(config: Config) -> Any:
     """Returns what a captioner needs of its prompt, without a tokenizer: captions stay ids, and no token ends one."""
     beyond = int(text_config(config).vocab_size)
     return SimpleNamespace(
-        question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: rows
+        question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda captions: captions
     )
 
 

@@ -81,13 +81,17 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     )
     most = min(_MAX_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
+    # (labels,): the token after each position that has a label.
     targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
     batch = dataclasses.replace(batch, input_ids=ids, targets=targets)
     if config.cache.enabled is True:
-        frames, rows, columns = sizes.grid
+        num_frames, height, width = sizes.grid
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.cache.dtype, torch.float16)
         return dataclasses.replace(
-            batch, features=torch.randn(len(captions), frames, rows * columns, sizes.embed_dim, dtype=dtype)
+            batch,
+            features=torch.randn(
+                len(captions), num_frames, height * width, sizes.embed_dim, dtype=dtype
+            ),  # (B, F, P, Dv)
         )
     return dataclasses.replace(batch, frames=torch.randint(0, 256, (len(captions), *shape), dtype=torch.uint8))
 
@@ -105,23 +109,26 @@ def step_captions(lengths: CaptionLengths, batch_size: int, num_micro: int, *, i
     timed = lengths.spread(count * batch_size)
     if not is_sorted:
         random.Random(0).shuffle(timed)
-    rows = [timed[start : start + batch_size] for start in range(0, len(timed), batch_size)]
-    return [rows[index % count] for index in range(num_micro)] + rows + [[lengths.longest] * batch_size] * num_micro
+    batches = [timed[start : start + batch_size] for start in range(0, len(timed), batch_size)]
+    return (
+        [batches[index % count] for index in range(num_micro)] + batches + [[lengths.longest] * batch_size] * num_micro
+    )
 
 
-def ending_ids(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Chooses end tokens that stop captions at different places of their second halves, as far as possible.
+def ending_ids(captions: Sequence[Sequence[int]]) -> list[int]:
+    """Chooses end tokens that stop captions at different positions of their second halves, as far as possible.
 
     Args:
-        rows: Captions that were decoded without end tokens.
+        captions: Captions that were decoded without end tokens.
     """
-    longest = max(map(len, rows))
+    longest = max(map(len, captions))
     half = longest // 2
-    wanted = [half + row * (longest - half) // len(rows) for row in range(len(rows))]
+    wanted_ends = [half + index * (longest - half) // len(captions) for index in range(len(captions))]
+    # An end token must not stop another caption early: it occurs in none of them before the end that is wanted there.
+    before_ends = {token for caption, end in zip(captions, wanted_ends, strict=True) for token in caption[:end]}
     found = []
-    for row, start in enumerate(wanted):
-        before = {token for other, end in enumerate(wanted) for token in rows[other][: end if other != row else start]}
-        found += [token for token in rows[row][start:] if token not in before][:1]
+    for caption, end in zip(captions, wanted_ends, strict=True):
+        found += [token for token in caption[end:] if token not in before_ends][:1]
     return found
 
 
@@ -134,18 +141,18 @@ class _Clock(L.Callback):
         self.captioner, self.num_micro, self.num_new, self.use, self.say = captioner, num_micro, num_new, use, say
         self.micro_s: list[float] = []  # forward and backward passes of timed steps
         self.optimizer_s: list[float] = []
-        self.training = PeakMemory(0.0, 0.0)
+        self.training = PeakMemory()
         self.context_gib = 0.0
         self.captions: list[list[list[int]]] = []
         self.caption_s: list[float] = []
-        self._mark_s, self._has_stepped = 0.0, False
+        self._lap_start_s, self._has_stepped = 0.0, False
 
     def _lap(self) -> float:
         """Returns the seconds since the last call, after all work of the device is done."""
         if self.captioner.device.type == "cuda":
             torch.cuda.synchronize(self.captioner.device)
-        started, self._mark_s = self._mark_s, time.perf_counter()
-        return self._mark_s - started
+        started, self._lap_start_s = self._lap_start_s, time.perf_counter()
+        return self._lap_start_s - started
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the training phase."""
@@ -234,26 +241,28 @@ def measure_run(
         use: Memory meter of the two phases.
         say: Receives the progress.
     """
+    # 1. The batches: prompts of the evaluation batch size, and the longest captions for the validation loss.
     accumulated = config.trainer.accumulate_grad_batches
     num_micro = min(accumulated, MAX_MICRO_BATCHES)
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, accumulate_grad_batches=num_micro))
     is_sorted = config.data.batching is not Batching.shuffled
-    rows = step_captions(lengths, batch_size, num_micro, is_sorted=is_sorted)
+    captions_of_batches = step_captions(lengths, batch_size, num_micro, is_sorted=is_sorted)
     assert config.data.eval_batch_size is not None, "the plan has decided"
     prompts = random_batch(config, sizes, [0] * config.data.eval_batch_size)
     labelled = random_batch(config, sizes, [lengths.longest] * min(config.data.batch_size, len(prompts)))
-    labelled = dataclasses.replace(labelled, frames=None, features=None)  # features are those of the prompts
+    labelled = dataclasses.replace(labelled, frames=None, features=None)  # its features are those of the prompts
+    # 2. The trainer and the module of a run, for one epoch that trains all that any stage trains.
     clock = _Clock(captioner, num_micro, config.llm.new_tokens, use, say)
     plan = StagePlan({"measured": _fullest_stage(config)})
     trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
     module = make_module(config, captioner, plan, {}, SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, 1))
-    batches = [random_batch(config, sizes, captions) for captions in rows]
+    batches = [random_batch(config, sizes, captions) for captions in captions_of_batches]
     # The validation loss is computed in the batch that is not timed.
-    validation = _loader(
-        config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
-    )
+    validation = [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
+    loader, validation_loader = (batch_loader(one, is_on_gpu=use.is_cuda) for one in (batches, validation))
     with deterministic_kernels(config.is_deterministic), reraising_interrupts(trainer):
-        trainer.fit(module, _loader(config, batches), validation)
+        trainer.fit(module, loader, validation_loader)
+    # 3. A clip's share of a step: the passes of a micro-batch, and of the optimizer step that several of them share.
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
     context_gib = max(clock.context_gib, use.context_gib())
     process_gib = resident_bytes("VmHWM") / GIB if use.is_cuda else 0.0
@@ -272,14 +281,9 @@ def _fullest_stage(config: Config) -> Stage:
     )
 
 
-def _loader(config: Config, batches: Sequence[Batch | ValidationBatch]) -> DataLoader[Any]:
-    """Returns a loader of ready batches, in page-locked memory as in a run."""
-    pin_memory = config.hardware.accelerator != "cpu"
-    return DataLoader(batches, batch_size=None, collate_fn=_identity, pin_memory=pin_memory)  # type: ignore[arg-type]
-
-
-def _identity(batch: Batch | ValidationBatch) -> Batch | ValidationBatch:
-    return batch
+def batch_loader(batches: Sequence[Batch | ValidationBatch], *, is_on_gpu: bool) -> DataLoader[Any]:
+    """Returns a loader of ready batches, for a GPU in page-locked memory as in a run."""
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch, pin_memory=is_on_gpu)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

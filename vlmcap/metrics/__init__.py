@@ -2,8 +2,8 @@
 
     from vlmcap.metrics import score_captions
 
-    scores = score_captions(["파도가 치는 바다."], [["파도가 밀려오는 바다.", "바다에 파도가 친다."]],
-    metrics=["bleu_4", "rouge_l"])
+    references = [["파도가 밀려오는 바다.", "바다에 파도가 친다."]]
+    scores = score_captions(["파도가 치는 바다."], references, metrics=["bleu_4", "rouge_l"])
 
 Importing this package loads no morpheme analyzer; each is loaded by the first score that needs it.
 """

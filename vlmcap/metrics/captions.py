@@ -73,8 +73,8 @@ def _join_lines(entries: list[_Entry], paths: Sequence[Path]) -> CaptionFile:
                 f"{path} has {len(lines)} lines but there are {len(entries)} predictions; give one line per prediction."
             )
     # An empty line in one of several files means that this clip has fewer references.
-    rows = [[line for line in row if line.strip()] or [row[0]] for row in zip(*streams, strict=True)]
-    return _corpus(entries, rows)
+    by_clip = [[line for line in lines if line.strip()] or [lines[0]] for lines in zip(*streams, strict=True)]
+    return _corpus(entries, by_clip)
 
 
 def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_path: Path) -> CaptionFile:
@@ -90,8 +90,8 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
         )
     if lacking:
         raise UserError(f"{other_path} has no references for the prediction with id {lacking}; add them.")
-    rows = [by_name[str(entry.name)] for entry in entries]
-    return _corpus(entries, rows, len(by_name) - len(entries))
+    by_clip = [by_name[str(entry.name)] for entry in entries]
+    return _corpus(entries, by_clip, len(by_name) - len(entries))
 
 
 def _corpus(entries: list[_Entry], references: list[list[Any]], num_unused: int = 0) -> CaptionFile:
@@ -106,11 +106,11 @@ def _read_entries(path: Path, wanted: str) -> list[_Entry]:
         return [_Entry(None, line, None) for line in _read_lines(path)]
     content = _read(path)
     if content.lstrip().startswith("[") or (content.lstrip().startswith("{") and _is_one_object(content)):
-        rows = _parse(content, str(path))
+        values = _parse(content, str(path))
         # COCO's annotations are one object that contains a list.
-        if isinstance(rows, dict):
-            rows = rows.get("annotations", [rows])
-        numbered = [(f"{path}: entry {index}", row) for index, row in enumerate(rows, start=1)]
+        if isinstance(values, dict):
+            values = values.get("annotations", [values])
+        numbered = [(f"{path}: entry {index}", value) for index, value in enumerate(values, start=1)]
     else:
         lines = content.split("\n")
         numbered = [
@@ -118,7 +118,7 @@ def _read_entries(path: Path, wanted: str) -> list[_Entry]:
             for n, line in enumerate(lines, start=1)
             if line.strip()
         ]
-    entries = [_entry(row, location, wanted) for location, row in numbered]
+    entries = [_entry(value, location, wanted) for location, value in numbered]
     seen: set[str] = set()
     for name in (entry.name for entry in entries if entry.name is not None and wanted == "prediction"):
         if name in seen:
@@ -127,20 +127,20 @@ def _read_entries(path: Path, wanted: str) -> list[_Entry]:
     return entries
 
 
-def _entry(row: Any, location: str, wanted: str) -> _Entry:
-    if not isinstance(row, dict):
+def _entry(value: Any, location: str, wanted: str) -> _Entry:
+    if not isinstance(value, dict):
         raise UserError(f"{location} is not a JSON object; repair or remove it.")
-    name = row.get("image_id", row.get("id"))  # COCO's rows have both, and `id` is that of the caption
-    text = row.get("caption", _MISSING)
-    prediction = row.get("prediction", text)
-    references = row.get("references", row.get("reference", text if wanted == "references" else None))
+    name = value.get("image_id", value.get("id"))  # COCO's entries have both, and `id` is that of the caption
+    text = value.get("caption", _MISSING)
+    prediction = value.get("prediction", text)
+    references = value.get("references", value.get("reference", text if wanted == "references" else None))
     if (prediction if wanted == "prediction" else references) is _MISSING:
-        keys = ", ".join(map(str, row)) or "none"
+        keys = ", ".join(map(str, value)) or "none"
         raise UserError(
             f"{location} has no key {wanted} (nor caption, as in COCO's files), its keys are {keys}; add it."
         )
     references = [references] if isinstance(references, str) else references
-    category = row.get("category")
+    category = value.get("category")
     return _Entry(
         None if name is None else str(name), prediction, references, "" if category is None else str(category)
     )

@@ -68,8 +68,8 @@ def clip_metrics(statistics: ClipStatistics) -> dict[str, ClipMetric]:
 
 def meteor_metric(statistics: Sequence[MeteorStatistics], name: str = "meteor") -> ClipMetric:
     """Build corpus METEOR from counts of each clip; `name` is "meteor_ko" for those of `meteor_ko_statistics`."""
-    rows = [[s.matches, s.chunks, s.matched_weight, s.hypothesis_weight, s.reference_weight] for s in statistics]
-    return ClipMetric(name, np.array(rows, np.float64).reshape(-1, 5), _meteor)
+    counts = [[s.matches, s.chunks, s.matched_weight, s.hypothesis_weight, s.reference_weight] for s in statistics]
+    return ClipMetric(name, np.array(counts, np.float64).reshape(-1, 5), _meteor)  # (N, 5), also for N = 0
 
 
 def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> ClipMetric:
@@ -83,7 +83,7 @@ def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> C
         raise UserError(f"Unknown content score {name!r}; choose one of {', '.join(known)}.")
 
     def score(sums: Floats) -> Floats:
-        tables = np.rint(sums).astype(np.int64).reshape(-1, *counts.shape[1:])
+        tables = np.rint(sums).astype(np.int64).reshape(-1, *counts.shape[1:])  # (..., 18) -> (R, 6, 3)
         return np.array([content_from_counts(table)[name] for table in tables]).reshape(sums.shape[:-1])
 
     return ClipMetric(name, counts.reshape(len(counts), -1).astype(np.float64), score)
@@ -98,7 +98,7 @@ def fact_metric(counts: npt.NDArray[np.int64], name: str = "facts/mean") -> Clip
     """
 
     def score(sums: Floats) -> Floats:
-        right, stated = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
+        right, stated = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)  # (..., 2 facts) -> two (..., facts)
         accuracy = np.where(stated > 0, right / np.maximum(stated, 1), 0.0)
         number = (stated > 0).sum(-1)  # facts that no clip states are not counted, as in `fact_accuracy`
         return np.where(number > 0, accuracy.sum(-1) / np.maximum(number, 1), np.nan)

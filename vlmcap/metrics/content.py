@@ -69,6 +69,7 @@ def content_counts(
     flat = iter(analyze_many([reference for refs in references for reference in refs]))
     counts = np.zeros((len(predictions), len(CONTENT_CLASS_NAMES), 3), np.int64)
     for index, refs in enumerate(references):
+        # The reference with the highest F1 counts, as people describe different things.
         candidates = [_count(predicted[index], _content_words(next(flat), groups)) for _ in refs]
         counts[index] = max(candidates, key=_f1)
     return counts
@@ -112,6 +113,7 @@ def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
         ):
             raise UserError(f"{where}: {word!r} needs a list of equivalent words, none of them empty.")
         for form in dict.fromkeys(form for other in (word, *others) for form in _dictionary_forms(other)):
+            # A form belongs to one group, or a word would be equivalent to two words that differ.
             if group.setdefault(form, normalize(word)) != normalize(word):
                 raise UserError(
                     f"{where}: {form!r} counts as both {group[form]!r} and {normalize(word)!r}; put it into one of "

@@ -125,12 +125,12 @@ class ReferenceCorpus:
             return numbers
 
         orders = []
-        bounds = self.first[_chunk_clips(packed.start[self.first])]
+        bounds = self.first[_chunk_clips(packed.start[self.first])]  # first caption of each chunk, and their number
         for order, (caption, numbers) in enumerate(numbered(packed, number), start=1):
-            cuts = np.searchsorted(caption, bounds).tolist()
+            ends = np.searchsorted(caption, bounds).tolist()
             pieces = [
                 count_pairs(caption[a:b] - c, numbers[a:b])
-                for a, b, c in zip(cuts[:-1], cuts[1:], bounds, strict=False)
+                for a, b, c in zip(ends[:-1], ends[1:], bounds, strict=False)
             ]
             orders.append(
                 self._order(tables[-1], pieces, bounds, len(self.vocabulary) if order == 1 else len(tables[-1]))
@@ -246,12 +246,12 @@ def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> d
         raise UserError(
             f"There are {len(categories)} categories for {len(statistics.rouge_l)} clips; give each clip one."
         )
-    rows: dict[Hashable, list[int]] = {}
+    clips: dict[Hashable, list[int]] = {}
     for index, category in enumerate(categories):
-        rows.setdefault(category, []).append(index)
+        clips.setdefault(category, []).append(index)
     return {
         category: corpus_scores(statistics.take(found)) | {"clips": float(len(found))}
-        for category, found in rows.items()
+        for category, found in clips.items()
     }
 
 
@@ -276,10 +276,12 @@ def _chunk_captions(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
 
 
 def _score_chunk(packed: Packed, references: ReferenceCorpus, first: int) -> ClipStatistics:
+    # 1. Pair each hypothesis of the chunk with all its references.
     clips = len(packed.lengths)
     begin = references.first[first : first + clips + 1]
     others = references.captions.slice(begin[0], begin[-1])
     pairs = _Pairs(begin[:-1] - begin[0], np.diff(begin), np.repeat(np.arange(clips), np.diff(begin)))
+    # 2. For each order, count BLEU's matches and add CIDEr's cosines.
     matches, cosines = [], np.zeros(len(pairs.hypothesis))
     for order, counts in zip(
         references.orders, count_ngrams(packed, [order.keys for order in references.orders[1:]]), strict=True
@@ -291,6 +293,7 @@ def _score_chunk(packed: Packed, references: ReferenceCorpus, first: int) -> Cli
         )
         matches.append(matched)
         cosines += cosine(dots, norm[pairs.hypothesis], order.norm[begin[0] : begin[-1]])
+    # 3. Reduce the pairs to clips: the nearest length for BLEU, the mean for CIDEr, the best for ROUGE-L.
     difference = packed.lengths[pairs.hypothesis] - others.lengths
     return ClipStatistics(
         np.stack(matches, axis=1),
@@ -340,7 +343,7 @@ def _match(counts: Counts, inverse: Floats, entries: Counts, pairs: _Pairs) -> t
     table = join(entries.caption, entries.ngram)
     best = np.zeros(len(counts.ngram), np.int64)
     dots = np.zeros(len(pairs.hypothesis))
-    for nth in range(pairs.number.max()):
+    for nth in range(pairs.number.max()):  # the n-th reference of all clips at once, in vector operations
         entry = np.flatnonzero(pairs.number[counts.caption] > nth)
         pair = pairs.first[counts.caption[entry]] + nth
         place, is_known = look_up(table, join(pair, counts.ngram[entry]))

@@ -17,8 +17,7 @@ COLLAPSED_DISTINCT_RATIO = 0.5
 """Share of distinct captions below which `collapse_warning` warns.
 
 People rarely describe two clips in the same words, while collapsed models had 0.04 to 0.11. A few similar clips, as in
-a
-demo, may legitimately be below it."""
+a demo, may legitimately be below it."""
 
 COLLAPSED_REPETITION_RATE = 0.2
 """Share of repeated 4-grams within captions above which `collapse_warning` warns.

@@ -256,9 +256,10 @@ def _extract_all(
 def _other_clip_accuracy(predicted: _Values, stated: _Values) -> float:
     stated_counts = Counter(value for value in stated if value is not None)
     predicted_counts = Counter(predicted)
-    pairs = stated_counts.total() * (len(predicted) - 1)
+    pairs = stated_counts.total() * (len(predicted) - 1)  # m (n - 1)
     if pairs == 0:
         return math.nan
+    # The products of counts include each clip's own pair, which is no pair of two clips.
     own = sum(p == s for p, s in zip(predicted, stated, strict=True) if s is not None)
     return (sum(predicted_counts[value] * count for value, count in stated_counts.items()) - own) / pairs
 

@@ -99,10 +99,11 @@ class SiglipScorer:
                 scores.append(ImageTextScore(math.nan, math.nan, 0.0))
                 continue
             with torch.inference_mode():
-                cosines = self._embed_frames(pictures) @ self._embed_texts(sentences).T
+                cosines = self._embed_frames(pictures) @ self._embed_texts(sentences).T  # (frames, sentences)
                 probabilities = torch.sigmoid(cosines * self.model.logit_scale.exp() + self.model.logit_bias)
-            num_cut = sum(len(ids) > self.max_length for ids in self.tokenizer(sentences, verbose=False)["input_ids"])
-            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), num_cut / len(sentences)))
+            lengths = [len(ids) for ids in self.tokenizer(sentences, verbose=False)["input_ids"]]
+            cut_ratio = sum(length > self.max_length for length in lengths) / len(sentences)
+            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), cut_ratio))
         return scores
 
     def _embed_frames(self, pictures: Sequence[Any]) -> Tensor:
@@ -134,13 +135,13 @@ class BertScore(NamedTuple):
         precision: Mean over the prediction's tokens.
         recall: Mean over the reference's tokens.
         f1: Their harmonic mean.
-        is_cut: Whether one of the texts was truncated to the encoder's input length.
+        is_truncated: Whether one of the texts was truncated to the encoder's input length.
     """
 
     precision: float
     recall: float
     f1: float
-    is_cut: bool = False
+    is_truncated: bool = False
 
 
 class BertScorer:
@@ -201,8 +202,8 @@ class BertScorer:
                 for text, vector in self._embed(batch, weights)
             }
             for i in clips:
-                own = vectors[normalize(predictions[i])]
-                compared = (_compare(own, vectors[normalize(text)]) for text in references[i])
+                prediction = vectors[normalize(predictions[i])]
+                compared = (_compare(prediction, vectors[normalize(text)]) for text in references[i])
                 scores.append(max(compared, key=lambda score: score.f1))
         return scores
 
@@ -220,8 +221,9 @@ class BertScorer:
         special = inputs.pop("special_tokens_mask").bool()
         num_tokens = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
         with torch.inference_mode():
+            # (texts, longest text, width)
             hidden = self.model(**inputs.to(self.device), output_hidden_states=True).hidden_states[self.layer]
-        kept = (inputs["attention_mask"].bool() & ~special.to(self.device)).cpu()
+        kept = (inputs["attention_mask"].bool() & ~special.to(self.device)).cpu()  # neither padding nor special tokens
         for i, text in enumerate(texts):
             ids = inputs["input_ids"][i].cpu()[kept[i]].tolist()
             weight = torch.tensor([1.0 if weights is None else weights.get(token, weights[-1]) for token in ids])
@@ -240,19 +242,19 @@ class BertScorer:
 class _Text(NamedTuple):
     vectors: Tensor  # (tokens, width), unit length
     weights: Tensor  # (tokens,)
-    is_cut: bool
+    is_truncated: bool
 
 
 def _compare(prediction: _Text, reference: _Text) -> BertScore:
-    is_cut = prediction.is_cut or reference.is_cut
+    is_truncated = prediction.is_truncated or reference.is_truncated
     if len(prediction.vectors) == 0 or len(reference.vectors) == 0:
         value = float(len(prediction.vectors) == len(reference.vectors))
-        return BertScore(value, value, value, is_cut)
-    cosines = prediction.vectors @ reference.vectors.T
+        return BertScore(value, value, value, is_truncated)
+    cosines = prediction.vectors @ reference.vectors.T  # (tokens of the prediction, tokens of the reference)
     precision = _weighted_mean(cosines.amax(1), prediction.weights)
     recall = _weighted_mean(cosines.amax(0), reference.weights)
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return BertScore(precision, recall, f1, is_cut)
+    return BertScore(precision, recall, f1, is_truncated)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> float:

@@ -86,10 +86,10 @@ def _batched_lcs(hypotheses: Packed, references: Packed, hypothesis: Ints, refer
     """Compute the LCS of pairs ordered by descending hypothesis length, whose references take `words` 64-bit words."""
     masks, row, begin = _place_masks(hypotheses, references, hypothesis, reference, words)
     lengths = hypotheses.lengths[hypothesis]
-    active = np.searchsorted(-lengths, -np.arange(lengths[0]))
-    state = np.full((words, len(lengths)), np.iinfo(np.uint64).max, np.uint64)
+    active = np.searchsorted(-lengths, -np.arange(lengths[0]))  # number of pairs with a token at each step
+    state = np.full((words, len(lengths)), np.iinfo(np.uint64).max, np.uint64)  # V of each pair
     for step, pairs in enumerate(active.tolist()):
-        at = row[begin[:pairs] + step]
+        at = row[begin[:pairs] + step]  # M of the token of each pair
         carry = np.uint64(0)
         for word in range(words):
             old = state[word, :pairs]
@@ -97,7 +97,7 @@ def _batched_lcs(hypotheses: Packed, references: Packed, hypothesis: Ints, refer
             new = old + common
             if word:
                 new += carry
-            if word + 1 < words:
+            if word + 1 < words:  # the addition carries into the next word
                 carry = (common | (old & ~new)) >> np.uint64(_WORD_BITS - 1)
             state[word, :pairs] = new | (old ^ common)
     return np.bitwise_count(~state).sum(axis=0, dtype=np.int64)

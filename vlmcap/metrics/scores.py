@@ -81,6 +81,7 @@ def score_captions(
     """
     check_captions(predictions, references)
     wanted = _check_metrics(metrics)
+    # 1. Scores of texts, which need no tokenizer or their own.
     scores: dict[str, float] = {}
     if "chrf" in wanted:
         scores["chrf"] = corpus_chrf(predictions, references)
@@ -90,6 +91,7 @@ def score_captions(
         scores["meteor_ko"] = corpus_meteor_ko(predictions, references)
     if any(name.startswith("content_") for name in wanted):
         scores |= content_scores(predictions, references, synonyms)
+    # 2. Scores of tokens, which are counted one time for all of them.
     token_metrics = {name for name in wanted if name not in scores}
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if token_metrics:
@@ -131,8 +133,8 @@ def score_each(
         "rouge_l": statistics.rouge_l,
         "bleu_4": bleu[:, 3],
     }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    by_clip = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, values, strict=True)) for values in by_clip]
 
 
 def score_by_category(

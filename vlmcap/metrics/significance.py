@@ -210,12 +210,12 @@ def approximate_randomization(
         UserError: As in `paired_bootstrap`.
     """
     check_resampling(first, second, resamples=resamples, confidence=0.5)
-    change = second.values - first.values
+    change = second.values - first.values  # (N, K): what moves from one total to the other if a clip is swapped
     total_first, total_second = first.values.sum(0), second.values.sum(0)
     rng = np.random.default_rng(seed)
     samples = []
     for size in chunk_sizes(resamples, len(change)):
-        moved = (rng.random((size, len(change))) < 0.5).astype(np.float64) @ change
+        moved = (rng.random((size, len(change))) < 0.5).astype(np.float64) @ change  # (size, N) @ (N, K)
         samples.append(second.score(total_second - moved) - first.score(total_first + moved))
     difference = second.corpus_score() - first.corpus_score()
     p_value = _p_value(np.concatenate(samples), difference)
@@ -315,7 +315,7 @@ def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Itera
     rng = np.random.default_rng(seed)
     for size in chunk_sizes(resamples, clips):
         counts = rng.multinomial(clips, np.full(clips, 1 / clips), size=size).astype(np.float64)
-        yield counts @ together
+        yield counts @ together  # (size, N) @ (N, K of all arrays)
 
 
 def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMetric) -> Floats:
@@ -326,7 +326,7 @@ def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMet
     below = ((samples < score).mean() + (samples <= score).mean()) / 2
     if not 0 < below < 1:  # all resamples are on one side, so no correction is defined, as if all clips have one score
         return ndtr(deviates)
-    left_out = metric.score(metric.values.sum(0) - metric.values)
+    left_out = metric.score(metric.values.sum(0) - metric.values)  # (N,): the jackknife, without one clip each
     deviations = left_out.mean() - left_out
     spread = float((deviations**2).sum() ** 1.5)
     skew = float((deviations**3).sum()) / (6 * spread) if spread > 0 else 0.0

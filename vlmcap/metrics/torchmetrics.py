@@ -52,7 +52,7 @@ class CaptionScore(Metric):
     is_differentiable = False
     higher_is_better = None  # True for most, but not for the length ratio
     full_state_update = False
-    rows: list[Tensor]
+    records: list[Tensor]  # bytes of JSON lines
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class CaptionScore(Metric):
         self.tokenizer, self.metrics, self.backend = tokenizer, metrics, backend
         self.normalize_fullwidth, self.synonyms = normalize_fullwidth, synonyms
         load_synonyms(synonyms)  # so that a mistake is reported now and not after an epoch
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("records", default=[], dist_reduce_fx="cat")
 
     def update(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str] | None = None
@@ -96,9 +96,9 @@ class CaptionScore(Metric):
         if ids is not None and len(ids) != len(predictions):
             raise UserError(f"There are {len(predictions)} predictions but {len(ids)} ids; give each clip one of both.")
         names = [None] * len(predictions) if ids is None else [str(name) for name in ids]
-        records = zip(names, predictions, map(list, references), strict=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII, so that no text breaks a line
-        self.rows.append(torch.tensor(bytearray(lines.encode("ascii")), dtype=torch.uint8, device=self.device))
+        clips = zip(names, predictions, map(list, references), strict=True)
+        lines = "".join(json.dumps(clip) + "\n" for clip in clips)  # ASCII, so that no text breaks a line
+        self.records.append(torch.tensor(bytearray(lines.encode("ascii")), dtype=torch.uint8, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Score the whole corpus, in float64: float32 would drop the digits in which ranks must agree.
@@ -109,8 +109,8 @@ class CaptionScore(Metric):
         corpus = self.corpus()
         scores = score_with(
             self.backend,
-            [row[1] for row in corpus],
-            [row[2] for row in corpus],
+            [prediction for _, prediction, _ in corpus],
+            [references for _, _, references in corpus],
             tokenizer=get_tokenizer(self.tokenizer, normalize_fullwidth=self.normalize_fullwidth),
             metrics=self.metrics,
             synonyms=self.synonyms,
@@ -120,10 +120,10 @@ class CaptionScore(Metric):
 
     def corpus(self) -> list[tuple[str | None, str, list[str]]]:
         """Return id, prediction and references of each clip held here, each id once, in the order of scoring."""
-        if len(self.rows) == 0:
+        if len(self.records) == 0:
             return []
         # `set_dtype` may have changed the dtype of the bytes, which half precision represents exactly.
-        lines = dim_zero_cat(self.rows).to("cpu", torch.uint8).numpy().tobytes().decode("ascii").splitlines()
+        lines = dim_zero_cat(self.records).to("cpu", torch.uint8).numpy().tobytes().decode("ascii").splitlines()
         corpus: list[tuple[str | None, str, list[str]]] = []
         seen: dict[str, list[str]] = {}
         # Sums of floats depend on their order. Sorting makes the result independent of the order of arrival, also for
@@ -140,6 +140,6 @@ class CaptionScore(Metric):
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # For a rank without clips torchmetrics would send an empty float tensor, which other ranks could not gather
         # with their bytes.
-        if len(self.rows) == 0:
-            self.rows.append(torch.zeros(0, dtype=torch.uint8, device=self.device))
+        if len(self.records) == 0:
+            self.records.append(torch.zeros(0, dtype=torch.uint8, device=self.device))
         super()._sync_dist(*args, **kwargs)

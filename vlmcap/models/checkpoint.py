@@ -50,7 +50,7 @@ def locate(
     *,
     key: str,
     gate: str | None = None,
-    part: str | None = None,
+    tensor_filter: str | None = None,
     has_weights: bool = True,
 ) -> Path:
     """Returns the local folder of a checkpoint, after downloading it if it is a hub id.
@@ -62,8 +62,8 @@ def locate(
         revision: Branch, tag or commit on the hub.
         key: Configuration key, for the error message.
         gate: License that must be accepted on the hub.
-        part: Text in the names of the required tensors, such as `VISION`; files of a pretrained VLM without such a
-            tensor are not downloaded.
+        tensor_filter: Text in the names of the required tensors, such as `VISION`; files of a pretrained VLM without
+            such a tensor are not downloaded.
         has_weights: False downloads only the small files: configuration, tokenizer, chat template.
 
     Raises:
@@ -72,7 +72,7 @@ def locate(
     if (folder := _local_folder(checkpoint, revision, key)) is not None:
         return folder
     try:
-        return _download(checkpoint, revision, part, has_weights)
+        return _download(checkpoint, revision, tensor_filter, has_weights)
     except UserError:
         raise
     except Exception as error:
@@ -110,16 +110,17 @@ def locate_description(
     return folder
 
 
-def is_present(checkpoint: str, revision: str | None, part: str | None = None) -> bool:
+def is_present(checkpoint: str, revision: str | None, tensor_filter: str | None = None) -> bool:
     """Whether a checkpoint is completely on this machine; the hub is not asked.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.
         revision: Branch, tag or commit on the hub.
-        part: As for `locate`.
+        tensor_filter: As for `locate`.
     """
     return (
-        Path(checkpoint).expanduser().is_dir() or _find_cached(checkpoint, revision, part, has_weights=True) is not None
+        Path(checkpoint).expanduser().is_dir()
+        or _find_cached(checkpoint, revision, tensor_filter, has_weights=True) is not None
     )
 
 
@@ -132,7 +133,7 @@ def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | Non
         if revision is not None:
             name = f"{key.rpartition('.')[0]}.revision"
             raise UserError(
-                f"{name}={revision} changes nothing, as {key}={checkpoint} is a folder, not a hub id; leave {name} out"
+                f"{name}={revision} has no effect, as {key}={checkpoint} is a folder, not a hub id; leave {name} out"
             )
         return folder
     if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # not a hub id
@@ -140,14 +141,14 @@ def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | Non
     return None
 
 
-def _download(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path:
+def _download(checkpoint: str, revision: str | None, tensor_filter: str | None, has_weights: bool) -> Path:
     """Downloads a snapshot and returns its folder; falls back to a cached one if the hub cannot be reached."""
     # 1. One small file shows whether the checkpoint may be read, and resolves the revision to a commit.
     try:
         folder = fetch_file(checkpoint, "config.json", revision).parent
         names = list_files(checkpoint, folder.name)
     except Exception:
-        if (cached := _find_cached(checkpoint, revision, part, has_weights)) is not None:
+        if (cached := _find_cached(checkpoint, revision, tensor_filter, has_weights)) is not None:
             return cached
         raise
 
@@ -156,13 +157,13 @@ def _download(checkpoint: str, revision: str | None, part: str | None, has_weigh
 
     # 3. Weights; of a pretrained VLM only the files with the required tensors.
     weights = [_weights_pattern(names)] if has_weights else []
-    if weights and part is not None and (index := folder / _index_of(weights[0])).is_file():
-        weights = _shards(index, part)
+    if weights and tensor_filter is not None and (index := folder / _index_of(weights[0])).is_file():
+        weights = _shards(index, tensor_filter)
     fetch_files(checkpoint, _matching(names, weights), folder.name)
     return folder
 
 
-def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path | None:
+def _find_cached(checkpoint: str, revision: str | None, tensor_filter: str | None, has_weights: bool) -> Path | None:
     """Returns the cached snapshot if it is complete.
 
     It may be incomplete because a plan downloads only the configuration, and because downloads break off.
@@ -176,7 +177,7 @@ def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_we
         if (folder / pattern.replace("*", "")).is_file():
             return folder
         if (index := folder / _index_of(pattern)).is_file() and all(
-            (folder / file).is_file() for file in _shards(index, part or "")
+            (folder / file).is_file() for file in _shards(index, tensor_filter or "")
         ):
             return folder
     return None
@@ -196,14 +197,14 @@ def _index_of(pattern: str) -> str:
     return f"{pattern.replace('*', '')}.index.json"
 
 
-def _shards(index: Path, part: str) -> list[str]:
-    """Returns the files with tensors that have `part` in their name, or all files if no tensor has."""
+def _shards(index: Path, tensor_filter: str) -> list[str]:
+    """Returns the files with tensors that have `tensor_filter` in their name, or all files if no tensor has."""
     files = weight_map(index)
-    return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
+    return sorted({file for tensor, file in files.items() if tensor_filter in tensor} or set(files.values()))
 
 
 def fingerprint(
-    folder: Path, name: str, memo: Path | None = None, part: str | None = None, *, has_weights: bool = True
+    folder: Path, name: str, memo: Path | None = None, tensor_filter: str | None = None, *, has_weights: bool = True
 ) -> Fingerprint:
     """Computes the fingerprint of the files in `folder`.
 
@@ -211,12 +212,12 @@ def fingerprint(
         folder: Folder that `locate` returned.
         name: Configured name.
         memo: JSON file that caches hashes by path, size and modification time, as hashing 60 GB takes a minute.
-        part: As for `locate`; other files of a pretrained VLM do not count.
+        tensor_filter: As for `locate`; other files of a pretrained VLM do not count.
         has_weights: As for `locate`.
     """
     weights = [_SAFE if any(folder.glob(_SAFE)) else _PICKLED] if has_weights else []
-    if weights and part is not None and (index := folder / _index_of(weights[0])).is_file():
-        weights = _shards(index, part)
+    if weights and tensor_filter is not None and (index := folder / _index_of(weights[0])).is_file():
+        weights = _shards(index, tensor_filter)
     files = sorted(file for pattern in (*weights, *_CONTENT) for file in folder.glob(pattern))
     known = _read_memo(memo)
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmcap.config import Config
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.planning.hardware import DeviceInfo, detect_cpu, detect_gpu, matching_profile, planned_device
 
 
@@ -95,8 +95,7 @@ def write_calibration(folder: Path, calibration: Calibration) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', calibration.device_name).strip('-.')}.json"
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(calibration.plain(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(file, calibration.plain())
     return file
 
 

@@ -34,9 +34,9 @@ MAX_SLOTS = 64
 FILL = 0.9  # share of a GPU's memory that slots may fill, as a plan is an estimate
 UNPACKED_BYTES = 2.5  # bytes moved to unpack a 4-bit weight for a product: half a byte read, two written
 READ_AGAIN = 2  # bytes of an unpacked weight that the product then reads
-# Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of
-# these sizes on each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
-FUSED_ROWS = 16
+# Slots up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers
+# of these sizes on each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
+FUSED_SLOTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,7 @@ class _CaptionPlanner:
         slots.
         """
         num_clips, prompt = self.num_clips(slots), self.prompt(slots)
+        # Tokens that the slots decode one after the other: full rounds at the mean length, the last at the longest.
         num_tokens = (num_clips / slots - 1) * self.lengths.mean + self.lengths.longest_of(slots)
         prefill_s = prompt.memory.flops / self.group(slots) / (self.device.utilisation * self.device.peak_flops)
         return prefill_s + num_tokens * token_s / num_clips
@@ -226,7 +227,7 @@ class _CaptionPlanner:
 
         prompt = self.prompt(slots)
         # Experts are unpacked for any number of slots, other weights only for many.
-        share = unpacked_experts(self.config, slots) or float(slots > FUSED_ROWS)
+        share = unpacked_experts(self.config, slots) or float(slots > FUSED_SLOTS)
         unpacking = 2 * share * packed_bytes(self.config, prompt) * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
         weights = sum(size for kind, size in prompt.memory.weights.items() if kind != ORIGINALS)
         cached = (
@@ -244,15 +245,18 @@ def is_captured(config: Config) -> bool:
     """
     from vlmcap.planning.estimate.sizes import unpacked_experts, uses_native_decoding
 
-    is_stock = config.llm.quantization is Quantization["none"] and not (
+    # 8-bit layers and the experts of transformers wait for the GPU in each step, which a graph cannot contain.
+    has_stock_experts = config.llm.quantization is Quantization["none"] and not (
         config.tuning.use_lora and lora_of(config).use_experts
     )
-    waits = config.llm.quantization is Quantization["8bit"] or (is_stock and unpacked_experts(config, 1) > 0)
+    synchronizes = config.llm.quantization is Quantization["8bit"] or (
+        has_stock_experts and unpacked_experts(config, 1) > 0
+    )
     is_wanted = config.hardware.accelerator != "cpu" and config.evaluation.cuda_graphs is not False
     return (
         is_wanted
         and uses_native_decoding(config)
-        and not waits
+        and not synchronizes
         and not config.hardware.compile
         and config.trainer.strategy is not Strategy.fsdp2
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmcap.config import Config
+from vlmcap.libraries import usable_processors
 
 GIB = 2**30
 UTILISATION = 0.4  # share of a GPU's peak that models of these sizes reach in training, where nothing was measured
@@ -147,7 +147,7 @@ def detect_gpu() -> DetectedDevice | None:
 def detect_cpu() -> DetectedDevice:
     """Returns this machine's CPU with its memory."""
     total, free = _host_memory_gib()
-    return DetectedDevice(f"{_processor_name()}, {os.cpu_count() or 1} cores", total, free, "cpu")
+    return DetectedDevice(f"{_processor_name()}, {usable_processors()} cores", total, free, "cpu")
 
 
 def _processor_name() -> str:
@@ -172,10 +172,8 @@ def _host_memory_gib() -> tuple[float, float]:
 
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-)  # control groups version 2 and 1
+# Files with limit and use, in control groups of version 2 and of version 1.
+_CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 def _cgroup_limits_gib() -> list[tuple[float, float]]:
@@ -187,10 +185,11 @@ def _cgroup_limits_gib() -> list[tuple[float, float]]:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    own = [path.strip("/") for _, kinds, path in (line.split(":", 2) for line in lines) if kinds in ("", "memory")]
+    # Each line is "number:controllers:path"; a limit of any parent folder applies too.
+    groups = [path.strip("/") for _, kinds, path in (line.split(":", 2) for line in lines) if kinds in ("", "memory")]
     folders = {
         folder
-        for path in own
+        for path in groups
         for root in (_CGROUPS, _CGROUPS / "memory")
         for folder in (root / path, *(root / path).parents)
     }
@@ -213,5 +212,5 @@ def _reclaimable_bytes(folder: Path) -> int:
 
 def planned_device(config: Config) -> DeviceInfo:
     """Returns the device of the hardware profile, or this machine's CPU, from data sheets alone."""
-    cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
+    cores = usable_processors() if config.hardware.accelerator == "cpu" else None
     return device_info(config.hardware.name, config.hardware.memory_gib, cores)

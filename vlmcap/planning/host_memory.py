@@ -51,6 +51,7 @@ def host_peak(
         waiting: Bytes of features that wait for their captions to be decoded.
         scores: Score name to the stage of its model.
     """
+    # 1. What is alive at every moment.
     num_trained = sum(stage.memory.num_trained for stage in steps)
     process = {"process": float(PROCESS_BYTES)}
     loaders = _loaders(config, batches)
@@ -62,12 +63,13 @@ def host_peak(
         ),
         0.0,
     )
+    # 2. The moments of training; weights pass through the host while they are loaded.
     moments = {
         "loading": process | {"encoder being moved to the device": tower},
         "training": process | loaders | {"offloaded checkpoints": offloaded},
         "validating": process | loaders | {"features to caption": waiting},
     }
-    # Lightning moves the optimiser state to the host when `fit` ends.
+    # 3. The moments after `fit`, at whose end Lightning moves the optimiser state to the host.
     ended = process | {name: size for name, size in loaders.items() if name.startswith("pinned")}
     ended |= {"optimiser state": OPTIMIZERS[config.optim.kind.value][0] * num_trained}
     if config.trainer.shrink_on_oom:

@@ -82,9 +82,8 @@ def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:
     """
     if config.data.is_demo or not Path(config.data.root).expanduser().exists():
         return {}
-    from vlmcap.planning.estimate.meta_models import (
-        cached,
-    )  # loads all that a plan needs, and a run without one does not
+    # Imported here, because it loads all that a plan needs, and a run without a plan does not.
+    from vlmcap.planning.estimate.meta_models import cached
 
     return cached(["clips", _data_key(config)], lambda: load_splits(config, (), tuple(Split)))  # type: ignore[no-any-return]
 

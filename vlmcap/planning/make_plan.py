@@ -150,8 +150,8 @@ def fullest_batch(config: Config, memory_profiler: MemoryProfiler, captions: Cap
 def _scores(config: Config, memory_profiler: MemoryProfiler) -> tuple[dict[str, ProfiledStage], list[str]]:
     """Returns the models of scores by name, and the settings whose models are not known on this machine."""
     profiles = memory_profiler.scores()
-    stages = {key.partition("_")[0]: ProfiledStage(key, trace) for key, trace in profiles.items() if trace is not None}
-    return stages, [f"evaluation.{key}" for key, trace in profiles.items() if trace is None]
+    stages = {key.partition("_")[0]: ProfiledStage(key, found) for key, found in profiles.items() if found is not None}
+    return stages, [f"evaluation.{key}" for key, found in profiles.items() if found is None]
 
 
 def _training_moment(
@@ -203,12 +203,11 @@ def _padded_flops(
     A batch is padded to its longest clip, out of random ones or of clips of similar length. Arithmetic is scaled by
     tokens, which ignores that attention grows faster.
     """
-    _, profiles = fullest_batch(config, memory_profiler, captions)
+    _, profiled = fullest_batch(config, memory_profiler, captions)
     length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
-    padded = length if config.data.max_tokens_per_batch is None else profiles
-    share = (memory_profiler.sizes.num_before_caption + min(padded, profiles)) / (
-        memory_profiler.sizes.num_before_caption + profiles
-    )
+    padded = length if config.data.max_tokens_per_batch is None else profiled
+    before = memory_profiler.sizes.num_before_caption
+    share = (before + min(padded, profiled)) / (before + profiled)
     *front, language = (stage.memory.flops for stage in steps)
     return sum(front) + share * language
 

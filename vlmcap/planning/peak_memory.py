@@ -83,10 +83,13 @@ def training_peak(
         accumulates: Whether gradients of earlier micro-batches are there from the beginning.
         unused_share: Memory that the allocator cannot hand out, as a share of all but weights.
     """
+    # 1. What is alive throughout, and the optimiser step, when no activations are left.
     num_trained = sum(stage.memory.num_trained for stage in stages)
     state, work = OPTIMIZERS[optimizer]
     always = weights(stages) + Counter(dict(held)) + Counter({"optimiser state": state * num_trained})
     moments = {"optimiser step": Counter({"gradients": FLOAT * num_trained, "optimiser step": work * num_trained})}
+    # 2. Each moment of a stage, beside what earlier stages keep for their backward pass and, in the backward pass, the
+    # gradients that later stages have left.
     for index, stage in enumerate(stages):
         before = _sum_stages((other.name, other.memory.retained) for other in stages[:index])
         behind = _sum_stages((other.name, other.memory.left) for other in stages[index + 1 :])
@@ -154,6 +157,7 @@ def generation_peak(
         scores: Score name to the stage of its model, which runs after the captions are decoded.
         unused_share: Memory that the allocator cannot hand out, as a share of all but weights.
     """
+    # 1. Forward passes of encoder and projector, beside the cache if it is reserved.
     always, last = weights(stages) + Counter(dict(held)), stages[-1].name
     cache = work.token_bytes * work.num_slots * (work.prompt_tokens + work.new_tokens)
     reserved: Counter[str] = Counter({"keys and values": cache}) if work.is_reserved else Counter()
@@ -162,6 +166,7 @@ def generation_peak(
         for stage in stages[:-1]
         for name, peak in _forward_peaks(stage.memory)
     }
+    # 2. The validation loss, prefill and the last token.
     moments |= {
         f"validation loss, {name}": _with_stage_name(last, peak) for name, peak in _forward_peaks(work.validation)
     }
@@ -173,6 +178,7 @@ def generation_peak(
         cache_entry = reserved if work.is_reserved else Counter({"keys and values": kept})
         moments[f"prompt, {name}"] = alive - Counter({attention: kept}) + cache_entry
     moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache * work.copied_share})
+    # 3. The models of scores, which are loaded after the captions are decoded.
     for name, stage in scores.items():
         score_weights = Counter({f"{name}: weights": sum(stage.memory.weights.values())})
         moments |= {

@@ -251,8 +251,10 @@ def _histogram(values: ArrayLike, label: str, marks: Sequence[tuple[float, str]]
     if numbers.size == 0:
         return ""
     low, high = float(numbers.min()), float(numbers.max())
+    # Bars are at least 1 wide, since the numbers are counts; equal numbers make one bar.
     counts, edges = np.histogram(numbers, bins=min(num_bins, max(1, int(high - low))), range=(low, max(high, low + 1)))
     width, height, bottom = 640, 150, 170
+    # Pixels: bars stand on a line at `height`, and the numbers at both ends of the axis are below it.
     scale = width / (edges[-1] - edges[0])
     step, top = width / len(counts), int(counts.max())
     bars = "".join(

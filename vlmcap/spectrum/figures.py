@@ -178,21 +178,22 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
         distance = patch_distances(frame.grid)
         patches = frame.patches.double()
         unit, centred = F.normalize(patches, dim=-1), patches - mean.double()
-        parts = {
+        # (P, P) each: a value for every pair of patches of the frame.
+        of_pairs = {
             "distance": distance,
             "similarity": unit @ unit.T,
             "product": centred @ centred.T,
             "count": torch.ones_like(distance),
         }
         bins = distance.round().long().flatten()
-        for name, part in parts.items():
-            found = torch.bincount(bins, weights=part.flatten())
-            held = sums.get(name, found[:0])
-            size = max(len(held), len(found))
-            sums[name] = F.pad(held, (0, size - len(held))) + F.pad(found, (0, size - len(found)))
+        for name, values in of_pairs.items():
+            found = torch.bincount(bins, weights=values.flatten())  # (K,), a sum per whole distance
+            earlier = sums.get(name, found[:0])
+            size = max(len(earlier), len(found))  # frames of other grids have other largest distances
+            sums[name] = F.pad(earlier, (0, size - len(earlier))) + F.pad(found, (0, size - len(found)))
     count = sums["count"]
-    is_there = count > 0
-    means = {name: (sums[name] / count.clamp_min(1))[is_there] for name in ("distance", "similarity", "product")}
+    has_pairs = count > 0
+    means = {name: (sums[name] / count.clamp_min(1))[has_pairs] for name in ("distance", "similarity", "product")}
     variance = means["product"][0].clamp_min(torch.finfo(torch.float64).tiny)
     columns = (means["distance"], means["similarity"], means["product"] / variance)
     return Locality(*(tuple(column.tolist()) for column in columns))
@@ -201,9 +202,9 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
 def patch_distances(grid: tuple[int, int]) -> Tensor:
     """Returns the Euclidean distance of each pair of patches in patches, float64 (P, P)."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]).double(), torch.arange(grid[1]).double(), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], 1)
+    positions = torch.stack([rows.flatten(), columns.flatten()], 1)  # (P, 2)
     # Exact; the default for large grids subtracts squares, so that a patch has a distance from itself.
-    return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(positions, positions, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def similarity_maps(frame: FrameFeatures, queries: Sequence[int]) -> Tensor:
@@ -220,7 +221,7 @@ def measure_spectrum(frames: Sequence[FrameFeatures], *, max_tokens: int, seed: 
         max_tokens: Most patches, drawn from all, in the singular values.
         seed: Seed of the draw.
     """
-    tokens = torch.cat([frame.patches for frame in frames]).float().cpu()
+    tokens = torch.cat([frame.patches for frame in frames]).float().cpu()  # (N, Dv)
     drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:max_tokens]
     norms = tokens.double().norm(dim=-1)
     median = norms.median()

@@ -22,7 +22,7 @@ from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import TINY, prepare
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.libraries import silence_libraries
 from vlmcap.locks import claimed_folder
 from vlmcap.models.encoders import VisionEncoder
@@ -82,8 +82,7 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
                 spectra.append(found)
                 report(len(spectra), len(jobs))
         record = spectra_record(spectra)
-        with replacing(folder / "spectrum.json") as partial:
-            partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "spectrum.json", record)
         if len(spectra) > 1:
             draw_comparison(spectra, folder / "comparison.png")
     if as_json:
@@ -99,29 +98,30 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
     Raises:
         UserError: The encoder or the clips are not available, or no clip can be read.
     """
+    # 1. The clips and the encoder, without a language model.
     device_of(config)
     is_tiny = config.encoder.checkpoint == TINY
-    if not is_tiny:  # so that the tiny language model is not made needlessly
+    if not is_tiny:  # prepare then makes no tiny language model
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, checkpoint="unused"))
     if is_tiny or not settings.images:
         config = prepare(config)
     clips = _clips(config, settings)
     folder = locate_base_checkpoints(config, is_encoder_only=True).folders[vision_component(config)]
     encoder = load_encoder(dataclasses.replace(config, cache=dataclasses.replace(config.cache, pooled=False)), folder)
+    # 2. The features of some frames of each clip, and of all layers for the first clip.
     frames: list[FrameFeatures] = []
     pictures: list[Tensor | None] = []
-    num_layers = 0
     layers: dict[str, Spectrum] = {}
     keep = max(1, MAX_FRAMES // len(clips))
     for sample in _samples(config, encoder, clips):
-        if settings.has_layers and num_layers == 0:
+        if settings.has_layers and not layers:
             layers = _layers(config, encoder, sample, settings)
-            num_layers = len(layers)
         clip_frames, clip_pictures = _encode(config, encoder, sample, keep)
         frames += clip_frames
         pictures += clip_pictures
     if not frames:
         raise UserError(f"none of the {len(clips)} clips can be read; check data.root or --images")
+    # 3. The figures of all frames, and the frame in the middle for the pictures.
     spectrum = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
     middle = len(frames) // 2
     layer = encoder.feature_layer
@@ -136,17 +136,17 @@ def _clips(config: Config, settings: SpectrumSettings) -> list[Clip]:
         missing = next((path for path in settings.images if not path.is_file()), None)
         if missing is not None:
             raise UserError(f"--images: {missing} does not exist")
-        return [Clip(str(row), str(path), ()) for row, path in enumerate(settings.images)]
+        return [Clip(str(index), str(path), ()) for index, path in enumerate(settings.images)]
     splits = load_splits(config, (), tuple(Split))
     found = splits.get("val") or next(iter(splits.values()))
     count = min(settings.num_clips, len(found))
-    return [found[row * len(found) // count] for row in range(count)]
+    return [found[index * len(found) // count] for index in range(count)]
 
 
 def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> Iterator[Sample]:
     dataset = decoded_dataset(config, encoder.transform, grid_of_frames(config, encoder), clips)
-    for row in range(len(clips)):
-        item = dataset[row]
+    for index in range(len(clips)):
+        item = dataset[index]
         if isinstance(item, Sample):
             yield item
 
@@ -168,27 +168,28 @@ def _encode(
     finally:
         if handle is not None:
             handle.remove()
+    # Qwen-VL joins two frames into one, so there may be fewer grids than pictures.
     num_frames, *side = sample.grid_thw or (len(features[0]), *encoder.grid)
     grid = (side[0], side[1])
-    rows = torch.linspace(0, num_frames - 1, min(keep, num_frames)).round().long().tolist()
+    indices = torch.linspace(0, num_frames - 1, min(keep, num_frames)).round().long().tolist()
     found = [
         FrameFeatures(
-            features[0][row, : grid[0] * grid[1]].float().cpu(),
+            features[0][index, : grid[0] * grid[1]].float().cpu(),
             grid,
-            prefixes[0][row].float().cpu() if prefixes else None,
+            prefixes[0][index].float().cpu() if prefixes else None,
         )
-        for row in rows
+        for index in indices
     ]
-    return found, [_picture(sample.frames, row, grid) for row in rows]
+    return found, [_picture(sample.frames, index, grid) for index in indices]
 
 
-def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
+def _picture(frames: Tensor, index: int, grid: tuple[int, int]) -> Tensor | None:
     """Returns a frame as uint8 (H, W, 3), or None where there is no such frame (Qwen-VL joins two frames)."""
-    if frames.dim() == 4 and row < len(frames):
-        return frames[row].permute(1, 2, 0)
-    if frames.dim() == 3 and row < len(frames):  # NaFlex: patches of rows of pixels, then colours
+    if frames.dim() == 4 and index < len(frames):
+        return frames[index].permute(1, 2, 0)
+    if frames.dim() == 3 and index < len(frames):  # NaFlex: patches of rows of pixels, then colours
         side = round((frames.shape[-1] // 3) ** 0.5)
-        patches = frames[row, : grid[0] * grid[1]]
+        patches = frames[index, : grid[0] * grid[1]]
         if side * side * 3 == frames.shape[-1]:
             # (h * w, 3 * side²) -> (h * side, w * side, 3)
             return (
@@ -208,6 +209,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     if config.is_pretrained_vlm or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
         raise UserError("--layers needs an encoder whose frames have one size; remove it")
     assert sample.frames is not None
+    # The longest list of modules holds the blocks, whatever the architecture calls it.
     lists = [module for module in encoder.tower.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = max(lists, key=len, default=torch.nn.ModuleList())
     found: dict[str, Spectrum] = {}

@@ -68,8 +68,9 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     queries = [row * columns + column for row, column in _queries(rows, columns)]
     num_maps = len(queries) + 1
     figure = Figure(figsize=(3 * num_maps, 6.2), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-    upper, lower = parts
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    upper, lower = halves
+    # 1. Above: singular values, and similarity against distance.
     values, alike = upper.subplots(1, 2)
     _draw_values(values, [one])
     _draw_locality(alike, one)
@@ -77,15 +78,16 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
         f"{one.label}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}",
         fontsize=11,
     )
+    # 2. Below: the frame, and a map for each of the chosen patches, in one colour scale.
     axes = lower.subplots(1, num_maps)
     _draw_frame(axes[0], one, queries)
     maps = similarity_maps(one.frame, queries)
     low = min(float(maps.min()), 0.0)
     image = None
-    for place, (query, plot) in enumerate(zip(queries, axes[1:], strict=True)):
-        image = plot.imshow(maps[place].numpy(), cmap="viridis", vmin=low, vmax=1)
+    for index, (query, plot) in enumerate(zip(queries, axes[1:], strict=True)):
+        image = plot.imshow(maps[index].numpy(), cmap="viridis", vmin=low, vmax=1)
         plot.plot(query % columns, query // columns, "+", color="red", markersize=10)
-        plot.set_title(f"alike patch {'ABC'[place]}", fontsize=9)
+        plot.set_title(f"alike patch {'ABC'[index]}", fontsize=9)
         plot.axis("off")
     assert image is not None
     lower.colorbar(image, ax=list(axes[1:]), shrink=0.8, label="cosine similarity")
@@ -102,13 +104,13 @@ def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
             one.spectrum.locality.distances, one.spectrum.locality.correlation, ".-", color=colour, label=one.label
         )
     _label_locality(alike)
-    places = range(len(spectra))
+    positions = range(len(spectra))
     shares = [one.spectrum.effective_rank / one.spectrum.width for one in spectra]
-    bars = ranks.barh(places, shares, color=_cycle(len(spectra)))
+    bars = ranks.barh(positions, shares, color=_cycle(len(spectra)))
     ranks.bar_label(
         bars, [f"{one.spectrum.effective_rank:.1f} of {one.spectrum.width}" for one in spectra], padding=3, fontsize=8
     )
-    ranks.set_yticks(list(places), [one.label for one in spectra], fontsize=8)
+    ranks.set_yticks(list(positions), [one.label for one in spectra], fontsize=8)
     ranks.invert_yaxis()
     ranks.margins(x=0.35)
     ranks.set_xlabel("effective rank, share of the width")
@@ -117,8 +119,8 @@ def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
 
 def _queries(rows: int, columns: int) -> list[tuple[int, int]]:
     """Returns up to three patches: the centre, and two off it towards opposite corners."""
-    places = [(rows // 2, columns // 2), (rows // 5, columns // 5), (rows - 1 - rows // 5, columns - 1 - columns // 5)]
-    return list(dict.fromkeys(places))
+    patches = [(rows // 2, columns // 2), (rows // 5, columns // 5), (rows - 1 - rows // 5, columns - 1 - columns // 5)]
+    return list(dict.fromkeys(patches))
 
 
 def _draw_values(axes: Any, spectra: Sequence[EncoderSpectrum]) -> None:
@@ -158,10 +160,10 @@ def _draw_frame(axes: Any, one: EncoderSpectrum, queries: Sequence[int]) -> None
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # in patches, as the maps beside it
     picture = one.picture.numpy() if one.picture is not None else [[[230, 230, 230]]]
     axes.imshow(picture, extent=extent)
-    for place, query in enumerate(queries):
+    for index, query in enumerate(queries):
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
         axes.text(
-            query % columns, query // columns, "ABC"[place], ha="center", va="center", fontsize=8, color="red", bbox=box
+            query % columns, query // columns, "ABC"[index], ha="center", va="center", fontsize=8, color="red", bbox=box
         )
 
 

@@ -97,6 +97,7 @@ class Composer:
             node: Any = self._loader.load_sweep_config(self._master, [*overrides])
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(innermost(error))) from error
+        # Hydra's own node is removed as its launchers do, so that the rest is a run's configuration.
         OmegaConf.set_struct(node, False)
         hydra_node = node.pop("hydra")
         node.paths.output_dir = ""  # not known yet, and not part of the hash

@@ -7,7 +7,6 @@ same.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from vlmcap.config import Config, DemoDataConfig, HalvingSweepConfig, Scaled, TwoStageConfig
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.sweeping.composing import Composer, Job
 from vlmcap.sweeping.job import FINISHED
 from vlmcap.sweeping.runner import JobResult, Runner
@@ -76,6 +75,7 @@ class Halving:
         sizes = round_sizes(len(left), self._sweep.keep)
         rounds: list[Round] = []
         for index, size in enumerate(sizes):
+            # Rounds grow by 1 / keep, up to all clips and epochs in the last one.
             share = self._sweep.keep ** (len(sizes) - 1 - index)
             print(
                 f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the last round's "
@@ -83,12 +83,14 @@ class Halving:
                 flush=True,
             )
             jobs = [
-                self._composer.job(scaled(job, share, self._sweep.scaled), _named(job, index, len(sizes)))
+                self._composer.job(
+                    scaled(job, share, self._sweep.scaled), f"{job.name}, round {index + 1}/{len(sizes)}"
+                )
                 for job in left
             ]
             results = self._runner.run(jobs)
-            after = sizes[index + 1] if index + 1 < len(sizes) else size
-            chosen = best(results, after, self._objective[1])
+            num_kept = sizes[index + 1] if index + 1 < len(sizes) else size
+            chosen = best_jobs(results, num_kept, self._objective[1])
             rounds.append(Round(share, jobs, results, [number in chosen for number in range(len(results))]))
             self._write(rounds)
             left = [left[number] for number in chosen]
@@ -99,8 +101,7 @@ class Halving:
 
     def _write(self, rounds: Sequence[Round]) -> None:
         plain = {"objective": self._objective[0], "mode": self._objective[1], "rounds": [_plain(one) for one in rounds]}
-        with replacing(self._runner.folder / ROUNDS_FILE) as partial:
-            partial.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(self._runner.folder / ROUNDS_FILE, plain)
 
 
 def round_sizes(count: int, keep: float) -> list[int]:
@@ -111,7 +112,7 @@ def round_sizes(count: int, keep: float) -> list[int]:
     return sizes
 
 
-def best(results: Sequence[JobResult], count: int, mode: str) -> list[int]:
+def best_jobs(results: Sequence[JobResult], count: int, mode: str) -> list[int]:
     """Returns the indices of the `count` best finished jobs, in ascending order."""
     sign = 1.0 if mode == "min" else -1.0
     scored = [
@@ -135,18 +136,18 @@ def scaled(job: Job, share: float, what: Scaled) -> list[str]:
     if share == 1.0:
         return [*job.overrides]
     each = math.sqrt(share) if what is Scaled.both else share
-    more = []
+    changed = []
     if what is not Scaled.epochs:
-        more.append(f"data.max_clips={max(1, math.ceil(num_clips(config) * each))}")
+        changed.append(f"data.max_clips={max(1, math.ceil(num_clips(config) * each))}")
     if what is not Scaled.clips:
         stages = {
             name: max(1, round(stage.epochs * each)) if stage.epochs else 0
             for name, stage in config.tuning.stages.items()
         }
-        more.append(f"tuning.epochs={sum(stages.values())}")
-        more += [f"tuning.align_epochs={stages['align']}"] if isinstance(config.tuning, TwoStageConfig) else []
-    keys = {override.partition("=")[0] for override in more}
-    return [*(override for override in job.overrides if override.partition("=")[0] not in keys), *more]
+        changed.append(f"tuning.epochs={sum(stages.values())}")
+        changed += [f"tuning.align_epochs={stages['align']}"] if isinstance(config.tuning, TwoStageConfig) else []
+    keys = {override.partition("=")[0] for override in changed}
+    return [*(override for override in job.overrides if override.partition("=")[0] not in keys), *changed]
 
 
 def num_clips(config: Config | None) -> int:
@@ -163,10 +164,6 @@ def num_clips(config: Config | None) -> int:
     raise UserError(
         "sweep=halving needs data.max_clips, which has no value; set it to the number of clips of the last round"
     )
-
-
-def _named(job: Job, index: int, count: int) -> str:
-    return f"{job.name}, round {index + 1}/{count}"
 
 
 def _plain(one: Round) -> dict[str, Any]:

@@ -138,6 +138,7 @@ class Record:
             return FINISHED
         if isinstance(error, TrialPruned):
             return PRUNED
+        # A mistake that is found before training is refused; later it is a failure.
         if isinstance(error, UserError) and not self._has_trained():
             return REFUSED
         return FAILED if isinstance(error, Exception) else INTERRUPTED

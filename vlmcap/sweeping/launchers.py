@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from vlmcap.config import LauncherConfig, ParallelLauncherConfig, RayLauncherConfig, SubmititLauncherConfig
 from vlmcap.errors import UserError, first_line
+from vlmcap.libraries import usable_processors
 from vlmcap.sweeping.child import JobPacker, run_packed
 from vlmcap.sweeping.job import BEGUN, read_status
 from vlmcap.sweeping.runner import JobLauncher
@@ -124,28 +125,34 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
         free: queue.Queue[str] = queue.Queue()
-        given = device_shares(self._launcher, visible_devices())
-        for share in given:
+        shares = device_shares(self._launcher, visible_devices())
+        for share in shares:
             free.put(share)
         run = self._library.delayed(self._run_one)
-        environment = self._environment(len(given))
-        self._library.Parallel(n_jobs=len(given), backend="threading")(run(*one, free, environment) for one in packed)
+        environment = self._environment(len(shares))
+        self._library.Parallel(n_jobs=len(shares), backend="threading")(run(*one, free, environment) for one in packed)
 
     def _run_one(self, packed: bytes, folder: Path, free: queue.Queue[str], environment: dict[str, str]) -> None:
         share = free.get()
         try:
             with (folder / LOG).open("ab") as log:
                 command = [sys.executable, "-m", "vlmcap.sweeping.child"]
-                own = environment | {"CUDA_VISIBLE_DEVICES": share}
                 # The job is sent through a pipe, as another user could replace a file of pickled code.
-                subprocess.run(command, input=packed, env=own, stdout=log, stderr=subprocess.STDOUT, check=False)
+                subprocess.run(
+                    command,
+                    input=packed,
+                    env=environment | {"CUDA_VISIBLE_DEVICES": share},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                )
         finally:
             free.put(share)
         print_result(folder)
 
     def _environment(self, num_jobs: int) -> dict[str, str]:
         """Returns the environment of a job: the module search path of this process, and a share of the cores."""
-        cores = self._launcher.cpus_per_job or max(1, (os.cpu_count() or 1) // num_jobs)
+        cores = self._launcher.cpus_per_job or max(1, usable_processors() // num_jobs)
         return {"OMP_NUM_THREADS": str(cores)} | dict(os.environ) | _module_paths()
 
 
@@ -155,14 +162,14 @@ class RayLauncher(_Launcher[RayLauncherConfig]):
     library = "ray"
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
-        cpus, is_own = self._launcher.cpus_per_job or 1, self._launcher.address is None
+        cpus, is_local = self._launcher.cpus_per_job or 1, self._launcher.address is None
         gpus = self._launcher.gpus_per_job
         if gpus is None:
-            gpus = 1 if not is_own or visible_devices() else 0
-        started = {"num_cpus": cpus * self._launcher.n_jobs} if is_own and self._launcher.n_jobs else {}
+            gpus = 1 if not is_local or visible_devices() else 0
+        started = {"num_cpus": cpus * self._launcher.n_jobs} if is_local and self._launcher.n_jobs else {}
         self._library.init(
             self._launcher.address,
-            include_dashboard=False if is_own else None,
+            include_dashboard=False if is_local else None,
             runtime_env={"env_vars": _module_paths()},
             **started,
         )
@@ -242,8 +249,8 @@ def make_launcher(
     """
     native: dict[str, Any] = {kind.library: kind for kind in (JoblibLauncher, RayLauncher, SubmititLauncher)}
     if launcher.kind in native:
-        made: JobLauncher = native[launcher.kind](launcher, JobPacker(context, task, master))
-        return made
+        job_launcher: JobLauncher = native[launcher.kind](launcher, JobPacker(context, task, master))
+        return job_launcher
     from hydra.core.plugins import Plugins
 
     return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)

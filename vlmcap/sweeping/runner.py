@@ -72,6 +72,7 @@ class Runner:
     def __init__(self, folder: Path, launcher: JobLauncher, *, is_resumed: bool, batch_size: int | None) -> None:
         self.folder, self._launcher, self._batch_size = folder, launcher, batch_size
         self.results: list[JobResult] = []
+        # Jobs of an earlier start are found by the hash of their configuration, not by their number.
         found = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
         if found and not is_resumed:
             raise UserError(
@@ -135,6 +136,7 @@ class Runner:
             self._launcher.launch([self._overrides(number, job) for number, job in batch], batch[0][0])
         except Exception as error:
             problem = first_line(error)
+            # Without any status, the launcher itself failed; otherwise each job's status tells its end.
             if not any((self.folder / str(number) / STATUS_FILE).is_file() for number, _ in batch):
                 raise UserError(f"the jobs could not be started: {problem}") from error
         finally:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 
-_WHOLE = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
+_WHOLE_BOUNDS = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ def read_space(overrides: Sequence[Override]) -> SearchSpace:
     fixed: dict[str, str] = {}
     for override in overrides:
         key = override.get_key_element()
+        # The last override of a key replaces earlier ones, whatever their kind.
         for known in (distributions, choices, fixed):
             known.pop(key, None)
         if not override.is_sweep_override():
@@ -99,10 +100,11 @@ def _distribution(key: str, override: Override) -> Any:
     is_log = "log" in getattr(value, "tags", ())
     try:
         if is_interval:
-            if _WHOLE.search(override.input_line or ""):  # Hydra converts the bounds to floats
+            if _WHOLE_BOUNDS.search(override.input_line or ""):  # Hydra converts the bounds to floats
                 return IntDistribution(int(value.start), int(value.end), log=is_log)
             return FloatDistribution(value.start, value.end, log=is_log)
         if is_range and not value.shuffle:
+            # Hydra's ranges exclude their end, Optuna's include it.
             values = [*value.range()]
             if is_log or all(isinstance(bound, int) for bound in (value.start, value.stop, value.step)):
                 last = int(values[-1])
@@ -174,6 +176,7 @@ class Search:
         trials = self._study.get_trials(deepcopy=False)
         left = self._sweep.n_trials - sum(trial.state.is_finished() for trial in trials)
         count = max(0, min(left, self._num_parallel))
+        # Trials that an earlier start of the sweep left running come first.
         chosen = [trial for trial in trials if trial.state is TrialState.RUNNING][:count]
         num_waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         while len(chosen) < count and (self._sweep.sampler is not Sampler.grid or num_waiting > 0):

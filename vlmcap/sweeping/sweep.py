@@ -17,8 +17,8 @@ from vlmcap.config.kinds import schema_of
 from vlmcap.errors import UserError
 from vlmcap.locks import claimed_folder
 from vlmcap.sweeping.composing import Composer, check_arguments
-from vlmcap.sweeping.halving import Halving
-from vlmcap.sweeping.job import FINISHED, Status
+from vlmcap.sweeping.halving import Halving, best_jobs
+from vlmcap.sweeping.job import Status
 from vlmcap.sweeping.launchers import batch_size, make_launcher, num_parallel
 from vlmcap.sweeping.runner import JobResult, Runner
 from vlmcap.sweeping.search import Search, read_space
@@ -69,19 +69,17 @@ def _run(
     if isinstance(sweep, OptunaSweepConfig):
         space = read_space(composer.parse(arguments))
         check_arguments(arguments, [*space.distributions])
-        search = Search(sweep, space, composer, runner, _objective(master)[1], num_parallel(launcher))
+        trials = Search(sweep, space, composer, runner, _objective(master)[1], num_parallel(launcher))
         write_arguments(master, runner.folder)
-        search.run()
+        trials.run()
         return
     jobs = composer.grid(arguments)
-    halving = Halving(sweep, composer, runner, _objective(master)) if isinstance(sweep, HalvingSweepConfig) else None
-    if halving is not None:
-        halving.check(jobs)
+    search: Halving | Runner = runner
+    if isinstance(sweep, HalvingSweepConfig):
+        search = Halving(sweep, composer, runner, _objective(master))
+        search.check(jobs)
     write_arguments(master, runner.folder)
-    if halving is not None:
-        halving.run(jobs)
-    else:
-        runner.run(jobs)
+    search.run(jobs)
 
 
 def write_arguments(master: DictConfig, folder: Path) -> None:
@@ -118,8 +116,9 @@ def show_sweep(
     from rich.console import Console
     from rich.table import Table
 
+    # A resumed or halved sweep may have several results of one job.
     rows = sorted({result.number: result for result in results}.values(), key=lambda result: result.number)
-    best = best_of(rows, objective[1])
+    best = next((rows[index] for index in best_jobs(rows, 1, objective[1])), None)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("job", "overrides", "status", objective[0], "min", "reason"):
         table.add_column(name, justify="right" if name in ("job", objective[0], "min") else "left", overflow="fold")
@@ -144,17 +143,6 @@ def show_sweep(
             f"sweep.resume=true sweep.folder={shown}"
         )
     print(f"To compare the runs: vlmcap report {shown}", flush=True)
-
-
-def best_of(results: Sequence[JobResult], mode: str) -> JobResult | None:
-    """Returns the finished job with the best objective."""
-    sign = -1.0 if mode == "min" else 1.0
-    scored = [
-        (sign * result.status.objective, result)
-        for result in results
-        if result.status.status == FINISHED and result.status.objective is not None
-    ]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
 def _planned_memory(status: Status) -> str:

@@ -101,7 +101,7 @@ def _try_fit(run: Run, resumed: Path | None) -> str | None:
     The exception itself is dropped, because its traceback would keep the tensors of all frames alive.
     """
     try:
-        with run.data.watch.naming_clips(), handling_signals(run), reraising_interrupts(run.trainer):
+        with run.data.watch.as_user_errors(), handling_signals(run), reraising_interrupts(run.trainer):
             run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except Exception as error:
         if not is_out_of_memory(error):

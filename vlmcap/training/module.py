@@ -21,10 +21,10 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.callbacks.saving import normalize_loop_state, request_validation
 from vlmcap.training.checkpoints.load import check_base_checkpoints, check_weights, trained_parameters
-from vlmcap.training.optimizer import fit_saved_states, make_optimizer
+from vlmcap.training.optimizer import adapt_optimizer_states, make_optimizer
 from vlmcap.training.random_state import gather_random_states, set_random_states
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch, ValidationBatch, select_rows
+from vlmcap.types import Batch, ValidationBatch, select_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,7 @@ class CaptioningModule(L.LightningModule):
         (tokens,) = self._sum_over_ranks(self._window_tokens)
         self._window_tokens = 0
         self._step_rates = {group["component"]: float(group["lr"]) for group in optimizer.param_groups}
+        # Undoes the division of `training_step` and Lightning's two means, then divides by the label tokens.
         scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, tokens)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -215,14 +216,16 @@ class CaptioningModule(L.LightningModule):
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> Any:
         """Returns a `ValidationOutput` with the loss and, if requested, captions; each clip is encoded once."""
         self._log_skipped(batch)
+        # 1. Encode the clips, and write their captions.
         prompts = self.captioner.with_features(batch.prompts)
         captions = self.captioner.generate(prompts) if batch.is_captioned and len(prompts) else []
+        # 2. Measure the loss in micro-batches as large as those of training, with the same features.
         losses, num_labels = [0.0], 0
         indices = {clip.id: index for index, clip in enumerate(prompts.clips)}
         for micro_batch in batch.labelled:
             if len(micro_batch):
                 assert prompts.features is not None
-                features = select_rows(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
+                features = select_entries(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
                 loss, count = self.captioner(replace(micro_batch, features=features))
                 losses.append(float(loss))
                 num_labels += count
@@ -309,10 +312,12 @@ class CaptioningModule(L.LightningModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         epoch = self.trainer.current_epoch
+        # 1. Where the run continues in the data.
         position = self._train_sampler().position(epoch, int(progress.processed))
         # An epoch counts as processed only after its validation.
         is_last = position["epoch"] > epoch == epochs.processed
         normalize_loop_state(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
+        # 2. Sums since the last log, which a resumed run continues.
         sums = self._sum_over_ranks(float(self._log_loss), self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
         first, *others = gather_random_states()
@@ -337,9 +342,11 @@ class CaptioningModule(L.LightningModule):
                 optimiser state has another kind.
         """
         held = checkpoint.get("vlmcap") or {}
-        check_base_checkpoints(held.get("bases", {}), self.identity.get("bases", {}))
+        # 1. Refuse a checkpoint of another model, and convert the optimiser state.
+        check_base_checkpoints(held.get("base_checkpoints", {}), self.identity.get("base_checkpoints", {}))
         check_weights(checkpoint["state_dict"], self.trained)
-        fit_saved_states(checkpoint.get("optimizer_states", []), self.optim_config)
+        adapt_optimizer_states(checkpoint.get("optimizer_states", []), self.optim_config)
+        # 2. Restore random states and sums.
         states, rank = [held["random"], *held.get("random_of_others", [])], self.trainer.global_rank
         if rank < len(states):  # additional ranks keep the states of their seeds
             set_random_states(states[rank])
@@ -347,6 +354,7 @@ class CaptioningModule(L.LightningModule):
             log = held["log"]
             self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]
             self.num_truncated = log["truncated"]
+        # 3. Continue at the saved position, after the validation that the run may have missed.
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, CaptionDataModule):
             datamodule.resume_at(held["position"])

@@ -80,6 +80,7 @@ def build_run(
     from vlmcap.training.profiling.callback import step_profile
     from vlmcap.training.schedule import StagePlan
 
+    # 1. Build the loaders, and seed what training draws.
     data = build_data(config, assembly, clips)
     if is_training:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,14 +88,16 @@ def build_run(
             write_yaml(to_plain(config), folder / "config.yaml")
         # The random state does not depend on what was cached before, and each rank draws its own dropout.
         L.seed_everything(config.seed + process_rank(config), verbose=False)
+    # 2. Build the module, and the callbacks that training and evaluation share.
     plan = StagePlan(config.tuning.stages)
-    identity, skipped_log = checkpoint_identity(config, assembly.sources), open_skipped_log(config, data.clips)
+    identity, skipped_log = checkpoint_identity(config, assembly.base_checkpoints), open_skipped_log(config, data.clips)
     module = make_module(config, assembly.captioner, plan, identity, skipped_log)
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)
     callbacks = _common_callbacks(config, data, evaluation, folder, trial)
     if not is_training:
         loggers = make_evaluation_loggers(config, to_plain(config), folder)
         return Run(module, data, make_trainer(config, plan, folder, callbacks, loggers), evaluation, folder)
+    # 3. Add what only training needs.
     profile = step_profile(config, data, folder)
     callbacks += _training_callbacks(config, plan, profile, folder)
     loggers = make_loggers(config, to_plain(config), folder, step)

@@ -31,6 +31,7 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
     Raises:
         UserError: The parameters are on a device that this kind of optimiser does not support.
     """
+    # 1. Two groups per component: matrices decay; biases and the weights of norms are vectors and do not.
     groups = []
     for component, parameters in trained.items():
         for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
@@ -45,6 +46,7 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
                         "name": component if is_matrix else f"{component}_vectors",
                     }
                 )
+    # 2. The optimiser of the configured kind.
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2)}
     if config.kind is OptimKind.adamw:
         return torch.optim.AdamW(groups, **settings)  # foreach on a GPU, by torch's own choice
@@ -64,7 +66,7 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
     return optimizer
 
 
-def fit_saved_states(saved: list[dict[str, Any]], config: OptimConfig) -> None:
+def adapt_optimizer_states(saved: list[dict[str, Any]], config: OptimConfig) -> None:
     """Adapts saved optimiser states to the configured kind; fused and plain AdamW have the same state.
 
     Args:

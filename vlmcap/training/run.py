@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmcap.assembly.clips import Splits, load_splits, open_skipped_log
 from vlmcap.assembly.features import prepare_features, warn_of_clips
@@ -19,7 +18,7 @@ from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
 from vlmcap.determinism import deterministic_kernels
 from vlmcap.errors import TrialPruned
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.libraries import import_libraries, silence_libraries
 from vlmcap.planning.known_data import for_plan
 from vlmcap.planning.make_plan import enforce_plan, num_kept_layers, with_caption_plan
@@ -162,7 +161,7 @@ def _validation_loss(run: Run) -> dict[str, float]:
     """Returns the loss of the validation clips for a run that ended before its first validation."""
     run.data.trainer = run.trainer
     labelled = run.data.val_dataloader(is_captioned=False)
-    with run.data.watch.naming_clips(), suppress(TrialPruned):  # training is over, so there is nothing to prune
+    with run.data.watch.as_user_errors(), suppress(TrialPruned):  # training is over, so there is nothing to prune
         run.trainer.validate(run.module, dataloaders=labelled, verbose=False)
     return dict(run.evaluation.scores)
 
@@ -263,12 +262,6 @@ def test(run: Run, split: Split) -> dict[str, float]:
     """Captions a full split and returns its scores by name."""
     run.evaluation.split = split.value
     run.data.trainer = run.trainer
-    with run.data.watch.naming_clips():
+    with run.data.watch.as_user_errors():
         run.trainer.test(run.module, dataloaders=run.data.prompt_loader(split.value), verbose=False)
     return dict(run.evaluation.scores)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file atomically."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -52,6 +52,7 @@ class StagePlan:
         for name, stage in self.stages.items():
             if stage.epochs == 0:
                 continue
+            # The last assignment is the last stage with epochs, for epochs after the end.
             position = StagePosition(name, stage, first)
             first += stage.epochs
             if epoch < first:

@@ -35,9 +35,11 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
         dtype: Dtype in which blocks compute and parameters are gathered, while gradients are reduced in float32; None
             uses the dtype of the weights. The projector stays in float32.
     """
-    held = _strip_to_meta(captioner)
-    weights: dict[str, Any] = {**held} if dist.get_rank() == 0 else {}
-    del held
+    # 1. Take the weights out of the model, so that `fully_shard` allocates nothing.
+    found = _strip_to_meta(captioner)
+    weights: dict[str, Any] = {**found} if dist.get_rank() == 0 else {}
+    del found
+    # 2. Divide the model into units, the inner ones first.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
     )
@@ -50,6 +52,7 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
     fully_shard(captioner, mesh=mesh, reshard_after_forward=True)
     for method in _METHODS:
         register_fsdp_forward_method(captioner, method)
+    # 3. Allocate the shards, and fill them from the first process.
     _materialize(captioner, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(captioner, weights, options=options)
@@ -72,16 +75,16 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _strip_to_meta(captioner: nn.Module) -> dict[str, Tensor]:
     """Replaces all parameters by meta parameters and returns the original ones by name; shared ones stay shared."""
-    held = dict(captioner.named_parameters(remove_duplicate=False))
-    made: dict[int, nn.Parameter] = {}
+    originals = dict(captioner.named_parameters(remove_duplicate=False))
+    replaced: dict[int, nn.Parameter] = {}
     for module in captioner.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in made:
+                if id(parameter) not in replaced:
                     empty = torch.empty_like(parameter, device="meta")
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-    return {name: parameter.detach() for name, parameter in held.items() if not parameter.is_meta}
+                    replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = replaced[id(parameter)]
+    return {name: parameter.detach() for name, parameter in originals.items() if not parameter.is_meta}
 
 
 def _materialize(captioner: nn.Module, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from vlmcap.training.sharding import as_sharded_like, gather_full, load_full_weights
 
-_children: list[subprocess.Popen[bytes]] = []
+_children: list[subprocess.Popen[bytes]] = []  # processes that this one has started, until `end_processes`
 # The other processes wait while the first one loads a large model or scores a large split.
 _TIMEOUT = timedelta(hours=2)
 
@@ -39,6 +39,7 @@ class JobLauncher(_SubprocessScriptLauncher):
     def _call_children_scripts(self) -> None:
         self._check_can_spawn_children()
         environment, count = self.cluster_environment, self.num_processes
+        # The variables of torchrun, which the children inherit; each child gets a rank of its own below.
         os.environ |= {
             "MASTER_ADDR": environment.main_address,
             "MASTER_PORT": str(environment.main_port),

@@ -157,6 +157,7 @@ def planned_values(config: Config, run: Run, plan: Plan | None, num_steps: int) 
     """
     if plan is None:
         return None
+    # Clips of this process's steps, and captions of the validations among them.
     num_trained = num_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
     num_validations = num_trained // len(run.data.clips["train"]) // config.evaluation.every_n_epochs
     num_captioned = num_validations * min(config.evaluation.max_clips, len(run.data.clips["val"]))

@@ -135,7 +135,7 @@ def swap_entries(path: Path, _: Path) -> None:
 def rename_entries(path: Path, _: Path) -> None:
     """The header says of two clips what belongs to the other."""
     content = path.read_bytes()
-    one, two = (row.content.encode() for row in shards.read_shard(path).rows[:2])
+    one, two = (entry.content.encode() for entry in shards.read_shard(path).entries[:2])
     overwrite(path, content.replace(one, b"?" * 32, 1).replace(two, one, 1).replace(b"?" * 32, two, 1))
 
 
@@ -190,9 +190,9 @@ def test_a_damaged_clip_is_left_out_of_the_run_and_encoded_by_the_next(
     clips = numbered(20)
     store = make_store(tmp_path, clips, make_recipe())
     path = shards_of(store)[1]
-    row = shards.read_shard(path).rows[0]
-    flip(path, row.offset + 3)
-    bad = clips.hashes.tolist().index(row.content.encode())
+    entry = shards.read_shard(path).entries[0]
+    flip(path, entry.offset + 3)
+    bad = clips.hashes.tolist().index(entry.content.encode())
     dataset = FeatureDataset([Clip(f"클립{i}", f"{i}.mp4", ("글",)) for i in range(20)], clips.hashes, store)
 
     def refuse(*_: object) -> None:
@@ -220,12 +220,12 @@ def test_a_damaged_clip_is_left_out_of_the_run_and_encoded_by_the_next(
 def test_a_repair_does_not_make_other_damage_look_sound(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered(6)
     store = make_store(tmp_path, clips, make_recipe())
-    path = max(shards_of(store), key=lambda shard: len(shards.read_shard(shard).rows))
-    rows = shards.read_shard(path).rows
-    for row in rows[:2]:
-        flip(path, row.offset)
-    store.drop_damaged(rows[0].content.encode())
-    assert all(store.skipped(row.content.encode()) == DAMAGED for row in rows[:2])
+    path = max(shards_of(store), key=lambda shard: len(shards.read_shard(shard).entries))
+    entries = shards.read_shard(path).entries
+    for entry in entries[:2]:
+        flip(path, entry.offset)
+    store.drop_damaged(entries[0].content.encode())
+    assert all(store.skipped(entry.content.encode()) == DAMAGED for entry in entries[:2])
     assert read_all(store, clips, "float16") == 4
 
 
@@ -251,13 +251,13 @@ def test_all_stores_are_verified(tmp_path: Path, numbered: Make, make_recipe: Ma
     count = sum(len(shards_of(store)) for store in stores)
     assert calls == [(number, count) for number in range(1, count + 1)]
     (first, second, *_), (third, *_) = map(shards_of, stores)
-    rows = shards.read_shard(first).rows
-    flip(first, rows[-1].offset)
+    entries = shards.read_shard(first).entries
+    flip(first, entries[-1].offset)
     cut(second, second)
     flip(stores[1].folder / FILE, -1)
     found = verify_stores(tmp_path / "features")
     assert {(damage.path, damage.contents, damage.is_removed) for damage in found} == {
-        (first, (rows[-1].content,), True),
+        (first, (entries[-1].content,), True),
         (second, (), True),
         (stores[1].folder / FILE, (), True),
     }

@@ -17,7 +17,7 @@ from vlmcap.data.features import index as indices
 from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE, ShardFile, ShardIndex, contains
 from vlmcap.data.features.precision import ErrorSums
-from vlmcap.data.features.shards import Row, Shard
+from vlmcap.data.features.shards import Entry, Shard
 from vlmcap.data.features.store import FeatureStore
 
 Make = Callable[..., Any]
@@ -188,12 +188,12 @@ def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
     hashes = contents(np.arange(num_clips))
     index = ShardIndex()
     for number, start in enumerate(range(0, num_clips, per_shard)):
-        rows = [
-            Row(content.decode(), 8 * i, 4 * i, (2, i % 9 + 1, 8), None, i)
+        entries = [
+            Entry(content.decode(), 8 * i, 4 * i, (2, i % 9 + 1, 8), None, i)
             for i, content in enumerate(hashes[start : start + per_shard])
         ]
         file = ShardFile(f"{number}.safetensors", 1, 1, "int8", {}, (), ErrorSums())
-        index = index.with_shards([(file, Shard("int8", tuple(rows), {}, (), ErrorSums()))])
+        index = index.with_shards([(file, Shard("int8", tuple(entries), {}, (), ErrorSums()))])
     indices.save(index, tmp_path)
     mapped = indices.load(tmp_path)
     assert all(

@@ -68,7 +68,7 @@ def test_the_clip_is_named(loader: Loader, kill: Callable[[], Any]) -> None:
         pytest.raises(
             UserError, match=r"^a data worker, process \d+, died.* while it read clip23 \(videos/clip23\.mp4\); "
         ) as caught,
-        watch.naming_clips(),
+        watch.as_user_errors(),
     ):
         for _ in loader(dataset, sampler=keys, batch_size=4, num_workers=2, collate_fn=list):
             pass
@@ -92,7 +92,7 @@ def _fresh_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_death_during_a_training_step_is_named_too(loader: Loader) -> None:
     watch = WorkerWatch()
     dataset = watch.watch(Deadly(2, by_oom_killer), CLIPS)
-    with pytest.raises(UserError, match=r"died .* while it read clip2 "), watch.naming_clips():
+    with pytest.raises(UserError, match=r"died .* while it read clip2 "), watch.as_user_errors():
         batches = iter(loader(dataset, batch_size=1, num_workers=1, collate_fn=list))
         next(batches)
         time.sleep(20)  # interrupted by the handler of torch
@@ -102,7 +102,7 @@ def test_a_death_during_a_training_step_is_named_too(loader: Loader) -> None:
 def test_a_death_between_two_clips_says_what_it_can() -> None:
     watch = WorkerWatch()
     dataset = watch.watch(Deadly(-1, by_exit), CLIPS)
-    with pytest.raises(UserError, match=r"died.* between two clips, .*data\.num_workers"), watch.naming_clips():
+    with pytest.raises(UserError, match=r"died.* between two clips, .*data\.num_workers"), watch.as_user_errors():
         batches = iter(loader := DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list))
         next(batches)
         time.sleep(0.5)
@@ -133,18 +133,18 @@ def test_a_batch_of_a_dead_worker_is_its_death(index: int | None, said: str) -> 
     worker = torch.multiprocessing.get_context("fork").Process(target=hand_over_and_die, args=(watch, queue, index))
     worker.start()
     worker.join()
-    with pytest.raises(UserError, match=f"^a data worker{said}") as caught, watch.naming_clips():
+    with pytest.raises(UserError, match=f"^a data worker{said}") as caught, watch.as_user_errors():
         queue.get(timeout=30)
     assert isinstance(caught.value.__cause__, EOFError | OSError)
-    with pytest.raises(FileNotFoundError), watch.naming_clips():
+    with pytest.raises(FileNotFoundError), watch.as_user_errors():
         Path("nowhere").read_bytes()  # an error of the disk stays one
 
 
 def test_other_errors_pass_unchanged() -> None:
     watch = WorkerWatch()
-    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"), watch.naming_clips():
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"), watch.as_user_errors():
         raise RuntimeError("CUDA out of memory")
-    with pytest.raises(KeyError), watch.naming_clips():
+    with pytest.raises(KeyError), watch.as_user_errors():
         raise KeyError("x")
 
 
@@ -157,7 +157,7 @@ def test_without_workers_it_only_passes_on() -> None:
 def test_spawned_workers_are_watched_too() -> None:
     watch = WorkerWatch()
     dataset = watch.watch(Deadly(1, by_oom_killer), CLIPS)
-    with pytest.raises(UserError, match="while it read clip1 "), watch.naming_clips():
+    with pytest.raises(UserError, match="while it read clip1 "), watch.as_user_errors():
         list(DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="spawn"))
 
 
@@ -175,6 +175,6 @@ def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(
         pytest.raises(
             UserError, match=rf"^no batch came .* for 2 s while they read clip5 \(videos/clip5\.mp4\): {cause}"
         ),
-        watch.naming_clips(),
+        watch.as_user_errors(),
     ):
         list(loader(dataset, batch_size=4, num_workers=1, collate_fn=list, timeout=2))

@@ -237,7 +237,7 @@ def test_an_index_is_small(tmp_path: Path) -> None:
     archive = write_raw_zip(tmp_path / "a.zip", [(b"%d" % number, b"") for number in range(20_000)])
     index = list_members(str(archive))
     assert isinstance(index, ArchiveIndex)
-    assert index.rows.nbytes <= 40 * len(index)
+    assert index.spans.nbytes <= 40 * len(index)
     assert read_text(f"zip://19999::{archive}") == ""
 
 

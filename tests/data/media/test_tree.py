@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlmcap.data.formats.webdataset import MEDIA
-from vlmcap.data.media.tree import IMAGE_ENDINGS, VIDEO_ENDINGS, Visit, is_hidden_path, walk
+from vlmcap.data.media.tree import IMAGE_ENDINGS, VIDEO_ENDINGS, WalkState, is_hidden_path, walk
 from vlmcap.errors import UserError
 
 
@@ -28,8 +28,8 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def walked(root: Path, visit: Visit | None = None) -> list[str]:
-    return [os.path.relpath(path, root) for path in walk(str(root), visit=visit)]
+def walked(root: Path, state: WalkState | None = None) -> list[str]:
+    return [os.path.relpath(path, root) for path in walk(str(root), state=state)]
 
 
 def test_a_folder_has_every_name_that_leads_to_it_and_circles_end(root: Path) -> None:
@@ -44,9 +44,9 @@ def test_a_folder_has_every_name_that_leads_to_it_and_circles_end(root: Path) ->
 
 
 def test_a_visit_enters_each_folder_once_by_its_own_name(root: Path) -> None:
-    visit = Visit()
-    assert walked(root, visit) == ["a/a.mp4", "b/b.mp4", "shared/shared.mp4"]
-    assert [os.path.relpath(path, root) for path in visit.unreadable] == ["lost", "self"]
+    state = WalkState()
+    assert walked(root, state) == ["a/a.mp4", "b/b.mp4", "shared/shared.mp4"]
+    assert [os.path.relpath(path, root) for path in state.unreadable] == ["lost", "self"]
 
 
 def test_circles_through_the_outside_end(root: Path, tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_circles_through_the_outside_end(root: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "o.mp4").touch()
     (root / "other").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(root)
-    for visit in (None, Visit()):
-        found = [os.path.relpath(path, root) for path in walk(str(root), "follow", visit)]
+    for state in (None, WalkState()):
+        found = [os.path.relpath(path, root) for path in walk(str(root), "follow", state)]
         assert found.count("other/o.mp4") == 1
         assert not any("root" in path or "/back/" in path for path in found)
 
@@ -72,9 +72,9 @@ def test_a_folder_that_cannot_be_opened_is_named(root: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"root/b cannot be read \(Permission denied\)"):
         walked(root)
-    visit = Visit()
-    assert walked(root, visit) == ["a/a.mp4", "shared/shared.mp4"]
-    assert str(root / "b") in visit.unreadable
+    state = WalkState()
+    assert walked(root, state) == ["a/a.mp4", "shared/shared.mp4"]
+    assert str(root / "b") in state.unreadable
 
 
 @pytest.mark.parametrize(

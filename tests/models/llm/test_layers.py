@@ -116,7 +116,7 @@ def test_the_keys(llm_folder: Path, moved: list[tuple[int, ...]]) -> None:
     assert moved
     with pytest.raises(
         UserError,
-        match=r"hardware\.offload_checkpoints=true changes nothing without hardware\.gradient_checkpointing=true",
+        match=r"hardware\.offload_checkpoints=true has no effect without hardware\.gradient_checkpointing=true",
     ):
         compose(
             [

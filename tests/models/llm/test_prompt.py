@@ -171,10 +171,10 @@ def test_marks_stand_directly_around_the_visual_tokens(llm_folder: Path, tokeniz
 def test_a_setting_that_the_template_does_not_use_is_refused(llm_folder: Path, tokenizer: Any) -> None:
     plain = "{{ messages[-1].content }}<|im_end|>"
     with pytest.raises(
-        UserError, match=r"llm\.enable_thinking=true changes nothing.* leave it out, or set llm\.chat_template"
+        UserError, match=r"llm\.enable_thinking=true has no effect.* leave it out, or set llm\.chat_template"
     ):
         load_prompt(llm_folder, LlmConfig(enable_thinking=True, chat_template=plain))
-    with pytest.raises(UserError, match=r"llm\.system_prompt changes nothing.*drops the system turn.*llm\.prompt"):
+    with pytest.raises(UserError, match=r"llm\.system_prompt has no effect.*drops the system turn.*llm\.prompt"):
         load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", prompt="짧게 답한다.", chat_template=plain))
     # A template may have the very text as its own.
     own = "{% if messages[0].role != 'system' %}짧게 답한다.{% else %}{{ messages[0].content }}{% endif %}" + plain

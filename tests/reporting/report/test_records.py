@@ -1,10 +1,10 @@
-"""The records of a report as JSON, and the difference of two configurations."""
+"""The records of a report as JSON."""
 
 from __future__ import annotations
 
 import json
 
-from vlmcap.reporting.report.records import Difference, GroupRow, Note, Report, config_difference
+from vlmcap.reporting.report.records import Difference, GroupRow, Note, Report
 
 
 def test_a_report_becomes_json() -> None:
@@ -18,9 +18,3 @@ def test_a_report_becomes_json() -> None:
     assert plain["groups"][0]["difference"]["p_value"] == 0.04
     assert plain["groups"][0]["intervals"] == {"val/cider": [0.5, 1.5]}
     assert plain["notes"] == [{"en": "one", "ko": "하나"}]
-
-
-def test_what_two_configurations_differ_in() -> None:
-    first, second = {"a.x": 1, "b": [1, 2], "only": None}, {"a.x": 2, "b": [1, 2], "new": "y"}
-    assert config_difference(first, second) == {"a.x": (1, 2), "new": (None, "y")}
-    assert config_difference(first, dict(first)) == {}

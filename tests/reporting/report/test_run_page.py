@@ -6,8 +6,6 @@ import dataclasses
 import errno
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +136,10 @@ def test_planned_and_actual_costs(one_run: Path, page: str) -> None:
 
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def full(path: Path) -> Iterator[Path]:
+    def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
-        yield path
 
-    monkeypatch.setattr(module, "replacing", full)
+    monkeypatch.setattr(module, "write_text", full)
 
 
 @pytest.mark.usefixtures("no_room")

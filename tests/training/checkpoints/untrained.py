@@ -28,5 +28,7 @@ def write_checkpoint(config: Config, path: Path) -> Any:
     trained = trained_parameters(captioner, StagePlan(config.tuning.stages))
     state = {f"captioner.{name}": p.detach().clone() for part in trained.values() for name, p in part.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": state, "global_step": 3, "vlmcap": checkpoint_identity(config, assembly.sources)}, path)
+    torch.save(
+        {"state_dict": state, "global_step": 3, "vlmcap": checkpoint_identity(config, assembly.base_checkpoints)}, path
+    )
     return captioner

@@ -1,1 +1,1 @@
-"""Files into frames: which moments, which decoder, what a file may not do."""
+"""Decodes video and image files into frames: the choice of moments and decoder, and limits on untrusted files."""

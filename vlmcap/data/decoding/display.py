@@ -1,8 +1,7 @@
 """Conversion of decoded frames to what a player shows: upright, square pixels, full frames, standard dynamic range.
 
-Captions mention left and right, shapes and colours, so a file's display settings are followed.
-docs/reference/video.md lists
-which of them are followed in which kind of file.
+Captions mention left and right, shapes and colours, so a file's display settings are followed. docs/reference/video.md
+lists which of them are followed in which kind of file.
 """
 
 from __future__ import annotations

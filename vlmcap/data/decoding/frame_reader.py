@@ -68,8 +68,8 @@ class FrameReader:
             raise VideoError(
                 f"its header states {self.duration_s:.0f} seconds, more than the allowed {limits.max_duration_s:.0f}"
             )
-        self._shown: tuple[int, VideoFrame] | None = None
-        self._ahead: tuple[int, VideoFrame] | None = None
+        self._shown: tuple[int, VideoFrame] | None = None  # time and frame that is on screen
+        self._ahead: tuple[int, VideoFrame] | None = None  # the next one, which ends the time of `_shown`
         self._is_started, self._can_seek = False, self.timeline.is_timed
         # Only H.264 marks such frames on all layers, and a mistake can only be corrected by seeking back.
         self._can_skip = self.codec == "h264" and self.timeline.is_indexed
@@ -161,7 +161,8 @@ class FrameReader:
         self._go_to(moment)
         if self._shown is not None and self._shown[0] < self._last_skipped:
             # After a long pause between frames, a skipped frame may be the one on screen.
-            self._can_skip, self._decode_all_from, self._last_skipped = False, _BEFORE_ALL, _BEFORE_ALL
+            self._can_skip = False
+            self._decode_all_from = self._last_skipped = _BEFORE_ALL
             self._seek(moment)
             self._go_to(moment)
         if self._shown is None:
@@ -227,23 +228,20 @@ class FrameReader:
         position after a seek and the first decoded frame are checked, and a seek further back is tried if they do not
         fit; as the last resort everything is decoded from the start.
         """
-        for packets in self._landings(moment):
+        for packets in self._seek_attempts(moment):
             key = next(packets)
             self._frames = self._decode(chain([key], packets), key.pts if key.pts is not None else _BEFORE_ALL)
             with suppress(av.error.InvalidDataError):  # from references to frames that were not decoded
                 self._shown, self._ahead, self._is_started = None, next(self._frames, None), True
                 if self._ahead is not None and self._ahead[0] <= moment and self._ahead[1].key_frame:
                     return
-        self._can_seek, self._can_skip, self._decode_all_from, self._last_skipped = (
-            False,
-            False,
-            _BEFORE_ALL,
-            _BEFORE_ALL,
-        )
+        # No attempt succeeded: this file is decoded from its start, completely and without further seeks.
+        self._can_seek = self._can_skip = False
+        self._decode_all_from = self._last_skipped = _BEFORE_ALL
         self._shown, self._ahead, self._is_started = None, None, False
         self._frames = self._decode_all()
 
-    def _landings(self, moment: int) -> Iterator[Iterator[Packet[VideoStream]]]:
+    def _seek_attempts(self, moment: int) -> Iterator[Iterator[Packet[VideoStream]]]:
         """Yield the packets from key frames that are not later than `moment`, each time from further back."""
         if self.timeline.is_indexed:
             second = math.ceil(1 / self.timeline.tick_s)

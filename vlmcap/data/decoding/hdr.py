@@ -28,12 +28,12 @@ def to_sdr(pixels: NDArray[np.uint16], *, is_hlg: bool) -> NDArray[np.uint8]:
     decode, encode = (_decode_hlg if is_hlg else _decode_pq)(), _encode_table()
     shown = np.empty(pixels.shape, np.uint8)
     for top in range(0, len(pixels), _NUM_ROWS):
-        light = decode[pixels[top : top + _NUM_ROWS]]
+        light = decode[pixels[top : top + _NUM_ROWS]]  # (rows, W, 3)
         if is_hlg:  # scene light to display light, which raises bright areas more than dark ones
             light *= np.maximum(light @ _LUMA, 1e-6)[..., None] ** np.float32(0.2)
             light *= np.float32(_PEAK_NITS / _WHITE_NITS)
         light = np.maximum(light @ _TO_BT709.T, 0)
-        brightest = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)
+        brightest = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)  # (rows, W, 1): one factor keeps the hue
         light *= _roll_off(brightest) / brightest
         shown[top : top + _NUM_ROWS] = encode[(light * (_LEVELS - 1) + 0.5).astype(np.int32)]
     return shown

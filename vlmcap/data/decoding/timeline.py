@@ -120,6 +120,7 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
         VideoError: The deadline has passed, or the file ends well before it should.
     """
     tick_s, step = _ticks(stream)
+    # 1. Read the times of all packets; other streams only show how long the file lasts.
     scan = _Scan(step)
     last_s = 0.0
     for packet in container.demux():
@@ -134,6 +135,7 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
         check_missing(stated_s - last_s, stated_s)
     if not scan.times:
         return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
+    # 2. Without display times, frames are shown at slots, in the order in which they leave the decoder.
     scan.drop_before_first_key()
     is_reordered, is_slotted = bool(stream.codec_context.has_b_frames), container.format.name in _SLOTTED
     if slots := scan.slots(is_reordered, is_slotted, int(_LARGEST_JUMP_S / tick_s)):
@@ -142,6 +144,7 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
         return Timeline(
             slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end
         )
+    # 3. Otherwise each frame is shown at its own time.
     times = [time for time in scan.times if time is not None]
     keys = tuple(
         sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None)
@@ -183,7 +186,7 @@ class _Scan:
         return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))
 
     def drop_before_first_key(self) -> None:
-        """Drop packets before the first key frame, as in a stream that was cut; most formats cannot decode them."""
+        """Drop packets before the first key frame, as in a truncated stream; most formats cannot decode them."""
         first = self.keys[0] if self.keys else 0
         if first == 0:
             return

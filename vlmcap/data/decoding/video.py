@@ -58,11 +58,7 @@ class DecodedFrames(NamedTuple):
 
 
 def read_frames(
-    clip: Clip | str,
-    data: DataConfig,
-    *,
-    rng: Generator | None = None,
-    limits: DecodeLimits | None = None,
+    clip: Clip | str, data: DataConfig, *, rng: Generator | None = None, limits: DecodeLimits | None = None
 ) -> Tensor:
     """Read frames of a video, an image or a list of images, upright, in the order of time.
 
@@ -88,11 +84,7 @@ def read_frames(
 
 
 def read_timed_frames(
-    clip: Clip | str,
-    data: DataConfig,
-    *,
-    rng: Generator | None = None,
-    limits: DecodeLimits | None = None,
+    clip: Clip | str, data: DataConfig, *, rng: Generator | None = None, limits: DecodeLimits | None = None
 ) -> DecodedFrames:
     """Read frames as `read_frames` does, with the time of each; `pad_frames` repeats times like frames."""
     limits = limits or DecodeLimits()

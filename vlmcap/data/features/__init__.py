@@ -1,1 +1,1 @@
-"""Features of a frozen encoder on disk: computed once a clip, shared by runs, processes and machines."""
+"""Stores the features of a frozen encoder on disk: computed once per clip, shared by runs, processes and machines."""

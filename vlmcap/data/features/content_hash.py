@@ -77,6 +77,7 @@ def media_hash(address: str, stat: MediaStat) -> str:
             digest.update(file.read())
         else:
             for i in range(_NUM_BLOCKS):
+                # The last block ends at the end of the file.
                 file.seek((size - _BLOCK) * i // (_NUM_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:32]
@@ -88,6 +89,7 @@ def _file_hashes(clips: Sequence[Clip], cache: _HashCache, pool: ThreadPoolExecu
     names = [_absolute_address(address) for address in addresses]
     found = cache.find(names)
     before = [found.get(name) for name in names]
+    # Files whose size and version are those in the cache are not read.
     now = list(pool.map(_hash_file, addresses, before))
     cache.add(
         [(name, *new) for name, old, new in zip(names, before, now, strict=True) if new is not None and new != old]

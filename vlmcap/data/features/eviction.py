@@ -63,6 +63,7 @@ def remove_store(root: Path, key: str) -> int:
             f"the feature store '{key}' in {root} is in use by a running program; wait until that has ended"
         )
     freed = _size(root / key)
+    # Renamed first, so that no process sees a store that is half removed; `prune` removes what a kill leaves.
     aside = root / f"{_REMOVED}{secrets.token_hex(4)}"
     (root / key).rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -89,7 +90,7 @@ def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
             break
         if folder.name not in keep and not is_in_use(folder):
             excess -= _evict(folder, excess)
-    return max(before, 0) - max(excess, 0) if excess > 0 else before - excess
+    return before - excess
 
 
 def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:

@@ -160,7 +160,7 @@ class _Filling:
         positions = np.sort(np.unique(self.hashes, return_index=True)[1])
         size = self.settings.chunk_clips
         slices = [positions[start : start + size].astype(np.int64) for start in range(0, len(positions), size)]
-        return [_Chunk(hashlib.sha256(self.hashes[own].tobytes()).hexdigest()[:24], own) for own in slices]
+        return [_Chunk(hashlib.sha256(self.hashes[part].tobytes()).hexdigest()[:24], part) for part in slices]
 
     def _missing(self, chunk: _Chunk) -> NDArray[np.int64]:
         found: NDArray[np.int64] = chunk.positions[
@@ -186,6 +186,7 @@ class _Filling:
                 taken = positions[start : start + len(batch)]
                 start += len(batch)
                 sizes = writer.add(batch, [bytes(content) for content in self.hashes[taken]], self.encode)
+                # The first clips show how large the store will be, long before the disk is full.
                 if sizes and not self._has_measured:
                     self._check_room(sum(self._left.values()) * sum(sizes) // len(sizes))
                     self._has_measured = True
@@ -224,20 +225,20 @@ class _Filling:
 
     def _known_shape(self) -> tuple[int, int] | None:
         """Return (F, P) of a stored clip, which all clips without a size of their own must share."""
-        places = self.store.places()
-        own = places[places[:, 4] == 0]
-        return (int(own[0, 1]), int(own[0, 2])) if len(own) else None
+        places = self.store.places()  # columns: shard, F, P, Dv, and the size in patches or zeros
+        without_size = places[places[:, 4] == 0]
+        return (int(without_size[0, 1]), int(without_size[0, 2])) if len(without_size) else None
 
     def _check_room(self, num_bytes: int) -> None:
         """Check early that there is room for all missing clips, estimated from the first ones."""
         free = shutil.disk_usage(self.store.folder).free
         hint = "set cache.dtype=int8, cache.pooled=true or cache.enabled=false, or lower data.num_frames"
         if self.max_bytes is not None:
-            own = self.store.num_bytes + num_bytes
-            if own > self.max_bytes:
+            needed = self.store.num_bytes + num_bytes
+            if needed > self.max_bytes:
                 raise UserError(
-                    f"the features take {own / 2**30:.2f} GiB, but cache.max_gib allows {self.max_bytes / 2**30:.2f}; "
-                    f"raise it, or {hint}"
+                    f"the features take {needed / 2**30:.2f} GiB, but cache.max_gib allows "
+                    f"{self.max_bytes / 2**30:.2f}; raise it, or {hint}"
                 )
             self._make_room(num_bytes)
             free = shutil.disk_usage(self.store.folder).free

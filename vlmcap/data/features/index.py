@@ -78,7 +78,7 @@ class ShardIndex:
     def without(self, gone: set[str]) -> ShardIndex:
         """Return the index without some shards."""
         kept = [number for number, file in enumerate(self.files) if file.name not in gone]
-        numbers = np.full(len(self.files), -1, np.int32)
+        numbers = np.full(len(self.files), -1, np.int32)  # old number of a shard -> new number; -1 if it is gone
         numbers[kept] = np.arange(len(kept), dtype=np.int32)
         places = self.places.copy()
         places[:, 0] = numbers[places[:, 0]]
@@ -90,22 +90,25 @@ class ShardIndex:
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
         """Return the index with more shards; a clip that is in several of them keeps its first place."""
+        # 1. Collect the entries of the new shards.
         files, hashes, offsets, places, checksums, times_s = list(self.files), [], [], [], [], []
         for file, shard in shards:
-            for row in shard.rows:
-                hashes.append(row.content)
-                offsets.append((row.offset, row.scale_offset))
-                places.append((len(files), *row.shape, *(row.grid_thw or (0, 0, 0))))
-                checksums.append(row.checksum)
-                times_s.append(row.times_s)
+            for entry in shard.entries:
+                hashes.append(entry.content)
+                offsets.append((entry.offset, entry.scale_offset))
+                places.append((len(files), *entry.shape, *(entry.grid_thw or (0, 0, 0))))
+                checksums.append(entry.checksum)
+                times_s.append(entry.times_s)
             files.append(file)
+        # 2. Sort them by hash, without repeats and without clips that the index has.
         names, first = np.unique(np.array(hashes, "S32"), return_index=True)
         fresh = ~contains(self.hashes, names)
         names, first = names[fresh], first[fresh]
+        # 3. Pad the times of all clips to the largest number of frames, and insert the entries at their places.
         at = np.searchsorted(self.hashes, names)
         width = max([self.times_s.shape[1], *map(len, times_s)])
         wide = np.pad(self.times_s, ((0, 0), (0, width - self.times_s.shape[1])), constant_values=np.nan)
-        padded = [own + (np.nan,) * (width - len(own)) for own in times_s]
+        padded = [times + (np.nan,) * (width - len(times)) for times in times_s]
         return ShardIndex(
             tuple(files),
             np.insert(self.hashes, at, names),
@@ -136,11 +139,13 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
         broken: Shard name to reason for shards that are left out; updated in place.
         dtype: Type that the shards must have.
     """
+    # 1. Forget shards that were removed or replaced.
     present = _list(folder)
     known = {file.name: (file.size, file.mtime_ns) for file in index.files}
     gone = {name for name, stat in known.items() if present.get(name) != stat}
     for name in broken.keys() - present.keys():
         del broken[name]
+    # 2. Read the headers of new shards.
     found = []
     for name in sorted(present.keys() - (known.keys() - gone) - broken.keys()):
         try:
@@ -208,9 +213,9 @@ def is_intact(folder: Path) -> bool:
     index = update(index, folder, {})
     try:
         held = {
-            (file.name, row.content): (row.offset, row.checksum)
+            (file.name, entry.content): (entry.offset, entry.checksum)
             for file in index.files
-            for row in read_shard(folder / file.name).rows
+            for entry in read_shard(folder / file.name).entries
         }
     except (BrokenFileError, OSError):
         return False

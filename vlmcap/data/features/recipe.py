@@ -67,19 +67,19 @@ class Recipe:
         return asdict(self)
 
 
-def cache_key(**parts: object) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of `parts` as canonical JSON, which does not depend on their order.
+def cache_key(**values: object) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of `values` as canonical JSON, which does not depend on their order.
 
     Args:
-        parts: Plain values: None, booleans, integers, finite floats, text, and lists, tuples and text-keyed
+        values: Plain values: None, booleans, integers, finite floats, text, and lists, tuples and text-keyed
             dictionaries of them.
 
     Raises:
         TypeError: A value has another type, whose text might differ from run to run.
         ValueError: A float is not finite.
     """
-    _check_plain(parts)
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    _check_plain(values)
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -91,11 +91,11 @@ def is_key(text: str) -> bool:
 def _check_plain(value: object) -> None:
     if isinstance(value, dict):
         if not all(type(key) is str for key in value):
-            raise TypeError("the keys of a part of a cache key must be text")
+            raise TypeError("dictionaries in a cache key must have text as keys")
         for item in value.values():
             _check_plain(item)
     elif isinstance(value, list | tuple):
         for item in value:
             _check_plain(item)
     elif type(value) not in (str, int, float, bool, type(None)):
-        raise TypeError(f"{value!r} of type {type(value).__name__} cannot be a part of a cache key: pass plain values")
+        raise TypeError(f"{value!r} of type {type(value).__name__} cannot be in a cache key; pass plain values")

@@ -38,9 +38,9 @@ def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
     except SafetensorError as error:
         raise BrokenFileError(str(error)) from error
     damaged = [
-        row.content
-        for row in shard.rows
-        if tensors_checksum(row.content, tensors, row.grid_thw, row.times_s) != row.checksum
+        entry.content
+        for entry in shard.entries
+        if tensors_checksum(entry.content, tensors, entry.grid_thw, entry.times_s) != entry.checksum
     ]
     return shard, tensors, damaged
 
@@ -59,13 +59,17 @@ def repair_shard(path: Path) -> bool:
     if not damaged:
         return False
     valid = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
-    grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in valid}
+    grids = {
+        entry.content: entry.grid_thw
+        for entry in shard.entries
+        if entry.grid_thw is not None and entry.content in valid
+    }
     skipped = {
         content: Skipped(Clip("", "", ()), reason, content not in shard.lost)
         for content, reason in shard.skipped.items()
     }
     skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
-    times_s = {row.content: row.times_s for row in shard.rows if row.times_s and row.content in valid}
+    times_s = {entry.content: entry.times_s for entry in shard.entries if entry.times_s and entry.content in valid}
     write_shard(path.parent, shard.dtype, valid, grids, skipped, shard.errors, times_s)
     path.unlink(missing_ok=True)
     return True

@@ -76,8 +76,8 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A clip in a shard.
+class Entry:
+    """Where the features of a clip are in a shard.
 
     Attributes:
         content: Hash of the clip's content.
@@ -103,7 +103,7 @@ class Shard:
     """The content of a shard's header."""
 
     dtype: str
-    rows: tuple[Row, ...]
+    entries: tuple[Entry, ...]
     skipped: Mapping[str, str]
     lost: tuple[str, ...]  # the skipped clips that may be retried
     errors: ErrorSums
@@ -118,6 +118,7 @@ def read_header(file: BinaryIO) -> Header:
         BrokenFileError: The file is truncated, or not a safetensors file.
     """
     size = os.fstat(file.fileno()).st_size
+    # A safetensors file: 8 bytes with the header's length, the header as JSON, the bytes of all tensors.
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise BrokenFileError("it is not a safetensors file, or is truncated in its header")
@@ -127,6 +128,7 @@ def read_header(file: BinaryIO) -> Header:
         tensors = {name: _place(8 + length, **entry) for name, entry in raw.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFileError("its header is damaged") from error
+    # The tensors must fill the file without gaps and overlaps, so a truncated file is noticed here.
     end = 8 + length
     for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
         if place.start != end or place.stop - place.start != math.prod(place.shape) * _ITEM_BYTES[place.dtype]:
@@ -145,7 +147,7 @@ def _place(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> 
 
 
 def read_shard(path: Path) -> Shard:
-    """Read the rows of a shard.
+    """Read the entries of a shard.
 
     Raises:
         BrokenFileError: The file is truncated, or not a shard of features.
@@ -159,18 +161,21 @@ def read_shard(path: Path) -> Shard:
         dtype = header.metadata["dtype"]
         grids, times_s = json.loads(header.metadata["grids"]), json.loads(header.metadata["times_s"])
         checksums = json.loads(header.metadata["checksums"])
+        # A tensor has the content hash of its clip as its name; scales have it with a suffix.
         names = [name for name in header.tensors if not name.endswith(SCALE)]
-        rows = tuple(
-            _row(name, header, dtype, grids.get(name), times_s.get(name, ()), checksums[name]) for name in names
+        entries = tuple(
+            _entry(name, header, dtype, grids.get(name), times_s.get(name, ()), checksums[name]) for name in names
         )
         skipped = {str(content): str(reason) for content, reason in json.loads(header.metadata["skipped"]).items()}
         lost = tuple(str(content) for content in json.loads(header.metadata["lost"]))
-        return Shard(dtype, rows, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
+        return Shard(dtype, entries, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise BrokenFileError("its metadata is damaged") from error
 
 
-def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s: Sequence[float], checksum: int) -> Row:
+def _entry(
+    name: str, header: Header, dtype: str, grid: list[int] | None, times_s: Sequence[float], checksum: int
+) -> Entry:
     place = header.tensors[name]
     if not _CONTENT.fullmatch(name) or place.dtype != _SAFE_TYPE[dtype] or not 0 <= checksum < 2**32:
         raise ValueError(name)
@@ -185,7 +190,7 @@ def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s:
     if grid is not None:
         frames, height, width = (int(size) for size in grid)
         grid_thw = (frames, height, width)
-    return Row(
+    return Entry(
         name, place.start, scale_offset, shape, grid_thw, int(checksum), tuple(float(time_s) for time_s in times_s)
     )
 
@@ -256,6 +261,7 @@ def write_shard(
         "dtype": dtype,
         **{name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()},
     }
+    # Names sort by time, and processes of several machines may write to one folder.
     path = folder / f"{time.time_ns() // 1000:016d}-{process_name()}-{secrets.token_hex(3)}{SUFFIX}"
     with replacing(path) as partial:
         try:
@@ -320,6 +326,7 @@ class ShardWriter:
         """
         if batch and self.since is None:
             self.since = time.monotonic()
+        # 1. Separate the clips that could not be decoded.
         named = list(zip(batch, (content.decode() for content in contents), strict=True))
         self._skipped |= {content: item for item, content in named if isinstance(item, Skipped)}
         samples = [(item, content) for item, content in named if isinstance(item, Sample)]
@@ -327,13 +334,14 @@ class ShardWriter:
         if frames is None:
             assert not samples, "features are encoded from samples with frames"
             return []
+        # 2. Encode the others together, and collect the features of each clip without the padding of the batch.
         grids = [sample.grid_thw for sample, _ in samples if sample.grid_thw is not None]
         assert len(grids) in (0, len(samples)), "a batch mixes clips with and without a size in patches"
         features = encode(frames, grids or None)
         is_padded = isinstance(features, Tensor)
         return [
-            self._collect(sample, content, _remove_padding(own, sample) if is_padded else own)
-            for (sample, content), own in zip(samples, features, strict=True)
+            self._collect(sample, content, _remove_padding(clip_features, sample) if is_padded else clip_features)
+            for (sample, content), clip_features in zip(samples, features, strict=True)
         ]
 
     def flush(self) -> None:

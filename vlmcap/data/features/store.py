@@ -6,7 +6,6 @@ Legend: N clips, F frames, P patches per frame, Dv vision width.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections import OrderedDict
@@ -27,7 +26,7 @@ from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.features.repair import repair_shard
 from vlmcap.data.features.shards import BrokenFileError, DamagedEntryError, entry_checksum
 from vlmcap.errors import UserError
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.types import FrameTimes, GridTHW
 
 _MAX_OPEN = 64  # shards open at a time
@@ -174,11 +173,9 @@ class FeatureStore:
     def make_folder(self) -> None:
         """Create the folder, with the recipe in a readable form."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.recipe.as_dict(), indent=1, ensure_ascii=False)
         path = self.folder / "recipe.json"
         if not path.is_file():
-            with replacing(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_json(path, self.recipe.as_dict())
         self._lease.renew()
 
     def save_index(self) -> None:

@@ -25,8 +25,8 @@ def read_records(settings: DataConfig, split: str | None = None) -> Entries:
         UserError: The format has no reader, or the data set cannot be read at all.
     """
     name = "aihub" if settings.is_demo else settings.kind
-    if own := maker_of("data", name):
-        return _plugin_entries(own, settings, split)
+    if plugin_reader := maker_of("data", name):
+        return _plugin_entries(plugin_reader, settings, split)
     if name not in FORMATS:
         raise UserError(f"data.kind={name} has no reader; choose one of {', '.join(FORMATS)}")
     reader: Reader = getattr(import_module(f"vlmcap.data.formats.{name}"), f"read_{name}")

@@ -109,6 +109,7 @@ def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_
     }
     for label in sorted(labels, key=lambda label: (label.key, label.file.path)):
         is_exact = label.key in clips_at
+        # Labels that claim the same clip; more than one is an error.
         rivals = labels_at[label.key] if is_exact or len(labels_at[label.key]) > 1 else free_labels[label.stem]
         clips = clips_at[label.key] if is_exact else free_clips.get(label.stem, [])
         if reason := _pairing_problem(label, clips, rivals):

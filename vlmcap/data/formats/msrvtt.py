@@ -41,14 +41,14 @@ def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str
     for sentence in sentences:
         found = captions_at(sentence, settings.caption_key)
         captions[text_at(sentence, "video_id")].append(found if found.texts else Captions((), max(1, found.num_empty)))
-    if sentences and not any(found.texts for own in captions.values() for found in own):
+    if sentences and not any(found.texts for of_video in captions.values() for found in of_video):
         raise UserError(
             f"no sentence has a caption at data.caption_key={settings.caption_key}, the first has "
             f"{describe_keys(sentences[0])}; set data.caption_key"
         )
     return {
-        id: Captions(sum((found.texts for found in own), ()), sum(found.num_empty for found in own))
-        for id, own in captions.items()
+        id: Captions(sum((found.texts for found in of_video), ()), sum(found.num_empty for found in of_video))
+        for id, of_video in captions.items()
     }
 
 

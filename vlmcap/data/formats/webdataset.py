@@ -114,6 +114,7 @@ def _samples(settings: WebdatasetConfig, shard: str) -> Iterator[_Sample]:
     prefix = relative_address(shard, settings.root).rpartition(".")[0]
     samples: dict[str, _Sample] = {}
     for member in members:
+        # Members of one sample differ only in their ending: `a/0001.mp4`, `a/0001.json`.
         key, _, ending = member.name.rpartition(".")
         if key and not is_hidden_path(member.name) and ending.lower() in MEDIA + _LABELS:
             sample = samples.setdefault(key, _Sample(f"{prefix}/{key.removeprefix('./')}"))
@@ -126,6 +127,7 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
     if video is None:
         return skip(sample.id, f"the sample has no video or image, only {', '.join(sample.members)}")
     try:
+        # The caption is in the json member, or else the whole txt member.
         label = _read_label(sample)
         captions = captions_at(label, settings.caption_key)
         if not captions.texts and "txt" in sample.members:

@@ -1,1 +1,1 @@
-"""Clips into batches: decoding in a process of its own, lengths, order, padding or packing, loaders that resume."""
+"""Makes batches of clips: isolated decoding, lengths, order, padding or packing, and loaders that can resume."""

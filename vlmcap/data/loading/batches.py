@@ -87,7 +87,7 @@ def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None
             clip may be longer.
     """
     assert max_tokens is None or not len(lengths) or lengths.max() <= max_tokens
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")  # the longest clip first
     ordered = lengths[order]
     batch_sizes = np.full_like(ordered, batch_size) if max_tokens is None else max_tokens // ordered
     batches_per_bucket = math.ceil((1 / batch_sizes).sum() ** (1 / 3))
@@ -95,6 +95,7 @@ def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None
     start = bucket = 0
     while start < len(order):
         batch_size = int(batch_sizes[start])
+        # The first clip is the longest of the bucket and limits the size of all its batches.
         end = min(start + batches_per_bucket * batch_size, len(order))
         buckets[start:end] = bucket
         bounds.append(_batch_bounds(start, end, batch_size)[1:])
@@ -120,15 +121,17 @@ def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
     sizes = lengths[order[starts]]
     slots, widths = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
     while counts.any():
+        # 1. Fill one row, and repeat it as often as its buckets have clips left.
         row = _fill_row(sizes, counts, max_tokens)
         repeats = min(int(counts[bucket]) // taken for bucket, taken in row.items())
-        parts = []
+        # 2. Take the next clips of each bucket, `taken` for each of the equal rows.
+        columns = []
         for bucket, taken in row.items():
-            own = starts[bucket] + np.arange(repeats * taken)
-            parts.append(own.reshape(repeats, taken))  # (repeats * taken,) -> (repeats, taken)
+            next_slots = starts[bucket] + np.arange(repeats * taken)
+            columns.append(next_slots.reshape(repeats, taken))  # (repeats * taken,) -> (repeats, taken)
             starts[bucket] += repeats * taken
             counts[bucket] -= repeats * taken
-        rows = np.concatenate(parts, axis=1)
+        rows = np.concatenate(columns, axis=1)  # (repeats, clips per row)
         slots.append(rows.ravel())
         widths.append(np.full(repeats, rows.shape[1]))
     return BatchPlan(order, buckets, np.concatenate(slots), np.concatenate(widths).cumsum())
@@ -233,8 +236,8 @@ class BatchSampler(Sampler[list[Draw]]):
         slots, bounds = self.plan.slots, self.plan.bounds
         for drawn, batch in enumerate(batches[start:].tolist(), start + 1):
             self._drawn = drawn  # before the yield, because the loader keeps the state that follows the batch
-            own = slots[bounds[batch] : bounds[batch + 1]] if batch < len(self.plan) else slots[:0]
-            yield [(epoch, index) for index in clips[own].tolist()]
+            chosen = slots[bounds[batch] : bounds[batch + 1]] if batch < len(self.plan) else slots[:0]
+            yield [(epoch, index) for index in clips[chosen].tolist()]
         self._start = 0
 
     def _epoch_order(self, epoch: int) -> tuple[Indices, Indices]:
@@ -243,7 +246,7 @@ class BatchSampler(Sampler[list[Draw]]):
         # The seed is a pair: with seed + epoch, seed 1 would have the orders of seed 0, one epoch late.
         generator = np.random.default_rng([self.seed, epoch])
         steps = np.arange(len(self))
-        if len(plan.buckets) and plan.buckets[-1]:
+        if len(plan.buckets) and plan.buckets[-1]:  # several buckets: shuffle inside each of them
             clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
             generator.shuffle(steps)
             # Sharded ranks need a batch before an empty one.

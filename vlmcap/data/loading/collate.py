@@ -100,6 +100,7 @@ class Collator:
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
         """Collate the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
+        # 1. A sequence of token ids per clip; a clip without a caption has no loss and is skipped.
         skipped = [item for item in items if isinstance(item, Skipped)]
         sequences: list[_Sequence] = []
         num_truncated = 0
@@ -118,6 +119,7 @@ class Collator:
             sequences.append(
                 _Sequence(item, *self._prompt(item.grid_thw, item.times_s), caption[: self.max_caption_tokens])
             )
+        # 2. Pad the sequences, and the frames or features, to common sizes.
         grids = [sequence.sample.grid_thw for sequence in sequences if sequence.sample.grid_thw is not None]
         assert len(grids) in (0, len(sequences)), "a batch mixes clips with and without a size in patches"
         times_s = tuple(sequence.sample.times_s for sequence in sequences)
@@ -152,9 +154,10 @@ class Collator:
         ids: list[int] = []
         is_visual: list[bool] = []
         for segment in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
-            own = [self.prompt.pad_id] * segment if isinstance(segment, int) else list(segment)
-            ids += own
-            is_visual += [isinstance(segment, int)] * len(own)
+            # A number stands for that many visual tokens, everything else is text.
+            tokens = [self.prompt.pad_id] * segment if isinstance(segment, int) else list(segment)
+            ids += tokens
+            is_visual += [isinstance(segment, int)] * len(tokens)
         return tuple(ids), tuple(is_visual)
 
     def _layout(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
@@ -176,7 +179,7 @@ class Collator:
         visual = torch.zeros_like(ids, dtype=torch.bool)
         labels = torch.full_like(ids, IGNORED)
         for sequence, (row, start) in zip(sequences, places, strict=True):
-            middle, end = start + len(sequence.prompt), start + len(sequence)
+            middle, end = start + len(sequence.prompt), start + len(sequence)  # prompt | caption
             ids[row, start:end] = torch.tensor([*sequence.prompt, *sequence.caption], dtype=torch.int64)
             attention[row, start:end] = 1
             positions[row, start:end] = torch.arange(len(sequence))
@@ -198,19 +201,21 @@ class ValidationCollator:
     Attributes:
         prompts: Collator of the prompts.
         labelled: Collator of the labelled batches.
-        num_rows: Largest number of clips in a labelled batch.
+        batch_size: Largest number of clips in a labelled batch.
         is_captioned: As in `ValidationBatch`.
     """
 
     prompts: Collator
     labelled: Collator
-    num_rows: int
+    batch_size: int
     is_captioned: bool = True
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
         """Collate the usable samples."""
         bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
-        labelled = [self.labelled(bare[start : start + self.num_rows]) for start in range(0, len(bare), self.num_rows)]
+        labelled = [
+            self.labelled(bare[start : start + self.batch_size]) for start in range(0, len(bare), self.batch_size)
+        ]
         return ValidationBatch(self.prompts(items), tuple(labelled), self.is_captioned)
 
 
@@ -229,7 +234,7 @@ def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
     if labels is not None:
         flat = labels.flatten()  # (R, S) -> (R * S,)
         places = (flat != IGNORED).nonzero().flatten()
-        found |= {"targets": flat[places], "label_places": places - 1}
+        found |= {"targets": flat[places], "label_places": places - 1}  # the hidden state before a token predicts it
     return found
 
 

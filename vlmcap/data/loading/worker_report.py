@@ -143,7 +143,7 @@ class WorkerWatch:
         return WatchedDataset(dataset, notes)
 
     @contextmanager
-    def naming_clips(self) -> Iterator[None]:
+    def as_user_errors(self) -> Iterator[None]:
         """Convert the death or silence of a worker inside the block into a `UserError` that names its clip.
 
         torch raises the error out of a signal handler, at any point of the main process, so the block must contain the

@@ -71,6 +71,7 @@ def parse_address(address: str) -> Address:
     kind, separator, rest = address.partition("://")
     if not separator or kind not in ("zip", "tar"):
         return Address("", "", address)
+    # The last :: separates, as the name of a member may contain one.
     member, separator, archive = rest.rpartition("::")
     if not separator or not member or not archive:
         raise MediaError(f"{address} is not the address of a member; write {kind}://MEMBER::ARCHIVE")
@@ -177,14 +178,17 @@ def _open_zipped(address: str, archive: str, span: MemberSpan) -> BinaryIO:
             f"{address} is compressed by method {span.method}, which is not supported; pack it again with zip -0"
         )
     is_stored = span.method == zipfile.ZIP_STORED
+    # 1. Refuse what is damaged, or expands too much, before anything is read.
     if is_stored and span.size != span.packed:
         raise MediaError(f"{address} is damaged, its two sizes differ; copy the archive again")
     if not is_stored:
         _check_growth(address, span)
-    if local_file(archive) is None and span.end - span.start <= WHOLE_READ_BYTES:  # header and content in one request
+    # 2. A small member of a remote archive: header and content in one request.
+    if local_file(archive) is None and span.end - span.start <= WHOLE_READ_BYTES:
         block = _checked_length(address, read_range(archive, span.start, span.end), span.end - span.start)
         start = _content_start(address, block[: _LOCAL_HEADER.size], span) - span.start
         return io.BytesIO(_unpack(address, block[start : start + span.packed], span))
+    # 3. Otherwise the header alone tells where the content begins; stored content is read in place.
     start = _content_start(address, read_range(archive, span.start, span.start + _LOCAL_HEADER.size), span)
     if is_stored:
         return Window.of(open_file(archive), start, span.size)

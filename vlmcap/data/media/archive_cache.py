@@ -51,7 +51,7 @@ def _version(archive: str) -> str:
 
 def _evict() -> None:
     total = sum(map(len, list(_indices.values())))
-    for key in list(_indices)[:-1]:
+    for key in list(_indices)[:-1]:  # the least recently used first, and never the index in use
         if total <= _MAX_MEMBERS:
             return
         dropped = _indices.pop(key, None)
@@ -64,10 +64,10 @@ def _load(archive: str, kind: str, version: str) -> ArchiveIndex:
     name = hashlib.sha256("\0".join((archive, kind, version)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
     path = _folder / f"{name}.npz"
     saved = load_arrays(path)
-    if saved is not None and saved.keys() == {"names", "rows"}:
-        names = saved["names"].tobytes().decode("utf-8").split("\0") if len(saved["rows"]) else []
-        return ArchiveIndex(kind, version, names, saved["rows"])
+    if saved is not None and saved.keys() == {"names", "spans"}:
+        names = saved["names"].tobytes().decode("utf-8").split("\0") if len(saved["spans"]) else []
+        return ArchiveIndex(kind, version, names, saved["spans"])
     index = read_index(archive, kind, version)
     with contextlib.suppress(OSError):  # the cache is optional, so a full disk must not stop the run
-        save_arrays(path, names=np.frombuffer("\0".join(index.names).encode("utf-8"), np.uint8), rows=index.rows)
+        save_arrays(path, names=np.frombuffer("\0".join(index.names).encode("utf-8"), np.uint8), spans=index.spans)
     return index

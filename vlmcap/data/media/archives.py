@@ -24,7 +24,7 @@ ENCRYPTED = 0xFFFF
 
 _HANGUL = re.compile(r"[\uac00-\ud7a3\u1100-\u11ff\u3131-\u318e]")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_ROW = np.dtype(
+_SPAN = np.dtype(
     [("start", "<i8"), ("end", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u2")]
 )
 
@@ -58,13 +58,13 @@ class ArchiveIndex(Sequence[Member]):
         kind: "zip" or "tar".
         version: Version of the archive, as in `MediaStat`.
         names: Names of the members.
-        rows: Locations of the members, a structured array.
+        spans: Locations of the members, a structured array.
     """
 
     kind: str
     version: str
     names: list[str]
-    rows: NDArray[np.void]
+    spans: NDArray[np.void]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_positions", {name: position for position, name in enumerate(self.names)})
@@ -79,13 +79,13 @@ class ArchiveIndex(Sequence[Member]):
     def __getitem__(self, key: int | slice) -> Member | Sequence[Member]:
         if isinstance(key, slice):
             return [self[position] for position in range(*key.indices(len(self)))]
-        return Member(self.names[key], int(self.rows["size"][key]))
+        return Member(self.names[key], int(self.spans["size"][key]))
 
     def find(self, name: str) -> MemberSpan | None:
         """Return the location of a member, or None."""
         positions = cast("dict[str, int]", self._positions)  # type: ignore[attr-defined]
         position = positions.get(name)
-        return None if position is None else MemberSpan(*self.rows[position].item())
+        return None if position is None else MemberSpan(*self.spans[position].item())
 
 
 def kind_of(archive: str) -> str:
@@ -109,12 +109,12 @@ def read_index(archive: str, kind: str, version: str) -> ArchiveIndex:
         MediaError: The archive cannot be read, is damaged, is of another kind, or is a compressed tar.
     """
     with as_media_errors(archive), open_file(archive) as file:
-        latest = dict(_zip_rows(archive, file) if kind == "zip" else _tar_rows(archive, file))
+        latest = dict(_zip_spans(archive, file) if kind == "zip" else _tar_spans(archive, file))
     names = list(latest)
-    return ArchiveIndex(kind, version, names, np.array([tuple(span) for span in latest.values()], dtype=_ROW))
+    return ArchiveIndex(kind, version, names, np.array([tuple(span) for span in latest.values()], dtype=_SPAN))
 
 
-def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
+def _zip_spans(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
     try:
         with zipfile.ZipFile(file) as directory:
             infos, limit = directory.infolist(), directory.start_dir
@@ -122,6 +122,7 @@ def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
         raise MediaError(
             f"{archive} is not a complete zip archive ({error}); copy it again, and join split downloads first"
         ) from error
+    # A member extends to the header of the next one, and the last member to the central directory.
     ends = dict.fromkeys(sorted({info.header_offset for info in infos}), limit)
     for start, following in zip(list(ends), list(ends)[1:], strict=False):
         ends[start] = following
@@ -135,7 +136,7 @@ def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
             yield name, MemberSpan(start, end, info.compress_size, info.file_size, info.CRC, method)
 
 
-def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
+def _tar_spans(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
     head = file.read(6)
     file.seek(0)
     compression = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)

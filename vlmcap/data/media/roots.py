@@ -179,6 +179,7 @@ def _archive_member(settings: AnnotatedConfig, relative: str, name: str) -> str 
         for a in archives
         if relative.startswith(f"{a.folder}/" if a.folder else "")
     ]
+    # A member may have its path below the archive's folder, its path below the root, or its name in the annotations.
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
         found = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
         if len(found) > 1:
@@ -207,6 +208,7 @@ def _find_in_archive(archive: str, member: str) -> str | None:
 
 def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
     root = settings.root
+    # Names of Korean files are stored in two Unicode forms (NFC on Linux and Windows, NFD on macOS), so both are tried.
     if is_archive(root) and not os.path.isdir(root):
         for member in list_members(root):
             if any(
@@ -218,6 +220,7 @@ def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
         yield from list_remote(f"{root.rstrip('/')}/{pattern}")
     else:
         for form in _unicode_forms(pattern):
+            # A name with brackets or stars that exists as it is written is that file, not a pattern.
             literal = os.path.join(root, form)
             paths = (
                 [literal]

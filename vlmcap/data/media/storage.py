@@ -24,6 +24,7 @@ SCHEMES = ("file", "memory", "http", "https", "s3", "gs", "gcs", "abfs", "az", "
 """Supported URL schemes; everything else that fsspec can do (shells, archives to disk, notebooks) is refused."""
 
 REMOTE_BLOCK_BYTES = 64 * 1024
+# Keys of fsspec's `info` that change with the content, the most reliable first; backends use different ones.
 _VERSION_KEYS = (
     "ETag",
     "etag",

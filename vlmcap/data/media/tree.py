@@ -45,7 +45,7 @@ class Archive:
 
 
 @dataclass(slots=True)
-class Visit:
+class WalkState:
     """State of a walk that enters each folder one time, however many links lead to it, and records what is left out.
 
     Attributes:
@@ -66,56 +66,59 @@ def is_archive(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in ARCHIVES
 
 
-def list_files(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[TreeFile | Skipped]:
+def list_files(root: str, outside: Outside = "refuse", state: WalkState | None = None) -> Iterator[TreeFile | Skipped]:
     """Yield every file below `root`, archive members included; hidden files are left out, broken archives reported.
 
     Raises:
         UserError: `root` is neither a folder nor an archive, or a link leaves it.
     """
     if is_archive(root) and ("://" in root or os.path.isfile(root)):
-        yield from _members(root, "", visit)
+        yield from _members(root, "", state)
         return
-    for path in walk(root, outside, visit):
+    for path in walk(root, outside, state):
         relative = unicodedata.normalize("NFC", os.path.relpath(path, root)).replace(os.sep, "/")
         if is_archive(path):
-            yield from _members(path, os.path.splitext(relative)[0], visit)
+            yield from _members(path, os.path.splitext(relative)[0], state)
         else:
             yield TreeFile(relative, path)
 
 
-def walk(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[str]:
+def walk(root: str, outside: Outside = "refuse", state: WalkState | None = None) -> Iterator[str]:
     """Yield the paths of the regular files below a folder, sorted within each folder, without hidden ones.
 
-    Links to folders are followed, but not to those that contain the link. With `visit`, each folder is visited one
+    Links to folders are followed, but not to those that contain the link. With `state`, each folder is visited one
     time, by its real name if that is below `root` too; without it, under every name that leads to it, since annotations
     may use any of them.
 
     Args:
         root: Folder to walk.
         outside: Treatment of links that leave `root`.
-        visit: State of the walk, which records what is left out.
+        state: State of the walk, which records what is left out.
 
     Raises:
-        UserError: `root` is not a folder, a folder cannot be opened (without `visit`), or a link leaves `root`.
+        UserError: `root` is not a folder, a folder cannot be opened (without `state`), or a link leaves `root`.
     """
     if not os.path.isdir(root):
         raise _no_folder_error(root)
     real_root = os.path.realpath(root)
-    yield from _walk(root, real_root, outside, frozenset(), visit)
-    while visit is not None and visit.links:
-        yield from _walk(visit.links.pop(0), real_root, outside, frozenset(), visit)
+    yield from _walk(root, real_root, outside, frozenset(), state)
+    while state is not None and state.links:
+        yield from _walk(state.links.pop(0), real_root, outside, frozenset(), state)
 
 
-def _walk(folder: str, real_root: str, outside: Outside, above: frozenset[str], visit: Visit | None) -> Iterator[str]:
+def _walk(
+    folder: str, real_root: str, outside: Outside, above: frozenset[str], state: WalkState | None
+) -> Iterator[str]:
     real = os.path.realpath(folder)
-    if real in (above if visit is None else visit.folders):
+    # Without a state, only folders that contain themselves through a link are left out.
+    if real in (above if state is None else state.folders):
         return
-    if visit is not None:
-        visit.folders.add(real)
-    for entry in _entries(folder, visit):
+    if state is not None:
+        state.folders.add(real)
+    for entry in _entries(folder, state):
         if _is_hidden(entry.name):
-            if visit is not None:
-                visit.num_hidden += 1
+            if state is not None:
+                state.num_hidden += 1
             continue
         is_link = entry.is_symlink()
         target = os.path.realpath(entry.path) if is_link else entry.path
@@ -130,27 +133,27 @@ def _walk(folder: str, real_root: str, outside: Outside, above: frozenset[str], 
         if os.path.isdir(target) if is_link else entry.is_dir():
             if is_link and is_below(real, target):
                 continue
-            if is_link and visit is not None:
-                visit.links.append(entry.path)
+            if is_link and state is not None:
+                state.links.append(entry.path)  # followed last, so that a folder is listed under its real name
             else:
-                yield from _walk(entry.path, real_root, outside, above | {real}, visit)
+                yield from _walk(entry.path, real_root, outside, above | {real}, state)
         elif os.path.isfile(target) if is_link else entry.is_file():
             yield entry.path
-        elif visit is not None:
-            visit.unreadable.append(entry.path)
+        elif state is not None:
+            state.unreadable.append(entry.path)
 
 
-def _entries(folder: str, visit: Visit | None) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder by name; if it cannot be opened, record that in `visit` and return none."""
+def _entries(folder: str, state: WalkState | None) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder by name; if it cannot be opened, record that in `state` and return none."""
     try:
         with os.scandir(folder) as scan:
             return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
-        if visit is None:
+        if state is None:
             raise UserError(
                 f"{folder} cannot be read ({error.strerror}); grant read permission, or move the folder away"
             ) from error
-        visit.unreadable.append(folder)
+        state.unreadable.append(folder)
         return []
 
 
@@ -193,7 +196,7 @@ def _archive(path: str, folder: str) -> Archive:
     return Archive(folder, path)
 
 
-def _members(path: str, folder: str, visit: Visit | None) -> Iterator[TreeFile | Skipped]:
+def _members(path: str, folder: str, state: WalkState | None) -> Iterator[TreeFile | Skipped]:
     try:
         members = list_members(path)
     except MediaError as error:
@@ -201,8 +204,8 @@ def _members(path: str, folder: str, visit: Visit | None) -> Iterator[TreeFile |
         return
     for member in members:
         if is_hidden_path(member.name):
-            if visit is not None:
-                visit.num_hidden += 1
+            if state is not None:
+                state.num_hidden += 1
         elif parts := _name_components(member.name):
             inner = unicodedata.normalize("NFC", "/".join(parts))
             yield TreeFile(f"{folder}/{inner}" if folder else inner, member_address(path, member.name))

@@ -243,14 +243,13 @@ def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str)
         turns, add_generation_prompt=True
     ):
         raise UserError(
-            f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set "
-            "llm.chat_template"
+            f"llm.enable_thinking=true has no effect, as {name} does not use it; leave it out, or set llm.chat_template"
         )
     # The template's default system turn may contain the same text.
     is_dropped = first["role"] == "system" and first["content"].strip() not in rendered.partition(_VISUAL)[0]
     if is_dropped and rendered == template.render(turns[1:], add_generation_prompt=True):
         raise UserError(
-            f"llm.system_prompt changes nothing, as {name} drops the system turn; leave it out and put its text into "
+            f"llm.system_prompt has no effect, as {name} drops the system turn; leave it out and put its text into "
             "llm.prompt, or set llm.chat_template"
         )
 

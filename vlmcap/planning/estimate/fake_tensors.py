@@ -22,20 +22,20 @@ _INT8_KERNELS = 2  # beside the product: quantise the input, dequantise the outp
 
 def fill_with_fake_tensors(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replaces the meta tensors of a module by fake CPU tensors; shared tensors stay shared."""
-    made: dict[int, Any] = {}
+    replaced: dict[int, Any] = {}  # id of a meta tensor -> its fake tensor
     with mode:
         for child in module.modules():
             for tensors in (child._parameters, child._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in made:
+                    if id(tensor) not in replaced:
                         empty: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                        made[id(tensor)] = (
+                        replaced[id(tensor)] = (
                             nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                         )
-                        _copy_quantization_attributes(tensor, made[id(tensor)])
-                    tensors[name] = made[id(tensor)]
+                        _copy_quantization_attributes(tensor, replaced[id(tensor)])
+                    tensors[name] = replaced[id(tensor)]
 
 
 def _copy_quantization_attributes(old: Any, new: Any) -> None:
@@ -56,7 +56,7 @@ def quantize_fake(model: nn.Module, quantization: str, dtype: torch.dtype, kept:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     replace_experts(model, to_pack=quantization == "4bit")
-    for experts in [module for module in model.modules() if isinstance(module, FusedExperts)]:
+    for experts in [module for module in model.modules() if isinstance(module, FusedExperts)]:  # quantised or not
         _fake_experts(experts, quantization == "4bit", dtype)
     if quantization == "none":
         return
@@ -79,13 +79,13 @@ def emulate_checkpoint_offload(model: nn.Module) -> None:
 
 
 def _offloaded_checkpoint(function: Any, *inputs: Any) -> Any:
-    def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
         return tensor.shape, tensor.dtype
 
-    def remake(kept: tuple[torch.Size, torch.dtype]) -> Tensor:
-        return torch.empty(kept[0], dtype=kept[1])
+    def unpack(packed: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(packed[0], dtype=packed[1])
 
-    with torch.autograd.graph.saved_tensors_hooks(forget, remake):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return checkpoint(function, *inputs, use_reentrant=False)
 
 
@@ -151,9 +151,9 @@ class _UnpackedLinear(torch.autograd.Function):
         ctx.shape, ctx.dtype = (out_dim, hidden.shape[-1]), hidden.dtype
         if is_8bit:
             add_launches(_INT8_KERNELS)
-            _ = torch.empty_like(hidden, dtype=torch.int8)
-            _ = hidden.new_empty(*hidden.shape[:-1], out_dim, dtype=torch.int32)
-        return F.linear(hidden, hidden.new_empty(ctx.shape))
+            _ = torch.empty_like(hidden, dtype=torch.int8)  # the quantised input
+            _ = hidden.new_empty(*hidden.shape[:-1], out_dim, dtype=torch.int32)  # the product before its scales
+        return F.linear(hidden, hidden.new_empty(ctx.shape))  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -196,7 +196,7 @@ class _FakeExperts(FusedExperts):
         add_launches(_UNPACK_KERNELS)
         count, *shape = self.shapes[name]
         count = count if experts is None else len(experts)
-        scales = torch.empty(count * math.prod(shape) // BLOCK, dtype=torch.float32)
+        scales = torch.empty(count * math.prod(shape) // BLOCK, dtype=torch.float32)  # alive while weights are unpacked
         matrices = torch.empty(count, *shape, dtype=dtype)
         del scales
         return matrices

@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         self.tag, self.flops = "other", 0.0
         self.peaks: dict[str, Counter[str]] = {}
         self._segment = "start"
-        self._live: dict[int, tuple[str, int, Any]] = {}
+        self._live: dict[int, tuple[str, int, Any]] = {}  # address of a storage -> tag, bytes, and what keeps the entry
         self._by_tag: Counter[str] = Counter()
         self._total, self._peak = 0, 0
 
@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
         """Returns the bytes that are alive now, by tag."""
         return +Counter(self._by_tag)
 
-    def own(self, tensor: Tensor, tag: str) -> None:
+    def set_tag(self, tensor: Tensor, tag: str) -> None:
         """Gives a live tensor another tag; a tensor from outside is counted from now on."""
         key = self._key(tensor)
         if key in self._live:
@@ -201,16 +201,19 @@ class CudaEmulationMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        # 1. Replace what fake CPU tensors do not support.
         if func is torch._grouped_mm:
             # It has fake tensors for bfloat16 only; one group of all rows takes as much arithmetic and memory.
             return torch.mm(args[0], args[1][0])
+        # 2. Run functions of real tensors alone.
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if _creates_integers(func, args, kwargs) or (
             tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func in (Tensor.__getitem__, Tensor.__setitem__):  # the values of a mask decide on the shape
+        # 3. Take from real tensors the values that decide on a shape: those of masks and of repetitions.
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], _expand_masks(tree_map(_mask_to_indices, args[1])), *args[2:])
         if (
             func in (torch.repeat_interleave, Tensor.repeat_interleave)
@@ -218,6 +221,7 @@ class CudaEmulationMode(TorchFunctionMode):
             and isinstance(args[1], Tensor)
         ):
             kwargs = {**kwargs, "output_size": int(args[1].sum())}
+        # 4. Apply CUDA's autocast, whose list of functions in float32 differs from the CPU's.
         if func in _FLOAT32_OPS and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_to_float32, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
@@ -237,8 +241,8 @@ class CudaEmulationMode(TorchFunctionMode):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         is_fused = self.has_flash or not enable_gqa or query.shape[1] == key.shape[1]
-        batch, heads, rows, dim = query.shape
-        num_pairs = batch * heads * rows * key.shape[2] / (2 if is_causal else 1)
+        batch, heads, num_queries, dim = query.shape
+        num_pairs = batch * heads * num_queries * key.shape[2] / (2 if is_causal else 1)
         self.live.flops += 4.0 * num_pairs * dim
         # An empty mask in the input's dtype replaces the additive one; all heads share it.
         mask = None if attn_mask is None else query.new_empty(attn_mask.shape)
@@ -262,23 +266,24 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         add_launches(1)
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+        # (batch, heads, queries): the fused kernel keeps one number per query, the other all probabilities.
+        softmax = query.new_empty(query.shape[:3], dtype=torch.float32)
         if not is_fused:
-            rows = query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
-            _ = torch.empty_like(rows)  # scores before their softmax
-        ctx.save_for_backward(query, key, value, mask, out, rows)
+            softmax = query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
+            _ = torch.empty_like(softmax)  # scores before their softmax
+        ctx.save_for_backward(query, key, value, mask, out, softmax)
         ctx.is_fused, ctx.flops, ctx.live = is_fused, back, live
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _, _, rows = ctx.saved_tensors
+        query, key, value, _, _, softmax = ctx.saved_tensors
         ctx.live.flops += ctx.flops
-        work = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(rows)]
+        work = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(softmax)]
         if query.shape[1] != key.shape[1]:  # gradients per query head, summed over each group at the end
             work += [key.new_empty(key.shape[0], query.shape[1], *key.shape[2:]) for _ in range(2)]
         if not ctx.is_fused:
-            work.append(torch.empty_like(rows))
+            work.append(torch.empty_like(softmax))
         results = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
         del work
         return (*results, None, None, None, None)
@@ -319,6 +324,6 @@ def _expand_masks(index: Any) -> Any:
         return index.indices
     if isinstance(index, tuple):
         return tuple(
-            part for entry in index for part in (entry.indices if isinstance(entry, _MaskIndices) else (entry,))
+            expanded for entry in index for expanded in (entry.indices if isinstance(entry, _MaskIndices) else (entry,))
         )
     return index

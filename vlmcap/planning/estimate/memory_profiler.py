@@ -213,8 +213,8 @@ class MemoryProfiler:
         base, longer, wider = (self.store.get(key | {"kept": shape}, partial(make, *shape)) for shape in shapes)
         return extrapolate_kept(base, longer, wider, self.depth - num_kept - num_recomputed, num_kept - 1)
 
-    def _architecture(self, part: str) -> Any:
-        return architecture(self.config, "model" if self.config.is_pretrained_vlm else part)
+    def _architecture(self, component: str) -> Any:
+        return architecture(self.config, "model" if self.config.is_pretrained_vlm else component)
 
     def _encoder_tuning(self) -> Any:
         return (
@@ -265,6 +265,7 @@ class MemoryProfiler:
     def _profile_language(
         self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0
     ) -> StageMemory:
+        # 1. Build a model of `depth` blocks, and the visual tokens that it gets.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         is_training = is_training and num_caption > 0
         llm, captioner_class = fake_llm(self.config, mode, depth, self.has_flash, num_kept)
@@ -273,12 +274,13 @@ class MemoryProfiler:
         with mode:
             visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=is_training)
         grid = self.sizes.grid if self.config.is_pretrained_vlm else None
-        # Lengths differ as in real batches, because libraries drop a mask without padding.
+        # 2. Make a batch of text. Lengths differ as in real batches, because libraries drop a mask without padding.
         captions = [num_caption, *[max(0, num_caption - 1)] * (num_clips - 1)]
         is_packed = self._packs(num_caption, is_training)
         batch = language_batch(captions, self.sizes.runs, PROMPT_TOKENS, grid, self.sizes.gap, is_packed=is_packed)
         if not num_caption:
             batch = self._padded_prompts(batch)
+        # 3. Build a captioner whose encoder and projector are replaced by these visual tokens.
         prompt: Any = SimpleNamespace(question_ids=[1])
         captioner = captioner_class(
             None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config)
@@ -290,8 +292,9 @@ class MemoryProfiler:
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which are fake here
             places = batch.visual_mask.unsqueeze(-1)
             inner.get_placeholder_mask = lambda *_, **__: (places, places)
-        caches: list[Any] = []
+        caches: list[Any] = []  # keeps the keys and values alive to the end of the profile
 
+        # 4. Profile a training step, or the prefill pass.
         def prefill() -> torch.Tensor:
             output = llm(
                 **captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=True, logits_to_keep=1

@@ -45,10 +45,7 @@ from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.planning.estimate.fake_tensors import emulate_checkpoint_offload, fill_with_fake_tensors, quantize_fake
 
 _DEPTH_KEYS = ("depth", "num_hidden_layers")
-_SPECIAL_BLOCKS = (
-    "fullatt_block_indexes",
-    "deepstack_visual_indexes",
-)  # keys of tower blocks that differ from the rest
+_SPECIAL_BLOCKS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # keys of tower blocks that differ
 PROMPT_TOKENS = 32  # assumed text tokens around the visual ones, as there is no tokenizer before the download
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 from vlmcap.planning.estimate.stages import StageMemory
 
 _PROFILED_PACKAGES = ("models", "planning", "assembly")  # packages whose code decides on a profile
@@ -42,8 +42,7 @@ class ProfileStore:
         profile = make()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as target:
-                target.write_text(json.dumps(profile.plain()), encoding="utf-8")
+            write_json(file, profile.plain())
         except OSError:
             pass
         return profile

@@ -90,6 +90,7 @@ def clip_sizes(config: Config) -> Sizes:
         check_projector(config.projector, projector)
         num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
     is_timed = isinstance(config.model, TimedVlmConfig)
+    # Qwen3-VL writes a time as text before the visual tokens of each step, so they come in several runs.
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1
     for side in frames_shape(encoder, grid):
@@ -104,8 +105,10 @@ def clip_sizes(config: Config) -> Sizes:
 def frames_shape(encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Returns the shape of one clip's frames as the encoder takes them, in bytes."""
     frames, rows, columns = grid
+    # 1. Encoders of square frames: (F, 3, H, W).
     if side := getattr(encoder.transform, "image_size", None):
         return (frames * getattr(encoder, "frames_per_token", 1), 3, side, side)
+    # 2. Qwen-VL and NaFlex take patches: (F, P, values of a patch).
     tower = encoder.tower.config
     patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
     depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
@@ -204,12 +207,14 @@ def language_batch(
         gap: Text tokens between two runs.
         is_packed: Whether all clips are in one sequence.
     """
+    # 1. The prompt that all clips share: True at visual tokens.
     before = num_prompt // 2
     prompt = [False] * before
     for index, run in enumerate(runs):
         prompt += [False] * (gap if index else 0) + [True] * run
     prompt += [False] * (num_prompt - before)
     is_visual, lengths = torch.tensor(prompt), [len(prompt) + count for count in captions]
+    # 2. (R, S): one packed row, or a row per clip.
     shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
     starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
     ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)

@@ -80,8 +80,7 @@ class Anchors:
 
     At a fixed moment of a step without padding, every figure is a constant plus shares per token, per block, per block
     and token, and per sequence of labels. Under checkpointing only gradients and weights depend on the blocks alone,
-    and
-    one profile less is needed.
+    and one profile less is needed.
 
     Attributes:
         num_tokens: Tokens of `short`, `longer` and `doubled`.
@@ -110,10 +109,12 @@ class Anchors:
             num_more: Blocks more than `short` has.
             num_clips: Clips whose captions give labels.
         """
+        # 1. The fewest blocks, interpolated by tokens, with the labels of the other clips.
         times = (num_tokens - self.num_tokens) / (self.num_more_tokens - self.num_tokens)
         terms = [(1 - times, self.short), (times, self.wide)]
         if self.doubled is not None and num_clips > 1:
             terms += [(num_clips - 1, self.doubled), (1 - num_clips, self.short)]
+        # 2. What one block adds at this number of tokens.
         if self.wide_longer is None:
             block = _scale_block(_weighted_sum([(1, self.longer), (-1, self.short)]), num_tokens / self.num_tokens)
         else:
@@ -132,11 +133,9 @@ def _weighted_sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
     """Adds up profiles with factors, at the moments of the first one; a deeper one also has middle blocks."""
     profiles = [profile for _, profile in terms]
 
-    def add(parts: Sequence[Bytes]) -> dict[str, float]:
-        tags = dict.fromkeys(tag for part in parts for tag in part)
-        return {
-            tag: sum(times * part.get(tag, 0) for (times, _), part in zip(terms, parts, strict=True)) for tag in tags
-        }
+    def add(sizes: Sequence[Bytes]) -> dict[str, float]:
+        tags = dict.fromkeys(tag for one in sizes for tag in one)
+        return {tag: sum(times * one.get(tag, 0) for (times, _), one in zip(terms, sizes, strict=True)) for tag in tags}
 
     return StageMemory(
         weights=add([profile.weights for profile in profiles]),
@@ -150,15 +149,15 @@ def _weighted_sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
 
 
 def _scale_block(block: StageMemory, ratio: float) -> StageMemory:
-    def lines(part: Bytes) -> dict[str, float]:
-        return {tag: size if tag == _PER_BLOCK else ratio * size for tag, size in part.items()}
+    def scaled(sizes: Bytes) -> dict[str, float]:
+        return {tag: size if tag == _PER_BLOCK else ratio * size for tag, size in sizes.items()}
 
     return StageMemory(
         weights=block.weights,
         num_trained=block.num_trained,
-        peaks={moment: lines(peak) for moment, peak in block.peaks.items()},
-        retained=lines(block.retained),
-        left=lines(block.left),
+        peaks={moment: scaled(peak) for moment, peak in block.peaks.items()},
+        retained=scaled(block.retained),
+        left=scaled(block.left),
         flops=ratio * block.flops,
         launches=block.launches,
     )
@@ -212,6 +211,7 @@ def profile_stage(
         has_backward: Whether anything in this stage, or in one before it, is trained.
         num_kept: Number of last blocks that are not recomputed where others are.
     """
+    # 1. Forward pass, in moments that the hooks of the blocks name.
     live, hooks = LiveBytes(), _MomentHooks(blocks, num_kept)
     live.exclude([*module.parameters(), *module.buffers(), *inputs])
     hooks.register(module, live)
@@ -221,6 +221,7 @@ def profile_stage(
             output = forward()
         retained = live.snapshot()
         launches = live.launches
+    # 2. Backward pass, from the gradient that the next stage would give.
     left: Bytes = {}
     if has_backward:
         hooks.is_forward = False
@@ -250,8 +251,8 @@ class _MomentHooks:
         self.blocks, self.num_kept, self.is_forward = blocks, num_kept, True
 
     def _block_name(self, index: int) -> str:
-        """Returns the position of a block; "turn" is the last recomputed one, where later blocks are kept."""
-        names = {len(self.blocks) - 1 - self.num_kept: "turn"} if self.num_kept else {}
+        """Returns the position of a block: the first, the last, the last recomputed one, or one in the middle."""
+        names = {len(self.blocks) - 1 - self.num_kept: "last recomputed"} if self.num_kept else {}
         return (names | {0: "first", len(self.blocks) - 1: "last"}).get(index, "middle")
 
     def register(self, module: nn.Module, live: LiveBytes) -> None:
@@ -263,13 +264,13 @@ class _MomentHooks:
             tag_module(block, live, "hidden states")
             self._hook_block(block, live, self._block_name(index))
 
-    def _hook_block(self, block: nn.Module, live: LiveBytes, place: str) -> None:
+    def _hook_block(self, block: nn.Module, live: LiveBytes, position: str) -> None:
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.is_forward:
                 return
-            live.enter(f"forward {place}")
+            live.enter(f"forward {position}")
             hidden = args[0] if args else kwargs["hidden_states"]
-            if place == "first" and hidden.requires_grad and not hidden.is_leaf:
+            if position == "first" and hidden.requires_grad and not hidden.is_leaf:
                 hidden.register_hook(lambda _: live.enter("backward end"))
 
         def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -277,8 +278,8 @@ class _MomentHooks:
             if not self.is_forward:
                 return
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: live.enter(f"backward {place}"))
-            if place == "last":
+                hidden.register_hook(lambda _: live.enter(f"backward {position}"))
+            if position == "last":
                 live.tag = "head and loss"  # no hook on the head, as a hook would turn the chunked loss off
                 live.enter("forward end")
 
@@ -287,8 +288,8 @@ class _MomentHooks:
 
 
 def _gradient_hook(live: LiveBytes) -> Callable[[Tensor], None]:
-    def own(tensor: Tensor) -> None:
+    def tag_gradient(tensor: Tensor) -> None:
         assert tensor.grad is not None
-        live.own(tensor.grad, "gradients")
+        live.set_tag(tensor.grad, "gradients")
 
-    return own
+    return tag_gradient

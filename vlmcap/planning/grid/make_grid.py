@@ -115,9 +115,9 @@ class GridConfigs:
         Raises:
             UserError: The names cannot be combined.
         """
-        parts = self._components[hardware, "encoder", encoder] | self._components[hardware, "llm", llm]
+        groups = self._components[hardware, "encoder", encoder] | self._components[hardware, "llm", llm]
         try:
-            return with_known_data(dataclasses.replace(self._hardware_configs[hardware], **parts))
+            return with_known_data(dataclasses.replace(self._hardware_configs[hardware], **groups))
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -226,6 +226,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
         replan: Plans the combinations with more overrides; None where these cannot be combined. More combinations may
             then fit their GPU, and count.
     """
+    # 1. Take each change that saves time, until the sweep is within its budget.
     chosen: list[Proposal] = []
     best = jobs
     for override, cost, keeps_quality in _CHANGES:
@@ -237,6 +238,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
             chosen.append(Proposal(override, cost, sweep_seconds(best), num_fitting(best), keeps_quality))
     if sweep_seconds(best) <= budget_s:
         return _without_needless(chosen, budget_s, replan)
+    # 2. If all of them are not enough, train on a subset of the clips.
     max_clips = largest_subset(best, budget_s)
     if max_clips is not None:
         most = max(job.clips.train for job in best)

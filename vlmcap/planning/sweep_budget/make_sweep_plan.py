@@ -179,7 +179,7 @@ def _store(config: Config) -> str:
 
 def _one_budget(configs: Sequence[Config], swept: Sequence[str]) -> float | None:
     if "sweep.budget_h" in swept:
-        raise UserError("sweep.budget_h limits the sweep as a whole and cannot be swept; give it one value")
+        raise UserError("sweep.budget_h applies to all combinations together and cannot be swept; give it one value")
     return configs[0].sweep.budget_h
 
 
@@ -208,8 +208,8 @@ def _notes(configs: Sequence[Config]) -> list[str]:
     is_cpu = configs[0].hardware.accelerator == "cpu"
     from vlmcap.planning.hardware import CORE_FLOPS, UTILISATION
 
-    of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s per core" if is_cpu else "the data sheet's speed"
+    speed = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s per core" if is_cpu else "the data sheet's speed"
     return [
         *lines,
-        f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted.",
+        f"Estimates, not measurements: {UTILISATION:.0%} of {speed}; decoding, loading and scoring are not counted.",
     ]

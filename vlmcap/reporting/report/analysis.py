@@ -54,22 +54,27 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     metric = choose_metric(runs, wanted.metric)
     split, _, name = metric.partition("/")
     captions = _read_captions(runs, split, name, wanted.tokenizer, advance)
+    # 1. Which runs can be compared: those with the metric, on the clips, references and tokenizer of most of them.
     has_metric = [metric in run.scores for run in runs]
-    why = iter(comparable(name, [captions[index].texts.get(split) for index in range(len(runs)) if has_metric[index]]))
+    why_not = iter(
+        comparable(name, [found.texts.get(split) for found, has in zip(captions, has_metric, strict=True) if has])
+    )
     factors = find_factors(runs)
     members = identify(
         [
-            Member(run, found.texts, found.samples, next(why) if has else "", has)
+            Member(run, found.texts, found.samples, next(why_not) if has else "", has)
             for run, found, has in zip(runs, captions, has_metric, strict=True)
         ],
         factors,
         metric,
         is_higher_better=is_higher_better(metric),
     )
+    # 2. Runs that differ only in their seed form a group; groups are ranked and tested against the best one.
     shown = columns(metric, runs)
     groups, estimator = group_rows(members, factors, metric, shown, is_higher_better=is_higher_better(metric))
     ranked = {group.id: group.factors for group in groups if group.is_best or group.difference is not None}
     rows = run_rows(members, groups, factors, split)
+    # 3. Captions side by side, which need runs with the same clips.
     compared = {
         member.id: member.captions[split] for member in members if member.is_compared and split in member.captions
     }
@@ -109,8 +114,9 @@ def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bo
         if len(known) < 2:
             continue
         sign = 1 if is_higher_better else -1
+        # From the cheapest group on, a group is on the front if it is better than all cheaper ones.
         best, front = -np.inf, []
-        for _, score, name in sorted(known, key=lambda row: (row[0], -sign * row[1])):
+        for _, score, name in sorted(known, key=lambda point: (point[0], -sign * point[1])):
             if sign * score > best:
                 best = sign * score
                 front.append(name)
@@ -133,17 +139,20 @@ def _read_captions(
     shared: dict[str, str] = {}
     scored: dict[str, dict[int, Mapping[str, ClipMetric]]] = {}
     for index, run in enumerate(runs):
-        for own_split, path in run.predictions.items():
+        for file_split, path in run.predictions.items():
             captions = read_captions(path, run.warnings, shared)
             if captions is not None:
-                captions, metrics = score_clips(run, own_split, captions, name if own_split == split else "", tokenizer)
-                found[index].texts[own_split] = captions
-                scored.setdefault(own_split, {})[index] = metrics
+                captions, metrics = score_clips(
+                    run, file_split, captions, name if file_split == split else "", tokenizer
+                )
+                found[index].texts[file_split] = captions
+                scored.setdefault(file_split, {})[index] = metrics
         advance()
-    for own_split, those in scored.items():
-        sets = [found[index].texts[own_split].digest for index in those]
-        for index, samples in zip(those, resample(list(those.values()), sets), strict=True):
-            found[index].samples |= {f"{own_split}/{one}": values for one, values in samples.items()}
+    # Runs with the same clips and references are resampled together, so that their scores can be compared in pairs.
+    for file_split, metrics_of in scored.items():
+        sets = [found[index].texts[file_split].digest for index in metrics_of]
+        for index, samples in zip(metrics_of, resample(list(metrics_of.values()), sets), strict=True):
+            found[index].samples |= {f"{file_split}/{one}": values for one, values in samples.items()}
     return found
 
 

@@ -68,52 +68,53 @@ def read_captions(path: Path, warnings: list[str], shared: dict[str, str]) -> Ca
         warnings: List that receives sentences about skipped lines.
         shared: References read before, so that the equal references of runs are held in memory once.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     num_broken = num_repeated = 0
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         lines = []
     for number, line in enumerate(line for line in lines if line.strip()):
-        row = _row(line)
-        if row is None:
+        entry = _entry(line)
+        if entry is None:
             num_broken += 1
             continue
-        name = str(row.get("id", f"line {number + 1:06d}"))
-        num_repeated += name in rows
-        rows[name] = row
+        name = str(entry.get("id", f"line {number + 1:06d}"))
+        num_repeated += name in entries
+        entries[name] = entry
     if num_broken:
         warnings.append(f"Skipped lines of {path.name} that cannot be read: {num_broken}.")
     if num_repeated:
         warnings.append(f"Clips that {path.name} contains more than once; the last line counts: {num_repeated}.")
-    return _columns([(name, rows[name]) for name in sorted(rows)], shared) if rows else None
+    return _captions([(name, entries[name]) for name in sorted(entries)], shared) if entries else None
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _entry(line: str) -> dict[str, Any] | None:
+    """Parses a line; returns None unless it has a caption and at least one reference."""
     try:
-        row = json.loads(line)
+        entry = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("prediction"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("prediction"), str):
         return None
-    if isinstance(row.get("references"), str):
-        row["references"] = [row["references"]]
-    is_list = isinstance(row.get("references"), list) and all(isinstance(text, str) for text in row["references"])
-    return row if is_list and row["references"] else None
+    if isinstance(entry.get("references"), str):
+        entry["references"] = [entry["references"]]
+    is_list = isinstance(entry.get("references"), list) and all(isinstance(text, str) for text in entry["references"])
+    return entry if is_list and entry["references"] else None
 
 
-def _columns(rows: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> Captions:
-    texts = [row["prediction"] for _, row in rows]
-    references = [[shared.setdefault(text, text) for text in row["references"]] for _, row in rows]
-    each = [row["scores"] if isinstance(row.get("scores"), dict) else {} for _, row in rows]
-    tokenizers = {str(row.get("tokenizer") or "") for _, row in rows}
-    content = json.dumps([[name for name, _ in rows], references], ensure_ascii=True)
+def _captions(entries: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> Captions:
+    texts = [entry["prediction"] for _, entry in entries]
+    references = [[shared.setdefault(text, text) for text in entry["references"]] for _, entry in entries]
+    each = [entry["scores"] if isinstance(entry.get("scores"), dict) else {} for _, entry in entries]
+    tokenizers = {str(entry.get("tokenizer") or "") for _, entry in entries}
+    content = json.dumps([[name for name, _ in entries], references], ensure_ascii=True)
     return Captions(
-        ids=[name for name, _ in rows],
-        videos=[str(row.get("video") or "") for _, row in rows],
+        ids=[name for name, _ in entries],
+        videos=[str(entry.get("video") or "") for _, entry in entries],
         texts=texts,
         references=references,
-        categories=[str(row.get("category") or "") for _, row in rows],
+        categories=[str(entry.get("category") or "") for _, entry in entries],
         scores={
             name: np.array([scores[name] for scores in each], np.float64)
             for name in each[0]
@@ -207,8 +208,8 @@ def _choose(means: Floats, spreads: Floats, count: int, names: Sequence[Reason])
         "random": np.random.default_rng(0).permutation(len(means)),
     }
     chosen: dict[int, list[Reason]] = {}
-    for place, name in enumerate(names):
-        share = count // len(names) + (place < count % len(names))
+    for position, name in enumerate(names):
+        share = count // len(names) + (position < count % len(names))  # the first reasons get the remainder
         for index in orders[name][:share].tolist():
             if name != "different" or spreads[index] > 0:
                 chosen.setdefault(index, []).append(name)

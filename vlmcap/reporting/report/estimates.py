@@ -95,6 +95,7 @@ class Estimator:
         clips, seeds = self._over_clips(weights), self._over_seeds(weights)
         if clips is None and seeds is None:
             return Estimate(value, None, None, "")
+        # Draws of the two sources of variation are added; a source that is not known adds nothing.
         over: Over = "seeds" if clips is None else "clips" if seeds is None else "clips and seeds"
         samples = np.full(self.resamples, value) if clips is None else clips
         samples = samples if seeds is None else samples + seeds
@@ -121,8 +122,8 @@ class Estimator:
             for run in runs:
                 if run.samples is None:
                     return None
-                part = weight / len(runs) * (run.samples.paired if is_difference else run.samples.own)
-                total = part if total is None else total + part
+                term = weight / len(runs) * (run.samples.paired if is_difference else run.samples.own)  # (resamples,)
+                total = term if total is None else total + term
         return total
 
     def _over_seeds(self, weights: Mapping[str, float]) -> Floats | None:
@@ -133,9 +134,12 @@ class Estimator:
         for name, weight in weights.items():
             scores = [run.score for run in self.groups[name]]
             is_repeated = len(scores) > 1
-            part = weight**2 / len(scores) * (float(np.var(scores, ddof=1)) if is_repeated else self._pooled)
-            variance += part
-            curvature += part**2 / (len(scores) - 1 if is_repeated else self._freedom)
+            # w² s² / n is the variance of a weighted mean over n seeds.
+            term = weight**2 / len(scores) * (float(np.var(scores, ddof=1)) if is_repeated else self._pooled)
+            variance += term
+            curvature += term**2 / (len(scores) - 1 if is_repeated else self._freedom)
+        # Welch and Satterthwaite: the degrees of freedom are the squared variance over the sum of its squared terms,
+        # each divided by its own degrees of freedom.
         if variance == 0:
             return np.zeros(self.resamples)
         return math.sqrt(variance) * np.random.default_rng([self.seed, 1]).standard_t(
@@ -166,21 +170,24 @@ def find_effects(
 def _effect(
     factor: str, factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, is_higher_better: bool
 ) -> Effect | None:
+    # 1. Sort the groups by their level of this factor, and by their values of all other factors.
     levels: dict[str, list[str]] = {}  # groups by level
     combinations: dict[tuple[str, ...], dict[str, str]] = {}  # group by values of the other factors, and by level
     values: dict[str, Value] = {}
-    for group, own in groups.items():
-        level = json.dumps(own[factor])
-        values[level] = own[factor]
+    for group, settings in groups.items():
+        level = json.dumps(settings[factor])
+        values[level] = settings[factor]
         levels.setdefault(level, []).append(group)
-        place = tuple(json.dumps(own[other]) for other in factors if other != factor)
-        combinations.setdefault(place, {})[level] = group
+        others = tuple(json.dumps(settings[other]) for other in factors if other != factor)
+        combinations.setdefault(others, {})[level] = group
     if len(levels) < 2:
         return None
+    # 2. Average each level over the combinations that every level has.
     complete = [found for found in combinations.values() if len(found) == len(levels)]
     counted = {level: [found[level] for found in complete] if complete else levels[level] for level in levels}
     means = {level: {name: 1 / len(names) for name in names} for level, names in counted.items()}
     estimates = {level: estimator.estimate(weights) for level, weights in means.items()}
+    # 3. Rank the levels, and compare each with the best one: the weights of a difference are positive and negative.
     ranked = sorted(levels, key=lambda level: estimates[level].value, reverse=is_higher_better)
     differences: dict[str, Difference] = {}
     if complete:

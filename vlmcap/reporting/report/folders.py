@@ -93,13 +93,15 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
     summary, status = _read_json(folder / "summary.json", warnings), _read_json(folder / "status.json", warnings)
     evaluation = _read_json(folder / "metrics.json", warnings)
     overrides = _overrides(folder, status, read_yaml)
+    # 1. `train.py` leaves summary.json and status.json, `evaluate.py` leaves metrics.json.
     is_evaluation = bool(evaluation) and not (summary or status)
     scores = _numbers(evaluation) | _numbers(_object(summary, "scores"))
     predictions = {split: path for split in _SPLITS if (path := folder / "predictions" / f"{split}.jsonl").is_file()}
     if (folder / "predictions.jsonl").is_file():
         split = next((name.split("/")[0] for name in _numbers(evaluation)), "test")
         predictions.setdefault(split, folder / "predictions.jsonl")
-    parts = [part for part in _object(summary, "parameters").values() if isinstance(part, dict)]
+    # 2. Costs, of which a run that has failed knows only some.
+    components = [counts for counts in _object(summary, "parameters").values() if isinstance(counts, dict)]
     seconds = _numbers(_object(summary, "seconds")) or _numbers({"total": status.get("seconds")})
     plan = _numbers(_object(summary, "plan")) or _numbers(_object(status, "plan"))
     return RunFolder(
@@ -116,9 +118,9 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         peak_memory_gib=_numbers(summary).get("peak_memory_gib"),
         planned_gib=plan.get("peak_gib"),
         planned_fit_s=plan.get("fit_s"),
-        parameters={name: sum(int(part.get(key) or 0) for part in parts) for name, key in _COUNTS.items()}
-        if parts
-        else {},
+        parameters={
+            name: sum(int(counts.get(key) or 0) for counts in components) for name, key in _COUNTS.items() if components
+        },
         curve=read_curves(folder / "metrics.jsonl", warnings),
         revision=str(summary.get("git_revision") or ""),
         predictions=predictions,

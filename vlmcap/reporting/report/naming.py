@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmcap.errors import UserError
 from vlmcap.metrics import METRIC_LABELS
+from vlmcap.overrides import key_of
 from vlmcap.reporting.report.folders import RunFolder
 from vlmcap.reporting.report.records import Value
 
@@ -62,7 +63,10 @@ def find_factors(runs: Sequence[RunFolder]) -> list[str]:
     differing = _differing(configs)
     groups = [group for group in _GROUPS if f"{group}.name" in differing]
     chosen = [f"{group}.name" for group in groups]
-    typed = [key for key in dict.fromkeys(key for run in runs for key in map(_key, run.overrides)) if key in differing]
+    typed = [
+        key for key in dict.fromkeys(key for run in runs for key in map(key_of, run.overrides)) if key in differing
+    ]
+    # A group's own keys, and keys that nobody typed, are factors only if those chosen so far do not determine them.
     for key in [*typed, *sorted(differing)]:
         may_follow = key.split(".")[0] in groups or key not in typed
         if key not in chosen and not (may_follow and _is_determined(configs, chosen, key)):
@@ -146,10 +150,6 @@ def columns(metric: str, runs: Sequence[RunFolder]) -> list[str]:
     return [key for key in dict.fromkeys(wanted) if key in known]
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
-
-
 def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:
     """Returns the keys with different values in at least two of the configurations that have the key, in order."""
     first: dict[str, str] = {}
@@ -166,8 +166,8 @@ def _is_determined(configs: Sequence[Mapping[str, Any]], chosen: Sequence[str], 
     known: dict[tuple[str, ...], str] = {}
     for config in configs:
         if key in config:
-            place = tuple(_text(config.get(one)) for one in chosen)
-            if known.setdefault(place, _text(config[key])) != _text(config[key]):
+            settings = tuple(_text(config.get(one)) for one in chosen)
+            if known.setdefault(settings, _text(config[key])) != _text(config[key]):
                 return False
     return True
 

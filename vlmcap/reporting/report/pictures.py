@@ -93,6 +93,7 @@ def draw_curves(report: Report, file: Path) -> None:
     Each configuration has a colour, each run a line.
     """
     runs = [run for run in report.runs if run.curve]
+    # Colours follow the ranking, and only the first run of a group has a label in the legend.
     order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MAX_GROUPS]
     wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])
     shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][:2]
@@ -100,14 +101,14 @@ def draw_curves(report: Report, file: Path) -> None:
         colours = _colours(len(order))
         for index, key in enumerate(shown):
             axes = figure.add_subplot(1, len(shown), index + 1)
-            for place, group in enumerate(order):
+            for position, group in enumerate(order):
                 curves = [run.curve[key] for run in runs if run.group == group.id and key in run.curve]
                 for number, curve in enumerate(curves):
-                    name = _label(group) if number == 0 and place < _MAX_LABELLED else None
+                    name = _label(group) if number == 0 and position < _MAX_LABELLED else None
                     mark = "o" if len(curve) < 8 else ""
                     axes.plot(
                         *zip(*curve, strict=True),
-                        color=colours[place],
+                        color=colours[position],
                         linewidth=1.2,
                         marker=mark,
                         markersize=3,

@@ -313,9 +313,3 @@ class Report:
     def plain(self) -> dict[str, Any]:
         """Returns the report as dictionaries, lists, strings and numbers."""
         return asdict(self)
-
-
-def config_difference(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns both values of each key in which two flat configurations differ; a missing key has the value None."""
-    keys = [*first, *(key for key in second if key not in first)]
-    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}

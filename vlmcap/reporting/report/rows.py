@@ -62,6 +62,7 @@ def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, 
         dataclasses.replace(member, id=ids[path], group=groups[content])
         for member, path, content in zip(members, paths, contents, strict=True)
     ]
+    # Ids are hashes of the folder and of the configuration, so that they stay the same in a later report.
     named = _without_repeats(named)
     sign = -1 if is_higher_better else 1
     return sorted(
@@ -81,16 +82,19 @@ def group_rows(
         shown: Metrics that get an interval, in addition to all resampled ones.
         is_higher_better: Whether higher values of the metric are better.
     """
+    # 1. Groups of runs that differ only in their seed, and an estimator per metric.
     groups: dict[str, list[Member]] = {}
     for member in members:
         groups.setdefault(member.group, []).append(member)
     counted = {name: _counted(those) for name, those in groups.items()}
     names = dict.fromkeys([metric, *shown, *(name for member in members for name in member.samples)])
     estimators = {name: _estimator(counted, name) for name in names}
+    # 2. The best group by the report's metric, and the differences of all other groups from it.
     main = estimators[metric]
     means = {name: main.means[name] for name, those in counted.items() if those and those[0].is_compared}
     best = (max if is_higher_better else min)(means, key=means.__getitem__) if means else None
     differences = main.differences({name: {name: 1.0, best: -1.0} for name in means if name != best}) if best else {}
+    # 3. A row per group.
     rows = []
     for name, those in groups.items():
         known = {key: one.estimate({name: 1.0}) for key, one in estimators.items() if name in one.groups}

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap.errors import first_line
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 from vlmcap.metrics import FactLexicon
 from vlmcap.reporting.report.analysis import Wanted, analyse
 from vlmcap.reporting.report.captions import mark_facts, shown_text
 from vlmcap.reporting.report.folders import ReadYaml, RunFolder, read_run
 from vlmcap.reporting.report.naming import group_name
 from vlmcap.reporting.report.page import read_all_frames, report_page
-from vlmcap.reporting.report.records import ClipRow, OtherVideo, Report
+from vlmcap.reporting.report.records import ClipRow, OtherVideo
 from vlmcap.reporting.report.scoring import find_lexicon
 
 PAGE_FILE = "index.html"
@@ -36,9 +36,7 @@ def leave_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> None:
         version: Version of vlmcap.
     """
     try:
-        page = run_page(folder, read_yaml, version=version)
-        with replacing(folder / PAGE_FILE) as partial:
-            partial.write_text(page, encoding="utf-8")
+        write_text(folder / PAGE_FILE, run_page(folder, read_yaml, version=version))
     except Exception as error:  # the run is complete, so a problem with its page must not make it fail
         print(
             f"{folder / PAGE_FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is "
@@ -58,7 +56,7 @@ def run_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> str:
     run = read_run(folder, read_yaml)
     title = group_name(run, ())
     report = analyse([run], Wanted(_headline(run), title, NUM_CLIPS), version=version)
-    clips = _with_other_videos(sorted(report.clips, key=lambda clip: clip.id), run, _split(report))
+    clips = _with_other_videos(sorted(report.clips, key=lambda clip: clip.id), run, report.metric.partition("/")[0])
     report = dataclasses.replace(report, clips=clips, commands=next_commands(run, [clip.video for clip in clips]))
     return report_page(report, read_all_frames(clips, num_frames=NUM_FRAMES, height=HEIGHT, max_s=MAX_S))
 
@@ -97,10 +95,6 @@ def _headline(run: RunFolder) -> str | None:
     split = next((split for split in ("test", "val") if split in run.predictions), "val")
     name = str(run.config.get("monitor") or "").partition("/")[2]
     return next((key for key in (f"{split}/{name}", f"{split}/cider") if key in run.scores), None)
-
-
-def _split(report: Report) -> str:
-    return report.metric.partition("/")[0]
 
 
 def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> list[ClipRow]:

@@ -68,22 +68,23 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
         sets: Set of clips of each run: equal for runs with the same clips.
     """
     members: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index, (own, clip_set) in enumerate(zip(metrics, sets, strict=True)):
-        members[clip_set] += [(index, name) for name in own]
+    for index, (found, clip_set) in enumerate(zip(metrics, sets, strict=True)):
+        members[clip_set] += [(index, name) for name in found]
     samples: list[dict[str, Resampled]] = [{} for _ in metrics]
     for left in members.values():
         while left:  # in batches, because the columns of all runs together may take gigabytes
             size = max(1, _BATCH_ELEMENTS // max(1, metrics[left[0][0]][left[0][1]].values.size))
             batch, left = left[:size], left[size:]
             chosen = [metrics[index][name] for index, name in batch]
+            # The columns of all metrics are summed over resampled clips in one product, then split by metric.
             ends = np.cumsum([metric.values.shape[1] for metric in chosen])[:-1]
-            parts = [
+            chunks = [
                 np.split(sums, ends, axis=1)
                 for sums in resampled_sums([metric.values for metric in chosen], RESAMPLES, _SEED)
             ]
-            for place, (index, name) in enumerate(batch):
-                scores = np.concatenate([chosen[place].score(part[place]) for part in parts])
-                samples[index][name] = resampled(chosen[place], scores, _SEED)
+            for position, (index, name) in enumerate(batch):
+                scores = np.concatenate([chosen[position].score(chunk[position]) for chunk in chunks])  # (resamples,)
+                samples[index][name] = resampled(chosen[position], scores, _SEED)
     return samples
 
 
@@ -97,26 +98,27 @@ def comparable(metric: str, captions: Sequence[Captions | None]) -> list[str]:
         captions: Captions of each run that has the metric, on its split.
     """
     has_tokens = metric.startswith(_BY_TOKENS)
-    keys = [None if own is None else (own.digest, own.tokenizer if has_tokens else "") for own in captions]
+    keys = [None if one is None else (one.digest, one.tokenizer if has_tokens else "") for one in captions]
     known = [key for key in keys if key is not None]
     if not known:
         return [""] * len(captions)
-    sizes = {key: len(own) for key, own in zip(keys, captions, strict=True) if own is not None}
+    # Of equally common keys, the one with the most clips counts.
+    sizes = {key: len(one) for key, one in zip(keys, captions, strict=True) if one is not None}
     majority = max(dict.fromkeys(known), key=lambda key: (known.count(key), sizes[key]))
-    typical = next(own for key, own in zip(keys, captions, strict=True) if key == majority)
+    typical = next(one for key, one in zip(keys, captions, strict=True) if key == majority)
     assert typical is not None
-    return ["" if key == majority else _why_not(own, typical) for key, own in zip(keys, captions, strict=True)]
+    return ["" if key == majority else _why_not(one, typical) for key, one in zip(keys, captions, strict=True)]
 
 
-def _why_not(own: Captions | None, typical: Captions) -> str:
-    if own is None:
+def _why_not(found: Captions | None, typical: Captions) -> str:
+    if found is None:
         return "Not compared: its captions are missing, so it may have been scored on other clips."
-    if own.ids != typical.ids:
-        return f"Not compared: its {len(own)} clips differ from the {len(typical)} clips of most runs."
-    if own.digest != typical.digest:
+    if found.ids != typical.ids:
+        return f"Not compared: its {len(found)} clips differ from the {len(typical)} clips of most runs."
+    if found.digest != typical.digest:
         return "Not compared: its references differ from those of most runs."
     return (
-        f"Not compared: it was scored with {own.tokenizer or 'an unknown tokenizer'}, most runs with "
+        f"Not compared: it was scored with {found.tokenizer or 'an unknown tokenizer'}, most runs with "
         f"{typical.tokenizer or 'an unknown one'}; add --tokenizer mecab_ko to score all captions again."
     )
 

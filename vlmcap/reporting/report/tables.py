@@ -149,18 +149,7 @@ def _facts(report: Report) -> str:
 
 def _leaderboard(report: Report) -> str:
     more = [name for name in report.metrics if name != report.metric]
-    header = [
-        "configuration",
-        "seeds",
-        report.metric,
-        "95 %",
-        "vs. best",
-        "p (Holm)",
-        "GiB",
-        "min",
-        "trained",
-        *more,
-    ]
+    header = ["configuration", "seeds", report.metric, "95 %", "vs. best", "p (Holm)", "GiB", "min", "trained", *more]
     rows = []
     for group in report.groups:
         if report.metric not in group.scores:

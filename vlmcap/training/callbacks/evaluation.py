@@ -67,11 +67,7 @@ class CaptionEvaluation(L.Callback):
     """
 
     def __init__(
-        self,
-        scorer: CaptionScorer,
-        clips: Mapping[str, Sequence[Clip]],
-        folder: Path,
-        monitor: str = "",
+        self, scorer: CaptionScorer, clips: Mapping[str, Sequence[Clip]], folder: Path, monitor: str = ""
     ) -> None:
         self.scorer, self.clips, self.folder = scorer, clips, folder
         extra = {monitor.removeprefix("val/")} & set(METRIC_NAMES) - set(LOOP_METRICS)
@@ -155,7 +151,7 @@ class CaptionEvaluation(L.Callback):
 
     def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, scores: dict[str, float]) -> None:
         self.scores = {f"{split}/{name}": value for name, value in scores.items()}
-        warning = collapse_warning([row.text for row in self.predictions]) if self.predictions else None
+        warning = collapse_warning([prediction.text for prediction in self.predictions]) if self.predictions else None
         collapsed = {f"{split}/is_collapsed": float(warning is not None)} if self.predictions else {}
         log_scores(trainer, pl_module, self.scores, collapsed)
         if warning and trainer.is_global_zero:

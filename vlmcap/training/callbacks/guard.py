@@ -5,7 +5,6 @@ The guard keeps a small record of the batch of each optimiser step, and writes i
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from vlmcap.config import GuardConfig
 from vlmcap.errors import DivergedError
-from vlmcap.files import replacing
+from vlmcap.files import replacing, write_json
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states
 from vlmcap.types import Batch, Clip
@@ -228,6 +227,7 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
     for index, batch in enumerate(window.batches):
         named = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
         tensors |= {f"batch.{index}.{name}": value for name, value in named.items() if value is not None}
+    # NumPy's state is a tuple; its second element, 624 words, is among the tensors.
     generator = window.random["numpy"]
     content = {
         "reason": reason,
@@ -253,8 +253,7 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
     }
     with replacing(target.with_suffix(".safetensors")) as partial:
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, partial)
-    with replacing(target.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(target.with_suffix(".json"), content)
 
 
 def _as_json(value: float) -> float | str:

@@ -122,18 +122,19 @@ class RunCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the number of lines in `metrics.jsonl`."""
-        rows = [logger.num_rows for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
-        checkpoint["callbacks"][self.state_key]["rows"] = rows[0] if rows else None
+        counts = [logger.num_lines for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
+        checkpoint["callbacks"][self.state_key]["num_lines"] = counts[0] if counts else None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Reads the score of `best.ckpt`, and drops the lines of `metrics.jsonl` that this run will write again."""
+        # 1. Find the best score: in this folder, or in that of the run that this one continues.
         self._is_resumed, self._saved_step = True, int(checkpoint["global_step"])
         source = Path(str(trainer.ckpt_path)).resolve().parent
         is_here, best = source == self.folder.resolve(), source / self.best_path.name
         found = _read_best_score(best) if self.monitor is not None and best.is_file() else None
         if found is not None and found.step > self._saved_step:
             if not is_here:
-                found = None  # from the part of the other run that this run does not continue
+                found = None  # from steps of the other run that this run does not continue
             elif trainer.is_global_zero:
                 print(
                     f"best.ckpt is from step {found.step}, after this checkpoint; it is kept until a validation is "
@@ -142,16 +143,17 @@ class RunCheckpoints(Checkpoint):
         self.best = trainer.strategy.broadcast(found)
         if not trainer.is_global_zero:
             return
+        # 2. Bring the files of this folder to the state of the checkpoint.
         if not is_here:
             self.best_path.unlink(missing_ok=True)  # left by another run
         if not is_here and self.best is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.best_path) as partial:
                 shutil.copyfile(best, partial)
-        rows = checkpoint["callbacks"].get(self.state_key, {}).get("rows")
+        num_lines = checkpoint["callbacks"].get(self.state_key, {}).get("num_lines")
         for logger in trainer.loggers:
-            if is_here and rows is not None and isinstance(logger, JsonlLogger):
-                logger.truncate_to(rows)
+            if is_here and num_lines is not None and isinstance(logger, JsonlLogger):
+                logger.truncate_to(num_lines)
 
 
 def _read_best_score(path: Path) -> Score | None:

@@ -100,7 +100,10 @@ class CaptionScorer:
         Returns:
             Scores by name.
         """
-        texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+        texts, references = (
+            [prediction.text for prediction in predictions],
+            [prediction.clip.captions for prediction in predictions],
+        )
         scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(
             texts, references
         )
@@ -115,7 +118,7 @@ class CaptionScorer:
             scores |= self._by_category(predictions)
             with fastest_kernels():  # scores may use operations without a deterministic kernel
                 scores |= model_scores(
-                    self.config, [row.clip.video for row in predictions], texts, references, device=device
+                    self.config, [prediction.clip.video for prediction in predictions], texts, references, device=device
                 )
         if self.config.swap_videos and metrics is None and len(predictions) > 1:
             scores |= self._swapped(texts, references)
@@ -128,14 +131,17 @@ class CaptionScorer:
         return score_with(backend, texts, references, tokenizer=self.tokenizer, metrics=metrics, synonyms=self.synonyms)
 
     def _by_category(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        categories = [row.clip.category for row in predictions]
+        categories = [prediction.clip.category for prediction in predictions]
         if not any(categories):
             return {}
-        texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+        texts, references = (
+            [prediction.text for prediction in predictions],
+            [prediction.clip.captions for prediction in predictions],
+        )
         groups = score_by_category(texts, references, categories, tokenizer=self.tokenizer)
         return {
-            f"category/{'(none)' if name == '' else name}/{key}": row[key]
-            for name, row in groups.items()
+            f"category/{'(none)' if name == '' else name}/{key}": category_scores[key]
+            for name, category_scores in groups.items()
             for key in CATEGORY_METRICS
         }
 
@@ -143,6 +149,7 @@ class CaptionScorer:
         count = min(self.config.swap_shifts, len(texts) - 1)
         names = ("bleu_4", "cider", "cider_d", "rouge_l")
         sums = dict.fromkeys(names, 0.0)
+        # Each caption is scored against the references of a clip that is `shift` places away, for evenly spread shifts.
         for shift in (1 + index * (len(texts) - 1) // count for index in range(count)):
             shifted = texts[shift:] + texts[:shift]
             values = self._score(shifted, references, names)
@@ -192,9 +199,9 @@ def model_scores(
         siglip = SiglipScorer(config.siglip_checkpoint, device=device)
         # One clip at a time, because the frames of a full split would not fit into memory.
         frames = (list(decode_frames(video, config.siglip_frames).permute(0, 2, 3, 1).numpy()) for video in videos)
-        rows = siglip.score(frames, texts)
+        each_siglip = siglip.score(frames, texts)
         scores |= {
-            f"siglip/{name}": _mean([getattr(row, name) for row in rows])
+            f"siglip/{name}": _mean([getattr(one, name) for one in each_siglip])
             for name in ("cosine", "probability", "cut_ratio")
         }
         del siglip
@@ -205,9 +212,9 @@ def model_scores(
             texts, references, idf=config.bert_idf
         )
         scores |= {
-            f"bertscore/{name}": _mean([getattr(row, name) for row in each]) for name in ("precision", "recall", "f1")
+            f"bertscore/{name}": _mean([getattr(one, name) for one in each]) for name in ("precision", "recall", "f1")
         }
-        scores["bertscore/cut_ratio"] = _mean([float(row.is_cut) for row in each])
+        scores["bertscore/cut_ratio"] = _mean([float(one.is_truncated) for one in each])
     return scores
 
 
@@ -222,19 +229,22 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     Clips with a category also have the key `category`. The file is written atomically.
     """
     named = describe_tokenizer(tokenizer)
-    texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+    texts, references = (
+        [prediction.text for prediction in predictions],
+        [prediction.clip.captions for prediction in predictions],
+    )
     each = score_each(texts, references, tokenizer=tokenizer)
     each = [scores | own for scores, own in zip(each, user_scores_each(texts, references), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for row, scores in zip(predictions, each, strict=True):
+        for prediction, scores in zip(predictions, each, strict=True):
             plain = {name: None if math.isnan(value) else round(value, 6) for name, value in scores.items()}
             record = {
-                "id": row.clip.id,
-                "video": row.clip.video,
-                "prediction": row.text,
-                "references": list(row.clip.captions),
-                **({"category": row.clip.category} if row.clip.category else {}),
+                "id": prediction.clip.id,
+                "video": prediction.clip.video,
+                "prediction": prediction.text,
+                "references": list(prediction.clip.captions),
+                **({"category": prediction.clip.category} if prediction.clip.category else {}),
                 "scores": plain,
                 "tokenizer": named,
             }

@@ -82,6 +82,7 @@ class VisualRelianceCheck(L.Callback):
         clips = list(self.data.clips[split][: min(self.settings.max_clips, self.max_clips)])
         if len(clips) < 2:
             return
+        # Each clip gets another clip's video. Sampled captions draw random numbers, but training must not notice.
         order = swap_order(clips, self.seed)
         states = random_states()
         try:
@@ -94,16 +95,17 @@ class VisualRelianceCheck(L.Callback):
                 seen = self._gather(_Measurement(self, pl_module).run(clips, order))
         finally:
             set_random_states(states)
+        # All ranks have all observations, so all log the same scores; the first one writes the files.
         found = compare(clips, order, seen, self.evaluation.scorer)
         if found is not None:
             self._publish(trainer, pl_module, split, name, found)
 
     def _gather(self, seen: list[Observation]) -> list[Observation]:
-        everyone = [seen]
+        by_rank = [seen]
         if dist.is_available() and dist.is_initialized():
-            everyone = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, seen)
-        return [one for rows in everyone for one in rows]
+            by_rank = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(by_rank, seen)
+        return [observation for observations in by_rank for observation in observations]
 
     def _publish(
         self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: VisualReliance
@@ -133,7 +135,7 @@ class _Measurement:
     def __init__(self, check: VisualRelianceCheck, module: CaptioningModule) -> None:
         self.data, self.blank, self.module = check.data, check.blank, module
         self.has_captions = check.settings.mode is VisualRelianceMode.captions
-        self.own = {row.clip.id: row.text for row in check.evaluation.predictions}
+        self.own = {prediction.clip.id: prediction.text for prediction in check.evaluation.predictions}
         self.rank, self.world_size = check.data.evaluation_rank
 
     def run(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Observation]:
@@ -142,6 +144,7 @@ class _Measurement:
             replace(clip, video=clips[other].video, frames=clips[other].frames)
             for clip, other in zip(clips, order, strict=True)
         ]
+        # The captions of the own videos are those that were scored just now.
         own = self._measure(
             OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples]
         )

@@ -40,16 +40,16 @@ def swap_order(clips: Sequence[Clip], seed: int) -> list[int]:
     groups: list[str | tuple[str, ...]] = [clip.category if by_category else _video(clip) for clip in clips]
     # Sort by group, then by video, each in the order of its first appearance in the shuffle.
     first: dict[tuple[object, ...], int] = {
-        key: place
-        for place, index in reversed([*enumerate(shuffled)])
+        key: position
+        for position, index in reversed([*enumerate(shuffled)])
         for key in (("group", groups[index]), _video(clips[index]))
     }
-    placed = sorted(shuffled, key=lambda index: (first["group", groups[index]], first[_video(clips[index])]))
+    by_group = sorted(shuffled, key=lambda index: (first["group", groups[index]], first[_video(clips[index])]))
     # A rotation by the size of the largest group moves every clip out of its group, unless that group is over half.
-    turn = max(Counter(groups).values()) % len(clips) or 1
+    shift = max(Counter(groups).values()) % len(clips) or 1
     order = [0] * len(clips)
-    for place, index in enumerate(placed):
-        order[index] = placed[(place + turn) % len(placed)]
+    for position, index in enumerate(by_group):
+        order[index] = by_group[(position + shift) % len(by_group)]
     return _reduce_cost(clips, order)
 
 
@@ -188,20 +188,26 @@ def compare(
         seen: Observations of all ranks, in any order.
         scorer: Scorer of the captions, if there are any.
     """
+    # 1. Keep the clips that were observed under every condition.
     by_key = {(one.condition, one.clip_id): one for one in seen}
     indices = [index for index, clip in enumerate(clips) if all((name, clip.id) in by_key for name in CONDITIONS)]
     if len(indices) < 2:
         return None
     kept = {name: [by_key[name, clips[index].id] for index in indices] for name in CONDITIONS}
+    # 2. Compare their losses and, if captions were generated, the scores of these.
     scores = {
-        name: {"loss": sum(one.loss for one in own) / sum(one.num_tokens for one in own)} for name, own in kept.items()
+        name: {"loss": sum(one.loss for one in group) / sum(one.num_tokens for one in group)}
+        for name, group in kept.items()
     }
     ciders: dict[str, list[float]] = {}
-    if all(one.text is not None for own in kept.values() for one in own):
-        for name, own in kept.items():
-            predictions = [Prediction(clips[index], one.text or "") for index, one in zip(indices, own, strict=True)]
+    if all(one.text is not None for group in kept.values() for one in group):
+        for name, group in kept.items():
+            predictions = [Prediction(clips[index], one.text or "") for index, one in zip(indices, group, strict=True)]
             scores[name] |= scorer.score(predictions, metrics=("cider",))
-            texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+            texts, references = (
+                [prediction.text for prediction in predictions],
+                [prediction.clip.captions for prediction in predictions],
+            )
             ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
     return VisualReliance(
         tuple(clips[index] for index in indices), tuple(clips[order[index]] for index in indices), kept, ciders, scores
@@ -215,7 +221,7 @@ def write_visual_reliance(path: Path, found: VisualReliance) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for row, (clip, other) in enumerate(zip(found.clips, found.swapped, strict=True)):
+        for index, (clip, other) in enumerate(zip(found.clips, found.swapped, strict=True)):
             record: dict[str, object] = {
                 "id": clip.id,
                 "video": clip.video,
@@ -223,9 +229,9 @@ def write_visual_reliance(path: Path, found: VisualReliance) -> None:
                 "references": [*clip.captions],
             }
             for name in CONDITIONS:
-                one = found.seen[name][row]
-                own: dict[str, object] = {"loss": round(one.loss / one.num_tokens, 6)}
+                one = found.seen[name][index]
+                observed: dict[str, object] = {"loss": round(one.loss / one.num_tokens, 6)}
                 if found.has_captions:
-                    own |= {"prediction": one.text, "cider": round(found.ciders[name][row], 6)}
-                record[name] = own
+                    observed |= {"prediction": one.text, "cider": round(found.ciders[name][index], 6)}
+                record[name] = observed
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -138,9 +138,11 @@ def write_export(
             f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and the "
             "trained encoder of a pretrained VLM cannot be exported; caption with the checkpoint itself"
         )
+    # 1. Merge the adapters into the base checkpoint.
     folder = _base_folder(config, content)
     _report(f"reading {folder}")
     model, difference = _merge(config, folder, content["state_dict"], dtype, device)
+    # 2. Write model, tokenizer, settings and projector; the folder gets its name when it is complete.
     output.parent.mkdir(parents=True, exist_ok=True)
     origin = _origin(checkpoint, content, str(dtype).removeprefix("torch."), difference)
     _report(f"writing {_gigabytes(sum(p.numel() * p.element_size() for p in model.parameters()))} to {output}")
@@ -240,7 +242,7 @@ def _base_folder(config: Config, content: Mapping[str, Any]) -> Path:
     settings = getattr(config, component)
     folder = locate(settings.checkpoint, settings.revision, key=f"{component}.checkpoint", gate=settings.gate)
     base = fingerprint(folder, settings.checkpoint, Path(config.paths.cache_dir) / "fingerprints.json")
-    check_base_checkpoints({component: content["vlmcap"]["bases"][component]}, {component: base.as_dict()})
+    check_base_checkpoints({component: content["vlmcap"]["base_checkpoints"][component]}, {component: base.as_dict()})
     return folder
 
 
@@ -251,7 +253,7 @@ def _merge(
     from vlmcap.models.llm.merge import merged_model
     from vlmcap.models.pretrained.merged import merged_pretrained
 
-    # Untrained adapters are in no checkpoint and change nothing.
+    # Untrained adapters are in no checkpoint and have no effect.
     is_adapted = config.tuning.use_lora and any(
         stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values()
     )
@@ -286,13 +288,13 @@ def write_components(folder: Path, config: Config, weights: Mapping[str, Tensor]
     beside.mkdir()
     for component in EXPORT_COMPONENTS:
         prefix = f"captioner.{component}."
-        own = {
+        found = {
             name.removeprefix(prefix): tensor.contiguous()
             for name, tensor in weights.items()
             if name.startswith(prefix)
         }
-        if own:
-            save_file(own, beside / f"{component}.safetensors")
+        if found:
+            save_file(found, beside / f"{component}.safetensors")
     write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
     (beside / EXPORT_ORIGIN).write_text(json.dumps(origin, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -332,7 +334,7 @@ def _origin(checkpoint: Path, content: Mapping[str, Any], dtype: str, difference
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": checkpoint_sha256(checkpoint),
         "step": int(content["global_step"]),
-        "bases": content["vlmcap"]["bases"],
+        "base_checkpoints": content["vlmcap"]["base_checkpoints"],
         "plugins": content["vlmcap"].get("plugins", {}),
         "dtype": dtype,
         "logit_difference": difference,

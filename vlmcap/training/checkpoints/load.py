@@ -62,10 +62,10 @@ def single_process(config: Config) -> Config:
 # --- content of a checkpoint ------------------------------------------------------------------------------------------
 
 
-def checkpoint_identity(config: Config, sources: BaseCheckpoints) -> dict[str, Any]:
+def checkpoint_identity(config: Config, base_checkpoints: BaseCheckpoints) -> dict[str, Any]:
     """Returns what every checkpoint holds about its run: configuration, base checkpoints and plugins."""
-    bases = {component: base.as_dict() for component, base in sources.bases.items()}
-    return {"config": to_plain(config), "bases": bases, "plugins": plugins_of(config)}
+    fingerprints = {component: base.as_dict() for component, base in base_checkpoints.fingerprints.items()}
+    return {"config": to_plain(config), "base_checkpoints": fingerprints, "plugins": plugins_of(config)}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -139,8 +139,8 @@ def read_export(folder: Path) -> dict[str, Any]:
         "revision": None,
     }
     # The other base checkpoint is this folder itself.
-    bases = {component: base for component, base in origin["bases"].items() if component == "encoder"}
-    return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}
+    encoder = {component: base for component, base in origin["base_checkpoints"].items() if component == "encoder"}
+    return {"state_dict": weights, "vlmcap": {"config": plain, "base_checkpoints": encoder}}
 
 
 # --- checks of a checkpoint against a model ---------------------------------------------------------------------------
@@ -154,7 +154,10 @@ def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config)
     """
     from vlmcap.training.sharding import load_full_weights
 
-    check_base_checkpoints(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
+    check_base_checkpoints(
+        content["vlmcap"]["base_checkpoints"],
+        checkpoint_identity(config, assembly.base_checkpoints)["base_checkpoints"],
+    )
     check_weights(content["state_dict"], trained_parameters(assembly.captioner, StagePlan(config.tuning.stages)))
     weights = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
     load_full_weights(assembly.captioner, weights)
@@ -167,6 +170,7 @@ def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, 
     has_encoder_adapters = any(name.startswith("encoder.") and "lora_" in name for name in named)
     for name, parameter in named.items():
         is_adapter = "lora_" in name
+        # An encoder with adapters trains only these, and its frozen weights belong to no component.
         if name.startswith("encoder."):
             component = "encoder" if is_adapter == has_encoder_adapters else ""
         elif name.startswith("projector."):

@@ -57,8 +57,10 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
         )
     sampling_arguments(generation_settings(config), [])  # raises before anything is loaded
     check_vllm(config.evaluation.vllm_python)
+    # 1. Merge the adapters, as vLLM reads a folder in Hugging Face layout.
     folder = merged_folder(config, checkpoint)
     config = as_exported(config, folder)
+    # 2. Encode the clips, with an encoder and a projector in this process and only the embeddings of the LLM.
     dtype = dtype_of(config.hardware.precision)
     spec = describe_model(with_caption_plan(config))
     features = prepare_features(spec.feature_plan, clips)
@@ -66,6 +68,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     load_weights(assembly, read_export(folder), config)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # returns the memory of encoding, which vLLM needs
+    # 3. Start vLLM in the memory that is left.
     arguments = engine_arguments(
         folder,
         config.evaluation,

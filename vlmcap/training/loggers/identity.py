@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlmcap.config import Config
-from vlmcap.files import replacing
+from vlmcap.files import write_json
 
 FILE = "logger.json"
 
@@ -48,5 +48,4 @@ def keep_ids(folder: Path, ids: Mapping[str, str]) -> None:
     if not ids:
         (folder / FILE).unlink(missing_ok=True)
         return
-    with replacing(folder / FILE) as partial:
-        partial.write_text(json.dumps(dict(ids)) + "\n", encoding="utf-8")
+    write_json(folder / FILE, dict(ids))

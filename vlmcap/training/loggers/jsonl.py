@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from vlmcap.files import replacing
+from vlmcap.files import write_text
 
 
 class JsonlLogger(Logger):
@@ -51,22 +51,21 @@ class JsonlLogger(Logger):
             file.write(json.dumps(record) + "\n")
 
     @property
-    def num_rows(self) -> int:
+    def num_lines(self) -> int:
         """Number of lines in the file."""
         if not self.path.is_file():
             return 0
         with self.path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def truncate_to(self, num_rows: int) -> None:
+    def truncate_to(self, num_lines: int) -> None:
         """Keeps the lines that existed when a checkpoint was saved; a resumed run writes the later ones again."""
-        if self.num_rows > num_rows:
+        if self.num_lines > num_lines:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            with replacing(self.path) as partial:
-                partial.write_text("".join(lines[:num_rows]), encoding="utf-8")
+            write_text(self.path, "".join(lines[:num_lines]))
 
     def drop_after(self, step: int) -> list[dict[str, Any]]:
-        """Drops lines after `step` and a damaged last line, and returns the kept rows; a resumed run repeats them."""
+        """Drops lines after `step` and a damaged last line, and returns the kept ones; a resumed run repeats them."""
         if not self.path.is_file():
             return []
         kept: list[tuple[str, dict[str, Any]]] = []
@@ -77,6 +76,5 @@ class JsonlLogger(Logger):
                     kept.append((line, row))
             except (ValueError, KeyError, TypeError):
                 continue
-        with replacing(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+        write_text(self.path, "".join(f"{line}\n" for line, _ in kept))
         return [row for _, row in kept]

@@ -63,7 +63,7 @@ def wandb_logger(
 
 
 def run_name(config: Config) -> str:
-    """Parts, tuning and seed in one word."""
+    """Returns components, tuning and seed in one word."""
     return "-".join([*config.component_names.values(), config.tuning.name, f"s{config.seed}"])
 
 

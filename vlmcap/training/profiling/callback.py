@@ -1,6 +1,6 @@
-"""Profiles training: a few steps are timed part by part, and the next few steps are traced.
+"""Profiles training: a few steps are timed phase by phase, and the next few steps are traced.
 
-On a GPU, timed steps synchronise with the device between parts, because kernels run asynchronously. Host and device
+On a GPU, timed steps synchronise with the device between phases, because kernels run asynchronously. Host and device
 then no longer overlap, so a timed step is slower than others.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from vlmcap.config import Config, ProfileConfig
 from vlmcap.files import replacing
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.profiling.profiler import EVALUATION, PLAIN, TIMED, TRACED, PartProfiler, hook_modules
+from vlmcap.training.profiling.profiler import EVALUATION, PLAIN, TIMED, TRACED, PhaseProfiler, hook_modules
 from vlmcap.training.profiling.report import AROUND_LABELS, LABELS, StepTimes, draw_times, show_times, write_times
 from vlmcap.types import Batch, Clip, Sample, Skipped
 
@@ -83,7 +83,7 @@ class StepProfile(L.Callback):
 
     def __init__(self, settings: ProfileConfig, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.profiler = PartProfiler(self._before_fetch)
+        self.profiler = PhaseProfiler(self._before_fetch)
         self.read_totals = torch.zeros(_MAX_WORKERS, 2, dtype=torch.float64).share_memory_()
         self._reads = (torch.zeros(2), torch.zeros(2))  # seconds and clips before and after the timed steps
         self._module: CaptioningModule | None = None
@@ -113,12 +113,7 @@ class StepProfile(L.Callback):
         self.profiler.device = pl_module.device
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Counts the clips of timed steps."""
         if self._stage == TIMED:
@@ -133,7 +128,7 @@ class StepProfile(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Starts the part of captions, which includes the loss of the batch."""
+        """Starts the phase of captions, which includes the loss of the batch."""
         self.profiler.start("captions")
 
     def on_validation_batch_end(
@@ -145,7 +140,7 @@ class StepProfile(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Ends the part of captions."""
+        """Ends the phase of captions."""
         self.profiler.stop("captions")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -250,17 +245,17 @@ class StepProfile(L.Callback):
     def _times(self, trainer: L.Trainer, num_steps: int) -> StepTimes:
         assert self._module is not None
         seconds, is_cached = self.profiler.seconds, self._module.captioner.encoder is None
-        parts = {name: seconds[TIMED][name] / num_steps for name in LABELS}
+        phases = {name: seconds[TIMED][name] / num_steps for name in LABELS}
         num_workers = int(getattr(trainer.train_dataloader, "num_workers", 0))
         decode_s = read_seconds(*self._reads) * self._clips / num_steps
         if num_workers:
-            del parts["decode"]
+            del phases["decode"]
         else:  # clips are read in this process, within the wait for the batch
-            parts["decode"], parts["wait"] = decode_s, parts["wait"] - decode_s
+            phases["decode"], phases["wait"] = decode_s, phases["wait"] - decode_s
         if is_cached:
-            del parts["vision"]
+            del phases["vision"]
         if self.profiler.device.type == "cpu":
-            parts["other"] += parts.pop("transfer")
+            phases["other"] += phases.pop("transfer")
         evaluation = seconds[EVALUATION]
         evaluated_steps = self._evaluations * self._module.steps_per_epoch * (trainer.check_val_every_n_epoch or 1)
         num_plain = self._done + 1 - self.settings.first_step - self.settings.num_steps - self.settings.trace_steps
@@ -272,7 +267,7 @@ class StepProfile(L.Callback):
             num_workers=num_workers,
             is_cached=is_cached,
             step_s=self.profiler.wall[TIMED] / num_steps,
-            parts=parts,
+            phases=phases,
             worker_decode_s=decode_s if num_workers else None,
             evaluation={name: evaluation[name] / evaluated_steps for name in AROUND_LABELS} if evaluated_steps else {},
             plain_step_s=self.profiler.wall[PLAIN] / num_plain if num_plain > 0 else None,

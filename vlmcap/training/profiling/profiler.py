@@ -1,6 +1,6 @@
-"""Measures the seconds of each part of a step and of an evaluation.
+"""Measures the seconds of each phase of a step and of an evaluation.
 
-The actions of Lightning's profiler mark the parts of the loop, and hooks mark the components of the model.
+The actions of Lightning's profiler mark the phases of the loop, and hooks mark the components of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlmcap.models.llm.adapt import base_model
 from vlmcap.training.profiling.report import AROUND_LABELS, LABELS
 
 TIMED, TRACED, PLAIN, EVALUATION = "timed", "traced", "plain", "evaluation"
-# Parts of each section; the first one collects the time outside of all others.
+# Phases of each section; the first one collects the time outside of all others.
 _SECTIONS: dict[str, tuple[str, ...]] = {
     TIMED: ("other", *LABELS),
     TRACED: ("other", *LABELS),
@@ -31,29 +31,29 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     EVALUATION: ("rest", *AROUND_LABELS),
 }
 _FETCH = "[_TrainingEpochLoop].train_dataloader_next"
-_ACTIONS = {  # pattern of Lightning's action names -> part
+_ACTIONS = {  # pattern of Lightning's action names -> phase
     re.escape(_FETCH): "wait",
     r"\[Strategy\].*\.batch_to_device": "transfer",
     r"\[Strategy\].*\.training_step": "other",
     r"\[Strategy\].*\.backward": "backward",
     r"\[LightningModule\].*\.optimizer_zero_grad": "optimiser",
-    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # without forward and backward inside, which are own parts
+    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # without forward and backward, which run inside it
     r"\[Callback\]CaptionEvaluation\.on_validation_epoch_end": "scores",
 }
 
 
 @functools.cache
-def part_of(action: str) -> str | None:
-    """Returns the part that an action belongs to, or None; the name of a part is also an action."""
+def phase_of(action: str) -> str | None:
+    """Returns the phase that an action belongs to, or None; the name of a phase is also an action."""
     if action in LABELS or action in AROUND_LABELS:
         return action
-    return next((part for pattern, part in _ACTIONS.items() if re.fullmatch(pattern, action)), None)
+    return next((phase for pattern, phase in _ACTIONS.items() if re.fullmatch(pattern, action)), None)
 
 
-class PartProfiler(Profiler):
-    """A Lightning profiler that attributes time to the innermost open part, so that parts add up to the total.
+class PhaseProfiler(Profiler):
+    """A Lightning profiler that attributes time to the innermost open phase, so that phases add up to the total.
 
-    Only sections, which are steps and evaluations, are measured. In a traced section, each part is also a span of
+    Only sections, which are steps and evaluations, are measured. In a traced section, each phase is also a span of
     torch's profiler.
 
     Args:
@@ -61,10 +61,10 @@ class PartProfiler(Profiler):
         now: Clock in seconds.
 
     Attributes:
-        seconds: Seconds by section and part, without the parts nested in it.
+        seconds: Seconds by section and phase, without the phases nested in it.
         wall: Total seconds by section.
         section: The current section, or None.
-        device: Device that timed sections synchronise with between parts, because kernels run asynchronously.
+        device: Device that timed sections synchronise with between phases, because kernels run asynchronously.
     """
 
     def __init__(self, on_fetch: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
@@ -74,7 +74,7 @@ class PartProfiler(Profiler):
         self.section: str | None = None
         self.device = torch.device("cpu")
         self._on_fetch, self._clock = on_fetch, now
-        self._open: list[tuple[str, str, record_function | None]] = []  # action, part and span, the innermost last
+        self._open: list[tuple[str, str, record_function | None]] = []  # action, phase and span, the innermost last
         self._begun = self._last = 0.0
 
     def begin(self, section: str) -> None:
@@ -85,7 +85,7 @@ class PartProfiler(Profiler):
         self._open.append((section, _SECTIONS[section][0], self._span("step")))
 
     def end(self) -> None:
-        """Ends the current section, if there is one, with all open parts."""
+        """Ends the current section, if there is one, with all open phases."""
         if self.section is not None:
             self._charge()
             self._close(0)
@@ -93,16 +93,16 @@ class PartProfiler(Profiler):
             self.section = None
 
     def start(self, action_name: str) -> None:
-        """Opens a part if the action belongs to one of the current section."""
+        """Opens a phase if the action belongs to one of the current section."""
         if action_name == _FETCH:
             self._on_fetch()
-        part = part_of(action_name)
-        if self.section is not None and part is not None and part in _SECTIONS[self.section][1:]:
+        phase = phase_of(action_name)
+        if self.section is not None and phase is not None and phase in _SECTIONS[self.section][1:]:
             self._charge()
-            self._open.append((action_name, part, self._span(part)))
+            self._open.append((action_name, phase, self._span(phase)))
 
     def stop(self, action_name: str) -> None:
-        """Closes an action with all parts nested in it; actions from outside of the section are ignored."""
+        """Closes an action with all phases nested in it; actions from outside of the section are ignored."""
         for index in range(len(self._open) - 1, 0, -1):
             if self._open[index][0] == action_name:
                 self._charge()
@@ -115,6 +115,7 @@ class PartProfiler(Profiler):
             torch.cuda.synchronize(self.device)
 
     def _charge(self) -> None:
+        """Adds the time since the last change of phase to the innermost open phase."""
         assert self.section is not None
         now = self._now()
         self.seconds[self.section][self._open[-1][1]] += now - self._last
@@ -129,14 +130,14 @@ class PartProfiler(Profiler):
         return record_function(f"vlmcap: {name}").__enter__() if self.section == TRACED else None
 
     def _close(self, index: int) -> None:
-        """Closes the open parts from an index on."""
+        """Closes the open phases from an index on."""
         while len(self._open) > index:
             _, _, span = self._open.pop()
             if span is not None:
                 span.__exit__(None, None, None)
 
 
-def hook_modules(captioner: VideoCaptioner, profiler: PartProfiler) -> list[RemovableHandle]:
+def hook_modules(captioner: VideoCaptioner, profiler: PhaseProfiler) -> list[RemovableHandle]:
     """Hooks encoder, projector, language model and its head, and returns the handles that remove the hooks.
 
     The head, and the time between the end of the language model and the end of the training step, count as the loss.
@@ -149,12 +150,12 @@ def hook_modules(captioner: VideoCaptioner, profiler: PartProfiler) -> list[Remo
         (getattr(llm, "lm_head", None), "loss"),
     ]
     handles = []
-    for module, part in hooked:
+    for module, phase in hooked:
         if module is not None:
-            handles.append(module.register_forward_pre_hook(_hook(profiler.start, part)))
-            handles.append(module.register_forward_hook(_hook(profiler.stop, part)))
+            handles.append(module.register_forward_pre_hook(_hook(profiler.start, phase)))
+            handles.append(module.register_forward_hook(_hook(profiler.stop, phase)))
     return [*handles, llm.register_forward_hook(_hook(profiler.start, "loss"))]
 
 
-def _hook(call: Callable[[str], None], part: str) -> Callable[..., None]:
-    return lambda *_: call(part)
+def _hook(call: Callable[[str], None], phase: str) -> Callable[..., None]:
+    return lambda *_: call(phase)

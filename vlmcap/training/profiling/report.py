@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmcap.files import replacing
+from vlmcap.files import replacing, write_json
 
-# Parts in the order of a step, with their labels. steps.json uses the names, and loggers use `profile/<name>_s`.
+# Phases in the order of a step, with their labels. steps.json uses the names, and loggers use `profile/<name>_s`.
 LABELS = {
     "decode": "decode",
     "wait": "wait for data",
@@ -41,8 +40,8 @@ class StepTimes:
         clips: Clips per step.
         num_workers: Number of workers of the training loader.
         is_cached: Whether clips are read as cached features; no encoder runs then, and "decode" reads the features.
-        step_s: Seconds per step, measured independently of the parts.
-        parts: Seconds in the main process by name in `LABELS`; "decode" is included only without workers.
+        step_s: Seconds per step, measured independently of the phases.
+        phases: Seconds in the main process by name in `LABELS`; "decode" is included only without workers.
         worker_decode_s: Seconds in which workers read the clips of a step, summed over workers, in parallel to the
             step; None without workers.
         evaluation: Seconds per step by name in `AROUND_LABELS`: a mean evaluation, divided by the steps between two of
@@ -58,7 +57,7 @@ class StepTimes:
     num_workers: int
     is_cached: bool
     step_s: float
-    parts: Mapping[str, float]
+    phases: Mapping[str, float]
     worker_decode_s: float | None
     evaluation: Mapping[str, float]
     plain_step_s: float | None
@@ -70,11 +69,11 @@ class StepTimes:
         return self.step_s + sum(self.evaluation.values())
 
     def rows(self) -> list[tuple[str, float]]:
-        """Returns names and seconds of all parts and of evaluation.
+        """Returns names and seconds of all phases and of evaluation.
 
         They add up to `total_s`, except for the overhead of the clock.
         """
-        return [(name, self.parts[name]) for name in LABELS if name in self.parts] + [*self.evaluation.items()]
+        return [(name, self.phases[name]) for name in LABELS if name in self.phases] + [*self.evaluation.items()]
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics for loggers."""
@@ -87,7 +86,7 @@ class StepTimes:
 
 
 def label(times: StepTimes, name: str) -> str:
-    """Returns the display name of a part."""
+    """Returns the display name of a phase."""
     if name == "decode" and times.is_cached:
         return "read features"
     return LABELS.get(name) or AROUND_LABELS[name]
@@ -99,8 +98,8 @@ def show_times(times: StepTimes) -> None:
     from rich.table import Table
 
     table = Table(title="Where a step's time goes", title_justify="left", title_style="bold")
-    for column in ("part", "seconds per step", "share"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    for column in ("phase", "seconds per step", "share"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
     for name, seconds in times.rows():
         table.add_row(label(times, name), f"{seconds:.4f}", f"{seconds / times.total_s:.1%}")
     table.add_section()
@@ -131,12 +130,11 @@ def write_times(times: StepTimes, path: Path) -> None:
     """Writes `steps.json` atomically."""
     content: dict[str, Any] = asdict(times) | {"total_s": times.total_s}
     content["shares"] = {name: seconds / times.total_s for name, seconds in times.rows()}
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def draw_times(times: StepTimes, path: Path) -> None:
-    """Draws one bar per part and writes the PNG atomically."""
+    """Draws one bar per phase and writes the PNG atomically."""
     from matplotlib.figure import Figure  # slow to import, and only a profiled run needs it
 
     rows = times.rows()[::-1]
