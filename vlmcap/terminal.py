@@ -144,7 +144,7 @@ def progress_reporter(label: str, *, silent_s: float = 0.0) -> Iterator[Callable
     with lines.running() as report:
         yield report
     if lines.total is not None and lines.done == lines.total and lines.seconds >= silent_s:
-        print(f"{label}: {lines.total} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"{label}: {grouped(lines.total)} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager
