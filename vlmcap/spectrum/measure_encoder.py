@@ -179,7 +179,8 @@ def _encode(
         )
         for row in rows
     ]
-    return found, [_picture(sample.frames, row, grid) for row in rows]
+    joined = getattr(encoder, "frames_per_token", 1)  # of a video encoder, the first of the frames that it joins
+    return found, [_picture(sample.frames, row * joined, grid) for row in rows]
 
 
 def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
@@ -215,6 +216,8 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
 
     def keep(number: int, output: Any) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
+        if hasattr(encoder, "frames_per_token"):
+            hidden = hidden.flatten(0, 1).unflatten(0, (-1, num_patches))  # (1, T · P, Dv) -> (T, P, Dv)
         tokens = hidden[:LAYER_FRAMES, -num_patches:]
         frames = [
             FrameFeatures(patches, encoder.grid, states[:prefix] if prefix else None)
