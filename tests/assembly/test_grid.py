@@ -56,12 +56,17 @@ ONE_OF_EACH = (
     "internvit_300m",
     "dinov3_s",
     "dinov3_hplus",
+    "dinov3_convnext_l",
+    "vjepa2_l",
+    "videomae_b",
 )  # every class with every kind of block
 
 # (encoder, projector, language model) -> part of the reason; "*" stands for all.
 REFUSALS: dict[tuple[str, str, str], str] = {
     ("siglip2", "pixel_shuffle", "*"): "does not divide the grid of 27 × 27 patches",
     ("siglip2", "pixel_shuffle_linear", "*"): "does not divide the grid of 27 × 27 patches",
+    ("dinov3_convnext_l", "pixel_shuffle", "*"): "does not divide the grid of 7 × 7 patches",
+    ("dinov3_convnext_l", "pixel_shuffle_linear", "*"): "does not divide the grid of 7 × 7 patches",
     ("siglip2_naflex", "pixel_shuffle", "*"): "vary with the clip",
     ("siglip2_naflex", "pixel_shuffle_linear", "*"): "vary with the clip",
 }

@@ -258,7 +258,8 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
             "or encoder"
         )
     most_frames = max(frames for frames, _, _ in grids)
-    return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens)
+    joined = getattr(encoder, "frames_per_token", 1)
+    return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens, joined)
 
 
 def _check_tiling(config: Config) -> None:

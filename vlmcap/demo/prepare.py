@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig
 
-TINY = "tiny"  # checkpoint name of the language model that is trained here
-TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of the encoders
+TINY = "tiny"  # checkpoint name of the language model that is trained here, and below of the encoders
+TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_vjepa2", "tiny_untrained")
 
 
 def prepare(config: Config) -> Config:

@@ -1,11 +1,13 @@
 """Trains the tiny encoders, each of its family's real class, from scratch on the demo clips with CLIP's objective.
 
 They differ in what their families differ in: where positions come from, what is pooled for the caption (CLS, attention
-or a mean), normalisation of pixels, registers. Width, depth, patches, examples and steps are the same for all.
+or a mean), normalisation of pixels, registers, and whether a frame or a clip is seen. Width, depth, patches, examples
+and steps are the same for all.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from vlmcap.config import DataConfig
 from vlmcap.data.loading.clip_dataset import ClipDataset
 from vlmcap.demo.tiny_llm import Progress, optimise
 from vlmcap.models.encoders import FrameTransform, default_preprocessing
+from vlmcap.models.encoders.classes import fixed_arguments, frames_per_token, pixels_argument
 from vlmcap.models.encoders.preprocessing import Preprocessing
 from vlmcap.models.rates import cosine_rate
 from vlmcap.types import Clip, Sample
@@ -32,6 +35,15 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {
     "tiny_siglip2": {"model_type": "siglip_vision_model", **_OTHER},
     "tiny_dinov3": {"model_type": "dinov3_vit", **_OTHER, "num_register_tokens": 4},
     "tiny_internvit": {"model_type": "internvl_vision", **_OTHER, "attention_bias": True, "use_mean_pooling": False},
+    "tiny_vjepa2": {
+        "model_type": "vjepa2",
+        **{key: _OTHER[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size")},
+        "mlp_ratio": 3,
+        "crop_size": _IMAGE_SIZE,
+        "pred_hidden_size": 24,  # the predictor, which features do not need
+        "pred_num_attention_heads": 2,
+        "pred_num_hidden_layers": 1,
+    },
 }
 """Of each tiny encoder, as a `config.json` has it."""
 
@@ -76,17 +88,24 @@ def make_encoder(
         if VISION_CONFIGS[name] is not _CLIP:
             model.vision_model = _Pooled(VISION_CONFIGS[name])
         if frames is not None:
-            batches = _batches(frames, ids, mask, preprocessing)
+            is_video = isinstance(model.vision_model, _Pooled) and model.vision_model.is_video
+            batches = _batches(frames, ids, mask, preprocessing, is_video)
             _contrast(model, batches, num_steps, lambda step: progress(len(clips) + step, total))
     _save(model.vision_model, folder)
 
 
-def _batches(frames: Tensor, ids: Tensor, mask: Tensor, preprocessing: Preprocessing) -> Iterator[dict[str, Tensor]]:
-    """What CLIP's class takes: 64 captions and a frame of each one's clip, without end."""
+def _batches(
+    frames: Tensor, ids: Tensor, mask: Tensor, preprocessing: Preprocessing, is_video: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Yields without end what CLIP's class takes: 64 captions, and a frame of each one's clip or four frames of it."""
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (preprocessing.mean, preprocessing.std))
     while True:
         rows = torch.randperm(len(frames))[:64]
-        pixels = (frames[rows, torch.randint(frames.shape[1], rows.shape)].float() - mean) / std
+        if is_video:
+            chosen = frames[rows, torch.randint(2, (1,)).item() :: 2]  # (64, F, 3, H, W) -> (64, F / 2, 3, H, W)
+        else:
+            chosen = frames[rows, torch.randint(frames.shape[1], rows.shape)]  # (64, F, 3, H, W) -> (64, 3, H, W)
+        pixels = (chosen.float() - mean) / std
         yield {"input_ids": ids[rows], "attention_mask": mask[rows].long(), "pixel_values": pixels}
 
 
@@ -113,13 +132,18 @@ class _Pooled(nn.Module):
         from transformers import AutoConfig, AutoModel
 
         self.tower: Any = AutoModel.from_config(AutoConfig.for_model(**values))
+        self.is_video = frames_per_token(self.tower.config) > 0
 
     def forward(self, pixel_values: Tensor, **_: object) -> Any:
-        """The tower's outputs with one vector a frame in `pooler_output`; InternViT's class leaves that to its user."""
-        outputs = self.tower(pixel_values=pixel_values)
-        if outputs.pooler_output is None:
-            outputs.pooler_output = outputs.last_hidden_state[:, 1:].mean(1)
-        return outputs
+        """Returns features and one vector per frame or clip, which some classes leave to their user."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        outputs = self.tower(**{pixels_argument(type(self.tower)): pixel_values}, **fixed_arguments(type(self.tower)))
+        features = outputs.last_hidden_state
+        pooled = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            pooled = features[:, 0 if self.is_video else 1 :].mean(1)  # InternViT has a CLS token
+        return BaseModelOutputWithPooling(features, pooled)
 
 
 def _save(tower: Any, folder: Path) -> None:
@@ -127,6 +151,9 @@ def _save(tower: Any, folder: Path) -> None:
 
     if isinstance(tower, _Pooled):
         tower.tower.save_pretrained(folder)  # its family's own preprocessing holds, as it stands in no file
+        if tower.is_video:  # but for the margin that V-JEPA 2 crops, where the demo has things to see
+            size = {"size": {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}}
+            (folder / "preprocessor_config.json").write_text(json.dumps(size), encoding="utf-8")
         return
     tower.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": _IMAGE_SIZE}, crop_size=_IMAGE_SIZE).save_pretrained(folder)

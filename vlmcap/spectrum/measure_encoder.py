@@ -180,7 +180,8 @@ def _encode(
         )
         for index in indices
     ]
-    return found, [_picture(sample.frames, index, grid) for index in indices]
+    joined = getattr(encoder, "frames_per_token", 1)  # of a video encoder, the first of the frames that it joins
+    return found, [_picture(sample.frames, index * joined, grid) for index in indices]
 
 
 def _picture(frames: Tensor, index: int, grid: tuple[int, int]) -> Tensor | None:
@@ -217,6 +218,8 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
 
     def keep(number: int, output: Any) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
+        if hasattr(encoder, "frames_per_token"):
+            hidden = hidden.flatten(0, 1).unflatten(0, (-1, num_patches))  # (1, T · P, Dv) -> (T, P, Dv)
         tokens = hidden[:LAYER_FRAMES, -num_patches:]
         frames = [
             FrameFeatures(patches, encoder.grid, states[:prefix] if prefix else None)

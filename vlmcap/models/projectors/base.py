@@ -30,8 +30,9 @@ class ProjectorSizes:
         in_dim: Dv.
         out_dim: Dl.
         grid: Patch grid (h, w) of the encoder, or of one clip.
-        num_frames: Maximum frames of a clip, or frames of one clip.
+        num_frames: Maximum frames of a clip, or frames of one clip; steps in time for an encoder that joins frames.
         num_prompt_tokens: N; None without a question.
+        frames_per_step: Decoded frames that the encoder joins to one of these frames.
     """
 
     in_dim: int
@@ -39,6 +40,7 @@ class ProjectorSizes:
     grid: Grid
     num_frames: int
     num_prompt_tokens: int | None = None
+    frames_per_step: int = 1
 
 
 @dataclass(frozen=True, slots=True)

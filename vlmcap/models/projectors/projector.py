@@ -46,7 +46,7 @@ class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
         self.config, self.sizes = config, sizes
-        self.around, inner = _around(config), _inner_sizes(config, sizes)
+        self.around, inner = _around(config, sizes), _inner_sizes(config, sizes)
         if isinstance(config, TokenProjectorConfig):
             config = dataclasses.replace(config, hidden_dim=_inner_dim(config, sizes.in_dim))
         self.kind = projection_class(config)
@@ -119,7 +119,7 @@ def check_projector(config: ProjectorConfig, sizes: ProjectorSizes) -> None:
     """
     if isinstance(config, TokenProjectorConfig):
         _check_heads(config, sizes)
-        _check_reducer(config)
+        _check_reducer(_around(config, sizes))
         _check_temporal(config, sizes)
     projection_class(config).validate(config, sizes)
 
@@ -136,7 +136,7 @@ def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int
     Raises:
         UserError: The projector does not support such a clip.
     """
-    kind, around = projection_class(config), _around(config)
+    kind, around = projection_class(config), _around(config, sizes)
     sizes = dataclasses.replace(sizes, num_frames=num_frames, grid=grid or sizes.grid)
     kind.validate(config, sizes)
     inner = _inner_sizes(config, sizes)
@@ -145,14 +145,19 @@ def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int
     return kind.num_tokens(config, inner)
 
 
-def _around(config: ProjectorConfig) -> TokenProjectorConfig:
-    """Returns the settings of the steps around the projection; defaults, which disable them, if there are none."""
-    return config if isinstance(config, TokenProjectorConfig) else TokenProjectorConfig()
+def _around(config: ProjectorConfig, sizes: ProjectorSizes) -> TokenProjectorConfig:
+    """Returns the settings of the steps around the projection; defaults, which disable them, if there are none.
+
+    A stack counts decoded frames in the settings, and what the encoder makes of them here.
+    """
+    if not isinstance(config, TokenProjectorConfig):
+        return TokenProjectorConfig()
+    return dataclasses.replace(config, frame_stack=math.ceil(config.frame_stack / sizes.frames_per_step))
 
 
 def _inner_sizes(config: ProjectorConfig, sizes: ProjectorSizes) -> ProjectorSizes:
     """Returns the sizes after reducer and frame stacking; the last stack of a short clip is padded."""
-    around = _around(config)
+    around = _around(config, sizes)
     stack = around.frame_stack
     return dataclasses.replace(
         sizes,
@@ -227,10 +232,16 @@ def _check_reducer(config: TokenProjectorConfig) -> None:
 
 
 def _check_temporal(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
-    if sizes.num_frames % config.frame_stack:
+    joined = sizes.frames_per_step
+    if sizes.num_frames % math.ceil(config.frame_stack / joined):
         raise UserError(
-            f"projector.frame_stack={config.frame_stack} does not divide data.num_frames={sizes.num_frames}; "
+            f"projector.frame_stack={config.frame_stack} does not divide data.num_frames={sizes.num_frames * joined}; "
             "set one to a divisor of the other"
+        )
+    if config.frame_stack % joined and config.frame_stack > 1:
+        raise UserError(
+            f"projector.frame_stack={config.frame_stack} splits the {joined} frames that the encoder joins; set it to "
+            f"1 or to a multiple of {joined}"
         )
     kind = projection_class(config)
     if config.temporal is Temporal.attention and kind.out_grid(config, sizes) is None:

@@ -166,8 +166,9 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
 
 
 def num_blocks(encoder: Any) -> int:
-    """Returns the number of blocks of an encoder's tower."""
-    return int(encoder.tower.config.num_hidden_layers)
+    """Returns the number of blocks of an encoder's tower; 0 where they differ, in the stages of a convolutional one."""
+    config = encoder.tower.config
+    return 0 if getattr(config, "depths", None) else int(config.num_hidden_layers)
 
 
 def plain_vision_blocks(config: Config) -> int | None:
