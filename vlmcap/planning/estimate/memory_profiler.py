@@ -93,11 +93,13 @@ class MemoryProfiler:
         if num_clips > 2:
             return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
-        tuning = [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))]
+        tuning = None
+        if self.trains_encoder:
+            tuning = [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))]
         key = {
             "encoder": settings,
             "base": self._architecture("encoder"),
-            "tuning": tuning if self.trains_encoder else None,
+            "tuning": tuning,
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
             "plugin": plugins_of(self.config).get("encoder"),
         }
