@@ -163,7 +163,7 @@ def test_a_known_last_name_beats_a_similar_spelling() -> None:
 def test_nothing_chosen_is_the_default_or_one_sentence() -> None:
     folder = "paths.output_dir=x"
     assert compose(["experiment=null", "debug=null", folder]) == compose([folder])
-    with pytest.raises(UserError, match=r"^encoder=null chooses nothing; choose one"):
+    with pytest.raises(UserError, match=r"^encoder=null is the name of no component; choose one"):
         compose(["encoder=null"])
 
 

@@ -160,7 +160,7 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
         key, _, value = argument.partition("=")
         if key in SCHEMAS and value in ("null", ""):
             raise UserError(
-                f"{key}={value} chooses nothing; choose one of the names that `python train.py --help` lists, or leave "
+                f"{key}={value} is the name of no component; choose one that `python train.py --help` lists, or leave "
                 f"{key} out"
             )
     found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]

@@ -215,7 +215,7 @@ def timed(write: Any, count: int, device: str) -> float:
 
 def _report_memory(report: Report, case: str, found: PeakMemory, planned: Moment) -> None:
     total = planned.total / GIB
-    tensors = total - planned.parts.get("fragmentation", 0.0) / GIB
+    tensors = total - planned.sizes.get("fragmentation", 0.0) / GIB
     for name, measured, plan, limit in (
         ("allocated", found.allocated, tensors, limits.ALLOCATED),
         ("reserved", found.reserved, total, limits.RESERVED),

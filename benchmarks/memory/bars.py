@@ -29,7 +29,7 @@ COLOURS = ("#4878a8", "#e0a44a", "#6aa56a", "#b9b9b9")
 def shares(plan: Plan) -> dict[str, float]:
     """Returns GiB by kind."""
     found = dict.fromkeys(ENDS, 0.0)
-    for name, size in plan.training.parts.items():
+    for name, size in plan.training.sizes.items():
         kind = next((kind for kind, ends in ENDS.items() if name.endswith(ends)), "activations")
         found[kind] += size / GIB
     found["fragmentation, CUDA context"] += plan.device.context_gib

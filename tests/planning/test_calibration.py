@@ -134,7 +134,7 @@ def test_the_figures_change_what_they_should() -> None:
     moment = Moment(
         "a", {"encoder: frozen weights": 8.0, "optimiser state": 4.0, "gradients": 2.0, "fragmentation": 1.0}
     )
-    assert scale_activations(moment, 1.5).parts == {
+    assert scale_activations(moment, 1.5).sizes == {
         "encoder: frozen weights": 8.0,
         "optimiser state": 4.0,
         "gradients": 3.0,
@@ -159,7 +159,7 @@ def test_a_plan_uses_it_and_reports_it(capsys: pytest.CaptureFixture[str]) -> No
     def beyond(parts: object) -> float:
         return sum(size for name, size in dict(parts).items() if not is_known(name))  # type: ignore[call-overload]
 
-    assert beyond(after.training.parts) == pytest.approx(1.2 * beyond(before.training.parts))
+    assert beyond(after.training.sizes) == pytest.approx(1.2 * beyond(before.training.sizes))
     assert after.training_gib - 0.4 > before.training_gib - 0.6
     assert after.weights_gib == before.weights_gib
     assert before.token_s == pytest.approx(before.token_launches * 15e-6), "launches take longer than the weights"

@@ -91,12 +91,12 @@ def test_the_plan_counts_those_copies_and_beams() -> None:
     assert not uses_native_decoding(compose(["data.root=unset", "model=qwen3_vl_8b", "hardware=l4"]))
     cache = 2 * 36 * 8 * 128 * 2 * 8 * (own.num_visual + 32 + 4000)
     for plan in (own, beams):  # eight rows each
-        assert plan.generation.parts["keys and values"] == cache
-    assert beams.generation.parts["one block's copy of them"] == pytest.approx(cache / 36)
-    assert "one block's copy of them" not in own.generation.parts, "it is there from the first prompt on"
+        assert plan.generation.sizes["keys and values"] == cache
+    assert beams.generation.sizes["one block's copy of them"] == pytest.approx(cache / 36)
+    assert "one block's copy of them" not in own.generation.sizes, "it is there from the first prompt on"
     old = planned(*base, "hardware=t4", "data.eval_batch_size=8")
-    assert old.generation.parts["one block's copy of them"] == pytest.approx(
-        old.generation.parts["keys and values"] * 4 / 36
+    assert old.generation.sizes["one block's copy of them"] == pytest.approx(
+        old.generation.sizes["keys and values"] * 4 / 36
     )
 
 
@@ -114,7 +114,7 @@ def test_the_loss_of_validation_is_planned_where_logits_are_all_made_at_once() -
     assert all_at_once.generation.name.startswith("validation loss")
     logits = 16 * 768 * 151936 * (2 + 4)  # the head's, and those in float32
     assert all_at_once.generation.allocated - few.generation.allocated > 0.5 * logits
-    assert "language model: head and loss" in all_at_once.generation.parts
+    assert "language model: head and loss" in all_at_once.generation.sizes
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_a_large_model_of_a_score_is_the_fullest_moment() -> None:
     ]
     plain, scored = planned(*base), planned(*base, "evaluation.siglip_checkpoint=google/siglip2-so400m-patch14-384")
     assert scored.generation.name.startswith("siglip")
-    assert scored.generation.parts["siglip: weights"] == pytest.approx(4 * 1.136e9, rel=0.02), "both towers, in float32"
+    assert scored.generation.sizes["siglip: weights"] == pytest.approx(4 * 1.136e9, rel=0.02), "both towers, in float32"
     assert scored.training == plain.training
     assert scored.host.total >= plain.host.total
 

@@ -53,7 +53,7 @@ def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(
 
     run.trainer.callbacks.append(Count())  # type: ignore[attr-defined]
     run.trainer.fit(run.module, datamodule=run.data)
-    host = make_plan(config).host.parts
+    host = make_plan(config).host.sizes
     assert len(found) * WORKER_BYTES == host["data workers"] == 2 * WORKER_BYTES
     assert host["decoding"] > 2 * DECODER_BYTES
     for worker, *decoders in found:
@@ -146,7 +146,7 @@ def test_inputs_in_host_memory_are_as_large_as_planned() -> None:
     memory_profiler = MemoryProfiler(config, True)
     tokens = 2 * (memory_profiler.sizes.num_visual + 32 + 768)
     assert memory_profiler.checkpoint_bytes(2, 768) == tokens * 2560 * 2
-    assert make_plan(config).host.parts["offloaded checkpoints"] == 36 * pinned_bytes(
+    assert make_plan(config).host.sizes["offloaded checkpoints"] == 36 * pinned_bytes(
         memory_profiler.checkpoint_bytes(1, 768)
     )
 

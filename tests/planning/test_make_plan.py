@@ -53,12 +53,12 @@ def test_weights_are_those_of_the_published_sizes() -> None:
     linear = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288)
     packed = linear / 2 + linear / 64 + 4 * linear / 64 / 256
     embeddings = 2 * 2 * 151936 * 4096
-    stored = sum(plan.training.parts[f"language model: {kind}"] for kind in ("frozen weights", "quantisation state"))
+    stored = sum(plan.training.sizes[f"language model: {kind}"] for kind in ("frozen weights", "quantisation state"))
     assert stored == pytest.approx(packed + embeddings, rel=1e-3)
-    assert plan.training.parts["encoder: frozen weights"] == pytest.approx(
+    assert plan.training.sizes["encoder: frozen weights"] == pytest.approx(
         2 * (303.5e6 - 12.6e6), rel=1e-3
     )  # the last block is cut off
-    assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
+    assert plan.training.sizes["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
 
 
 @pytest.mark.slow
@@ -94,9 +94,9 @@ def test_merged_adapters_launch_nothing_and_take_a_copy_of_the_weights() -> None
     assert merged.token_launches == bare.token_launches
     assert merged.token_launches < 0.7 * apart.token_launches
     linear = 36 * (2560 * (4096 + 2 * 1024) + 4096 * 2560 + 3 * 2560 * 9728)
-    copies = merged.generation.parts["originals of adapted weights"]
+    copies = merged.generation.sizes["originals of adapted weights"]
     assert copies == pytest.approx(2 * linear, rel=0.01)
-    assert apart.generation.parts["originals of adapted weights"] < 0.02 * copies
+    assert apart.generation.sizes["originals of adapted weights"] < 0.02 * copies
     assert planned(*overrides).is_merged, "there is room, and a caption takes less time"
     small = [override.replace("a100_80", "t4") for override in overrides]
     assert not planned(*small, "hardware.precision=fp16").is_merged, "there is no room"
@@ -184,8 +184,8 @@ def test_stored_features_take_the_encoder_off_the_gpu() -> None:
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4"),
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "cache.enabled=true"),
     )
-    assert "encoder: frozen weights" in without.training.parts
-    assert not any(name.startswith("encoder") for name in stored.training.parts)
+    assert "encoder: frozen weights" in without.training.sizes
+    assert not any(name.startswith("encoder") for name in stored.training.sizes)
     assert stored.cache_bytes == 2 * 8 * 576 * 1024
 
 

@@ -296,7 +296,7 @@ def _keep(config: Config, comparison: Comparison) -> Comparison:
 
 
 def _activation_gib(moment: Moment) -> float:
-    return sum(size for name, size in moment.parts.items() if not is_known(name)) / GIB
+    return sum(size for name, size in moment.sizes.items() if not is_known(name)) / GIB
 
 
 def is_too_small(plan: Plan) -> bool:

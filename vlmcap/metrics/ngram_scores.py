@@ -105,11 +105,11 @@ def scale(cosines: Floats) -> Floats:
     return cosines * (10 / MAX_ORDER)
 
 
-def length_penalty(difference: npt.NDArray[Any], *, sigma: float = SIGMA_TOKENS) -> Floats:
+def length_penalty(difference: npt.NDArray[Any]) -> Floats:
     """Return CIDEr-D's factor for a difference in length in tokens, above 0 and at most 1."""
     # The reference implementation measures length in bigrams: the same differences except for an empty caption, which
     # scores 0 anyway.
-    return np.exp(-np.square(difference.astype(np.float64)) / (2 * sigma**2))
+    return np.exp(-np.square(difference.astype(np.float64)) / (2 * SIGMA_TOKENS**2))
 
 
 def warn_of_one_clip() -> None:

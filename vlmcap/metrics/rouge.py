@@ -26,12 +26,10 @@ _WORD_BITS = 64
 _PAIRS_PER_WORD = 40
 
 
-def f_score(
-    precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64], *, beta: float = _BETA
-) -> npt.NDArray[np.float64]:
+def f_score(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the F score of best precision and best recall of each caption, between 0 and 1; 0 without matches."""
-    bottom = recall + beta**2 * precision
-    return np.divide((1 + beta**2) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
+    bottom = recall + _BETA**2 * precision
+    return np.divide((1 + _BETA**2) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
 
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:

@@ -79,8 +79,8 @@ def host_peak(
             f"{name} being moved to the device": sum(stage.memory.weights.values())
         }
     moments["captioning a whole split"] = ended | _loaders(config, batches[1:]) | {"features to caption": waiting}
-    name, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
-    return Moment(name, largest_first(parts))
+    name, sizes = max(moments.items(), key=lambda item: sum(item[1].values()))
+    return Moment(name, largest_first(sizes))
 
 
 def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
@@ -90,16 +90,16 @@ def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
         workers = 0  # small features are read without workers
     decodes = config.cache.enabled is not True
     decoder = DECODER_BYTES + config.data.num_frames * _DECODED_BYTES if decodes and config.data.is_isolated else 0.0
-    parts = {
+    sizes = {
         "data workers": float(len(batches) * workers * WORKER_BYTES),
         "decoding": float(len(batches) * max(workers, 1) * decoder),
     }
     for batch in batches:
         waiting = max(1, (_PREFETCHED if batch.loader == "training" else 1) * workers)
         if is_on_gpu:  # page-locked copies replace what the workers sent, and are reused by later batches
-            parts[f"pinned batches, {batch.loader}"] = waiting * pinned_bytes(batch.num_bytes)
-        parts[f"batches, {batch.loader}"] = (1 if is_on_gpu else waiting) * batch.num_bytes
-    return parts
+            sizes[f"pinned batches, {batch.loader}"] = waiting * pinned_bytes(batch.num_bytes)
+        sizes[f"batches, {batch.loader}"] = (1 if is_on_gpu else waiting) * batch.num_bytes
+    return sizes
 
 
 def pinned_bytes(num_bytes: float) -> float:
@@ -112,7 +112,7 @@ def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
     needed = host.total / GIB * (1 if config.trainer.strategy is Strategy.auto else config.hardware.devices)
     if not machine_gib or needed <= machine_gib:
         return ""
-    largest, size = next((name, size) for name, size in host.parts.items() if name != "process")
+    largest, size = next((name, size) for name, size in host.sizes.items() if name != "process")
     return (
         f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this "
         f"machine has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_slot"

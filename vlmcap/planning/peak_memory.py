@@ -23,21 +23,21 @@ class Moment:
 
     Attributes:
         name: Name of the moment.
-        parts: What takes memory to its bytes, including weights, largest first.
+        sizes: Bytes of each entry, such as "encoder: weights" or "gradients", largest first.
     """
 
     name: str
-    parts: Mapping[str, float]
+    sizes: Mapping[str, float]
 
     @property
     def total(self) -> float:
         """Bytes that PyTorch reserves."""
-        return sum(self.parts.values())
+        return sum(self.sizes.values())
 
     @property
     def allocated(self) -> float:
         """Bytes of tensors."""
-        return self.total - self.parts.get(_FRAGMENTATION, 0.0)
+        return self.total - self.sizes.get(_FRAGMENTATION, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +48,20 @@ class ProfiledStage:
     memory: StageMemory
 
 
-def is_weight(part: str) -> bool:
-    """Whether an entry of `Moment.parts` is weights or their quantisation state."""
-    return part.endswith(("weights", "quantisation state"))
+def is_weight(name: str) -> bool:
+    """Whether an entry of `Moment.sizes` is weights or their quantisation state."""
+    return name.endswith(("weights", "quantisation state"))
 
 
-def is_known(part: str) -> bool:
+def is_known(name: str) -> bool:
     """Whether an entry follows from parameter counts alone: weights, quantisation state or optimiser state."""
-    return is_weight(part) or part.endswith("optimiser state")
+    return is_weight(name) or name.endswith("optimiser state")
 
 
 def activations(moment: Moment) -> float:
     """Returns the bytes that a step adds to weights, gradients and optimiser state."""
     kept = ("gradients", "optimiser state", _FRAGMENTATION)
-    return sum(size for name, size in moment.parts.items() if not is_weight(name) and name not in kept)
+    return sum(size for name, size in moment.sizes.items() if not is_weight(name) and name not in kept)
 
 
 def weights(stages: Sequence[ProfiledStage]) -> Counter[str]:
@@ -193,35 +193,35 @@ def _forward_peaks(memory: StageMemory) -> list[tuple[str, Bytes]]:
     return [(name, peak) for name, peak in memory.peaks.items() if name.startswith("forward")]
 
 
-def _with_stage_name(stage: str, parts: Bytes) -> Counter[str]:
+def _with_stage_name(stage: str, sizes: Bytes) -> Counter[str]:
     """Prefixes the tags with the name of their stage; gradients of weights are one entry for all stages."""
     named: Counter[str] = Counter()
-    for tag, size in parts.items():
+    for tag, size in sizes.items():
         named["gradients" if tag == "gradients" else f"{stage}: {tag}"] += size  # type: ignore[assignment]
     return named
 
 
 def _sum_stages(stages: object) -> Counter[str]:
     total: Counter[str] = Counter()
-    for name, parts in stages:  # type: ignore[attr-defined]
-        total += _with_stage_name(name, parts)
+    for name, sizes in stages:  # type: ignore[attr-defined]
+        total += _with_stage_name(name, sizes)
     return total
 
 
 def _with_fragmentation(always: Counter[str], fullest: Counter[str], unused_share: float) -> dict[str, float]:
     """Returns all entries, largest first, with the memory that the allocator holds beside them."""
-    parts = always + fullest
-    parts[_FRAGMENTATION] = unused_share * fullest.total()  # type: ignore[assignment]
-    return largest_first(parts)
+    sizes = always + fullest
+    sizes[_FRAGMENTATION] = unused_share * fullest.total()  # type: ignore[assignment]
+    return largest_first(sizes)
 
 
-def largest_first(parts: Bytes) -> dict[str, float]:
+def largest_first(sizes: Bytes) -> dict[str, float]:
     """Returns the entries above zero, largest first."""
-    return dict(sorted(((name, float(size)) for name, size in parts.items() if size > 0), key=lambda item: -item[1]))
+    return dict(sorted(((name, float(size)) for name, size in sizes.items() if size > 0), key=lambda item: -item[1]))
 
 
 def scale_activations(moment: Moment, ratio: float) -> Moment:
     """Scales every entry whose bytes do not follow from parameter counts by a measured ratio."""
     if ratio == 1:
         return moment
-    return Moment(moment.name, {name: size if is_known(name) else ratio * size for name, size in moment.parts.items()})
+    return Moment(moment.name, {name: size if is_known(name) else ratio * size for name, size in moment.sizes.items()})

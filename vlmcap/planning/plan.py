@@ -15,7 +15,7 @@ from vlmcap.terminal import duration, gigabytes, grouped
 
 _WIDTH = 30  # characters of the longest bar
 _SMALL = 0.1 * GIB  # smaller entries are added up
-_HOST_PARTS = 3  # largest entries of the host's memory that are named
+_HOST_ENTRIES = 3  # largest entries of the host's memory that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Plan:
     @property
     def weights_gib(self) -> float:
         """Weights of all kinds, including quantisation state."""
-        return sum(size for name, size in self.training.parts.items() if is_weight(name)) / GIB
+        return sum(size for name, size in self.training.sizes.items() if is_weight(name)) / GIB
 
     @property
     def activations_gib(self) -> float:
@@ -152,7 +152,7 @@ class Plan:
             "training": _plain_moment(self.training),
             "generation": _plain_moment(self.generation),
             "host_gib": round(self.host_gib, 3),
-            "host": {"moment": self.host.name, "parts_gib": _rounded(self.host.parts)},
+            "host": {"moment": self.host.name, "sizes_gib": _rounded(self.host.sizes)},
             "not_counted": list(self.not_counted),
             "visual_tokens": self.num_visual,
             "text_tokens": self.num_text,
@@ -181,11 +181,11 @@ class Plan:
 
 def _plain_moment(moment: Moment) -> dict[str, Any]:
     sizes = {"allocated_gib": round(moment.allocated / GIB, 3), "reserved_gib": round(moment.total / GIB, 3)}
-    return {"moment": moment.name, **sizes, "parts_gib": _rounded(moment.parts)}
+    return {"moment": moment.name, **sizes, "sizes_gib": _rounded(moment.sizes)}
 
 
-def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(size / GIB, 4) for name, size in parts.items()}
+def _rounded(sizes: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(size / GIB, 4) for name, size in sizes.items()}
 
 
 def show_plan(plan: Plan, *, show_all: bool = False) -> None:
@@ -216,9 +216,9 @@ def show_plan(plan: Plan, *, show_all: bool = False) -> None:
 
 
 def _rows(moment: Moment, context_gib: float, show_all: bool) -> list[tuple[str, float]]:
-    large = {name: size for name, size in moment.parts.items() if show_all or size >= _SMALL}
-    rest = sum(size for name, size in moment.parts.items() if name not in large)
-    rows = [(name, size / GIB) for name, size in large.items()] + ([("smaller parts", rest / GIB)] if rest else [])
+    large = {name: size for name, size in moment.sizes.items() if show_all or size >= _SMALL}
+    rest = sum(size for name, size in moment.sizes.items() if name not in large)
+    rows = [(name, size / GIB) for name, size in large.items()] + ([("smaller entries", rest / GIB)] if rest else [])
     return [*rows, ("CUDA context", context_gib)] if context_gib else rows
 
 
@@ -248,10 +248,10 @@ def _costs(plan: Plan) -> Table:
 
 def _host(host: Moment) -> str:
     """Describes the host's memory, its largest entries, and the memory of this machine."""
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*host.parts.items()][:_HOST_PARTS])
+    largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*host.sizes.items()][:_HOST_ENTRIES])
     total_gib = detect_cpu().total_gib
     machine = f"; this machine has {total_gib:.1f}" if total_gib else ""
-    return f"{host.total / GIB:.1f} GiB of memory while {host.name} ({parts}){machine}"
+    return f"{host.total / GIB:.1f} GiB of memory while {host.name} ({largest}){machine}"
 
 
 def _verdict(plan: Plan) -> str:

@@ -7,8 +7,6 @@ Legend: F sampled frames, T frames of a clip, H/W pixels.
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +24,7 @@ from vlmcap.data.decoding.images import is_image, read_image, read_image_list
 from vlmcap.data.decoding.sampling import spread
 from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
 from vlmcap.data.media import local_path
+from vlmcap.files import replacing
 from vlmcap.types import Clip
 
 if TYPE_CHECKING:
@@ -181,9 +180,7 @@ def _without_repeats(frames: Tensor, times_s: Tensor, indices: list[int]) -> Dec
 _REPRODUCIBLE = "cpu-independent=1"
 
 
-def write_video(
-    path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23, preset: str = "veryfast"
-) -> None:
+def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23) -> None:
     """Write an H.264 yuv420p MP4 completely or not at all; equal frames give equal bytes.
 
     Args:
@@ -191,7 +188,6 @@ def write_video(
         frames: uint8 (T, H, W, 3), RGB, T at least 1, H and W even (as yuv420p requires).
         fps: Positive number of frames per second.
         crf: Quality, 0 (lossless) to 51.
-        preset: Preset of x264; faster presets give larger files.
 
     Raises:
         ValueError: The frames have another shape or type or odd sides, or `fps` is not positive.
@@ -202,14 +198,9 @@ def write_video(
         raise ValueError(f"the sides of a frame must be even, not {frames.shape[2]}x{frames.shape[1]}")
     if fps <= 0:
         raise ValueError(f"fps must be positive, not {fps}")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        options = {"crf": str(crf), "preset": preset, "x264-params": _REPRODUCIBLE}
-        _encode(temporary, frames, Fraction(fps).limit_denominator(1001), options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    options = {"crf": str(crf), "preset": "veryfast", "x264-params": _REPRODUCIBLE}
+    with replacing(Path(path)) as partial:
+        _encode(partial, frames, Fraction(fps).limit_denominator(1001), options)
 
 
 def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict[str, str]) -> None:

@@ -93,10 +93,13 @@ class MemoryProfiler:
         if num_clips > 2:
             return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
+        tuning = None
+        if self.trains_encoder:
+            tuning = [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))]
         key = {
             "encoder": settings,
             "base": self._architecture("encoder"),
-            "tuning": self._encoder_tuning(),
+            "tuning": tuning,
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
             "plugin": plugins_of(self.config).get("encoder"),
         }
@@ -215,13 +218,6 @@ class MemoryProfiler:
 
     def _architecture(self, component: str) -> Any:
         return architecture(self.config, "model" if self.config.is_pretrained_vlm else component)
-
-    def _encoder_tuning(self) -> Any:
-        return (
-            [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))]
-            if self.trains_encoder
-            else None
-        )
 
     def _profile_encoder(self, num_clips: int, depth: int) -> StageMemory:
         mode = FakeTensorMode(allow_non_fake_inputs=True)

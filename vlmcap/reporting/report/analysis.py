@@ -56,22 +56,17 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     captions = _read_captions(runs, split, name, wanted.tokenizer, advance)
     # 1. Which runs can be compared: those with the metric, on the clips, references and tokenizer of most of them.
     has_metric = [metric in run.scores for run in runs]
-    why_not = iter(
-        comparable(name, [found.texts.get(split) for found, has in zip(captions, has_metric, strict=True) if has])
-    )
-    factors = find_factors(runs)
-    members = identify(
-        [
-            Member(run, found.texts, found.samples, next(why_not) if has else "", has)
-            for run, found, has in zip(runs, captions, has_metric, strict=True)
-        ],
-        factors,
-        metric,
-        is_higher_better=is_higher_better(metric),
-    )
+    texts = [found.texts.get(split) for found, has in zip(captions, has_metric, strict=True) if has]
+    why_not = iter(comparable(name, texts))
+    members = [
+        Member(run, found.texts, found.samples, next(why_not) if has else "", has)
+        for run, found, has in zip(runs, captions, has_metric, strict=True)
+    ]
+    factors, is_higher = find_factors(runs), is_higher_better(metric)
+    members = identify(members, factors, metric, is_higher_better=is_higher)
     # 2. Runs that differ only in their seed form a group; groups are ranked and tested against the best one.
     shown = columns(metric, runs)
-    groups, estimator = group_rows(members, factors, metric, shown, is_higher_better=is_higher_better(metric))
+    groups, estimator = group_rows(members, factors, metric, shown, is_higher_better=is_higher)
     ranked = {group.id: group.factors for group in groups if group.is_best or group.difference is not None}
     rows = run_rows(members, groups, factors, split)
     # 3. Captions side by side, which need runs with the same clips.
@@ -86,7 +81,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
         version=version,
         metric=metric,
         metric_label=metric_label(metric),
-        is_higher_better=is_higher_better(metric),
+        is_higher_better=is_higher,
         clip_metric=clip_metric,
         tokenizer=first.tokenizer if first else next((run.tokenizer for run in runs if run.tokenizer), ""),
         num_clips=len(first) if first else 0,
@@ -94,10 +89,8 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
         factors=factors,
         runs=rows,
         groups=groups,
-        effects=find_effects(factors, ranked, estimator, is_higher_better=is_higher_better(metric)),
-        fronts=find_fronts(
-            [group for group in groups if group.id in ranked], metric, is_higher_better=is_higher_better(metric)
-        ),
+        effects=find_effects(factors, ranked, estimator, is_higher_better=is_higher),
+        fronts=find_fronts([group for group in groups if group.id in ranked], metric, is_higher_better=is_higher),
         categories=find_categories(members, split),
         clips=choose_clips(compared, clip_metric, wanted.clips, find_lexicon(runs)),
         notes=make_notes(rows, groups, metric),

@@ -65,20 +65,11 @@ class Estimator:
 
     Args:
         groups: Scores of the seeds of each group, at least one; all samples have the same length and resampled clips.
-        confidence: Confidence level of the intervals.
-        seed: Seed of the draws for the seeds' variation.
         resamples: Number of draws; must be the length of the samples if there are any.
     """
 
-    def __init__(
-        self,
-        groups: Mapping[str, Sequence[RunScore]],
-        *,
-        confidence: float = 0.95,
-        seed: int = 0,
-        resamples: int = 2000,
-    ) -> None:
-        self.groups, self.confidence, self.seed, self.resamples = groups, confidence, seed, resamples
+    def __init__(self, groups: Mapping[str, Sequence[RunScore]], *, resamples: int) -> None:
+        self.groups, self.resamples = groups, resamples
         self.means = {name: float(np.mean([run.score for run in runs])) for name, runs in groups.items()}
         repeated = [[run.score for run in runs] for runs in groups.values() if len(runs) > 1]
         self._freedom = sum(len(scores) - 1 for scores in repeated)
@@ -99,8 +90,7 @@ class Estimator:
         over: Over = "seeds" if clips is None else "clips" if seeds is None else "clips and seeds"
         samples = np.full(self.resamples, value) if clips is None else clips
         samples = samples if seeds is None else samples + seeds
-        tails = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
-        low, high = (float(end) for end in np.quantile(samples, tails))
+        low, high = (float(end) for end in np.quantile(samples, [0.025, 0.975]))
         # Values that differ only by rounding count as equal, as in `paired_bootstrap`.
         extreme = np.abs(samples - value) >= abs(value) - 1e-12 * max(1.0, abs(value))
         return Estimate(value, (low, high), float((1 + extreme.sum()) / (1 + len(samples))), over)
@@ -142,9 +132,7 @@ class Estimator:
         # each divided by its own degrees of freedom.
         if variance == 0:
             return np.zeros(self.resamples)
-        return math.sqrt(variance) * np.random.default_rng([self.seed, 1]).standard_t(
-            variance**2 / curvature, self.resamples
-        )
+        return math.sqrt(variance) * np.random.default_rng([0, 1]).standard_t(variance**2 / curvature, self.resamples)
 
 
 def find_effects(

@@ -10,7 +10,6 @@ from typing import Any
 
 from vlmcap.errors import UserError
 from vlmcap.metrics import METRIC_LABELS
-from vlmcap.overrides import key_of
 from vlmcap.reporting.report.folders import RunFolder
 from vlmcap.reporting.report.records import Value
 
@@ -63,9 +62,7 @@ def find_factors(runs: Sequence[RunFolder]) -> list[str]:
     differing = _differing(configs)
     groups = [group for group in _GROUPS if f"{group}.name" in differing]
     chosen = [f"{group}.name" for group in groups]
-    typed = [
-        key for key in dict.fromkeys(key for run in runs for key in map(key_of, run.overrides)) if key in differing
-    ]
+    typed = [key for key in dict.fromkeys(key for run in runs for key in map(_key, run.overrides)) if key in differing]
     # A group's own keys, and keys that nobody typed, are factors only if those chosen so far do not determine them.
     for key in [*typed, *sorted(differing)]:
         may_follow = key.split(".")[0] in groups or key not in typed
@@ -148,6 +145,10 @@ def columns(metric: str, runs: Sequence[RunFolder]) -> list[str]:
     wanted = [metric, *(f"{split}/{usual}" for usual in _USUAL), f"{other}/{name}", f"{other}/cider"]
     known = {key for run in runs for key in run.scores}
     return [key for key in dict.fromkeys(wanted) if key in known]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:

@@ -51,11 +51,10 @@ class Choice:
         what: What follows the metric, such as "early stopping"; named in the warning about the fallback.
         monitor: Name of the metric.
         mode: "min" or "max".
-        min_delta: Smallest difference that counts as better.
     """
 
-    def __init__(self, what: str, monitor: str, mode: str, min_delta: float = 0.0) -> None:
-        self.what, self.monitor, self.mode, self.min_delta = what, monitor, mode, min_delta
+    def __init__(self, what: str, monitor: str, mode: str) -> None:
+        self.what, self.monitor, self.mode = what, monitor, mode
         self._has_warned = False
 
     def is_better(self, score: Score, best: Score | None) -> bool:
@@ -67,15 +66,12 @@ class Choice:
             return True
         best_value = best.value(self.monitor)
         if value is not None and best_value is not None:
-            return self._is_ahead(value, best_value, self.mode)
+            return value < best_value if self.mode == "min" else value > best_value
         loss, best_loss = score.value(FALLBACK), best.value(FALLBACK)
         if loss is not None and best_loss is not None:
-            return self._is_ahead(loss, best_loss, "min")
+            return loss < best_loss
         has_none = best_value is None and best_loss is None
         return has_none and (value is not None or loss is not None)
-
-    def _is_ahead(self, value: float, best: float, mode: str) -> bool:
-        return value < best - self.min_delta if mode == "min" else value > best + self.min_delta
 
     @rank_zero_only
     def warn_of_fallback(self, epoch: int) -> None:
