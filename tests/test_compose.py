@@ -233,7 +233,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (
             ["encoder=siglp2"],
             [
-                "encoder=siglp2 does not exist; choose one of clip, custom, dinov3_7b,",
+                "encoder=siglp2 does not exist; choose one of aimv2_l, clip, custom,",
                 "siglip2, siglip2_naflex, tiny",
             ],
         ),

@@ -193,7 +193,7 @@ def test_a_whole_model_runs_it_in_both_parts(kind: str, qwen_folders: dict[str, 
     options: dict[str, Any] = {"dtype": FP32, "quantization": "none", "device": "cpu", "max_patches": 64}
     found = []
     for chosen in ("sdpa", REPEATED):
-        llm: Any = load_pretrained(kind, qwen_folders[kind], attention=chosen, **options).llm
+        llm: Any = load_pretrained(qwen_folders[kind], attention=chosen, **options).llm
         check_attention(llm, chosen)
         with torch.no_grad():
             found.append(llm(input_ids=torch.arange(5, 20)[None], use_cache=False).logits)
