@@ -82,6 +82,7 @@ from vlmcap.config.model import (
     Qwen2VlConfig,
     Qwen3VlConfig,
     Qwen25VlConfig,
+    SquareEncoderConfig,
     SuggestedConfig,
     TowerConfig,
 )
@@ -222,6 +223,7 @@ __all__ = [
     "Scaled",
     "Split",
     "SplitConfig",
+    "SquareEncoderConfig",
     "Stage",
     "Strategy",
     "SubmititLauncherConfig",

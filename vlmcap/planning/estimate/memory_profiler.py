@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
+from vlmcap.assembly.components import autocast_dtype, dtype_of, encoder_parts, lora_of, loss_chunk_bytes
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.merge import adapters_for_inference
@@ -95,7 +95,7 @@ class MemoryProfiler:
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
         key = {
             "encoder": settings,
-            "base": self._architecture("encoder"),
+            "base": [self._architecture("encoder", part) for part in encoder_parts(self.config)],
             "tuning": self._encoder_tuning(),
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
             "plugin": plugins_of(self.config).get("encoder"),
@@ -213,8 +213,8 @@ class MemoryProfiler:
         base, longer, wider = (self.store.get(key | {"kept": shape}, partial(make, *shape)) for shape in shapes)
         return extrapolate_kept(base, longer, wider, self.depth - num_kept - num_recomputed, num_kept - 1)
 
-    def _architecture(self, part: str) -> Any:
-        return architecture(self.config, "model" if self.config.is_pretrained_vlm else part)
+    def _architecture(self, component: str, config: Config | None = None) -> Any:
+        return architecture(config or self.config, "model" if self.config.is_pretrained_vlm else component)
 
     def _encoder_tuning(self) -> Any:
         return (
