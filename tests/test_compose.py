@@ -83,6 +83,7 @@ EXPERIMENTS = {
 STUDIES = {
     "encoders": 4,
     "encoders_demo": 25,
+    "encoders_motion_demo": 20,
     "projectors": 6,
     "projectors_demo": 35,
     "llms": 6,
@@ -233,7 +234,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (
             ["encoder=siglp2"],
             [
-                "encoder=siglp2 does not exist; choose one of aimv2_l, clip, custom,",
+                "encoder=siglp2 does not exist; choose one of aimv2_l, clip, custom, dinov2_reg_g,",
                 "siglip2, siglip2_naflex, tiny",
             ],
         ),

@@ -20,6 +20,7 @@ from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
 from vlmcap.config.run import MODEL_KEYS, check_native_components
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
+from vlmcap.config_joined import join_encoders
 from vlmcap.config_unread import unread_override
 from vlmcap.errors import UserError
 from vlmcap.files import write_text
@@ -162,6 +163,7 @@ def name_components(node: DictConfig, hydra_node: Any) -> None:
     """
     # 1. Names of the user's own files.
     choices = hydra_node.runtime.choices
+    join_encoders(node, hydra_node.overrides.task, _following)
     typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
     for group in _NAMED:
         if f"{group}.name" not in typed:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.config.kinds import SCHEMAS
+from vlmcap.config_joined import check_names
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
         if hint := foreign_key(argument, arguments):
             raise UserError(hint)
         key, _, value = argument.partition("=")
+        if key == "encoder":
+            check_names(value)
         if key in SCHEMAS and value in ("null", ""):
             raise UserError(
                 f"{key}={value} is the name of no component; choose one that `python train.py --help` lists, or leave "

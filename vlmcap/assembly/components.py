@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.config import (
     Config,
@@ -38,12 +40,15 @@ if TYPE_CHECKING:
     from vlmcap.models.projectors import ProjectorSizes
 
 
+ENCODER_KEYS = ("encoder", "encoder.join")  # of the base checkpoints of one encoder, or of two that are joined
+
+
 @dataclass(frozen=True, slots=True)
 class BaseCheckpoints:
     """The frozen base checkpoints of a model.
 
     Attributes:
-        folders: Local folders, by `encoder` and `llm`, or by `model` for a pretrained VLM.
+        folders: Local folders, by `ENCODER_KEYS` and `llm`, or by `model` for a pretrained VLM.
         fingerprints: Fingerprints of their content, by the same keys.
     """
 
@@ -66,9 +71,12 @@ def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) ->
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     fingerprints: dict[str, Fingerprint] = {}
-    groups = ("encoder",) if is_encoder_only else ("encoder", "llm")
-    for group in ("model",) if config.is_pretrained_vlm else groups:
-        settings, wanted = getattr(config, group), VISION if group == "encoder" else None
+    settings_of: dict[str, Any] = {"model": config.model}
+    if not config.is_pretrained_vlm:
+        encoders = [one.encoder for one in encoder_configs(config)]
+        settings_of = dict(zip(ENCODER_KEYS, encoders, strict=False)) | ({} if is_encoder_only else {"llm": config.llm})
+    for group, settings in settings_of.items():
+        wanted = VISION if group in ENCODER_KEYS else None
         if group == "encoder" and has_plugin_encoder(config):
             if not settings.checkpoint:
                 sha256 = hashlib.sha256(settings.kind.encode()).hexdigest()
@@ -80,6 +88,16 @@ def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) ->
         )
         fingerprints[group] = fingerprint(folders[group], settings.checkpoint, memo, wanted)
     return BaseCheckpoints(folders, fingerprints)
+
+
+def encoder_configs(config: Config) -> tuple[Config, ...]:
+    """Returns a configuration of each encoder: two if they are joined, else this one."""
+    first = config.encoder
+    if not isinstance(first, PatchEncoderConfig) or first.join is None:
+        return (config,)
+    second = PatchEncoderConfig(**vars(first.join))
+    encoders = (dataclasses.replace(first, join=None), second)
+    return tuple(dataclasses.replace(config, encoder=encoder) for encoder in encoders)
 
 
 def vision_component(config: Config) -> str:
@@ -171,8 +189,16 @@ def max_patches(config: Config) -> int:
     return config.encoder.max_patches
 
 
-def load_encoder(config: Config, folder: Path) -> VisionEncoder:
-    """Loads the frozen vision encoder; of a pretrained VLM, only the vision tower is read."""
+def load_encoder(config: Config, folders: Mapping[str, Path]) -> VisionEncoder:
+    """Loads the frozen vision encoder; of a pretrained VLM, only the vision tower is read.
+
+    Args:
+        config: Run configuration.
+        folders: Folders of the base checkpoints.
+    """
+    if len(encoder_configs(config)) > 1:
+        return _joined(config, folders, load_encoder)
+    folder = folders[vision_component(config)]
     if has_plugin_encoder(config):
         return plugin_encoder(config, folder)
     if not config.is_pretrained_vlm:
@@ -188,8 +214,26 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     return encoder
 
 
-def build_meta_encoder(config: Config, folder: Path) -> VisionEncoder:
-    """Builds the vision encoder on the meta device, for its sizes and its transform."""
+def _joined(
+    config: Config, folders: Mapping[str, Path], make: Callable[[Config, Mapping[str, Path]], VisionEncoder]
+) -> VisionEncoder:
+    from vlmcap.models.encoders.joined import JoinedEncoder
+
+    parts = zip(encoder_configs(config), ENCODER_KEYS, strict=True)
+    encoder: Any = JoinedEncoder(*(make(part, {"encoder": folders[key]}) for part, key in parts))
+    return cast("VisionEncoder", encoder)
+
+
+def build_meta_encoder(config: Config, folders: Mapping[str, Path]) -> VisionEncoder:
+    """Builds the vision encoder on the meta device, for its sizes and its transform.
+
+    Args:
+        config: Run configuration.
+        folders: Folders of the base checkpoints.
+    """
+    if len(encoder_configs(config)) > 1:
+        return _joined(config, folders, build_meta_encoder)
+    folder = folders.get(vision_component(config), Path())
     if has_plugin_encoder(config):
         import torch
 
@@ -214,14 +258,15 @@ def train_encoder(config: Config, encoder: Any) -> None:
     if tuning is EncoderTuning.none:
         return
     lora = lora_of(config)
-    if tuning is EncoderTuning.full:
-        encoder.float().requires_grad_(True)  # mixed precision needs float32 master weights
-    else:
-        from vlmcap.models.encoders.tower import add_tower_lora
+    for part in getattr(encoder, "parts", (encoder,)):
+        if tuning is EncoderTuning.full:
+            part.float().requires_grad_(True)  # mixed precision needs float32 master weights
+        else:
+            from vlmcap.models.encoders.tower import add_tower_lora
 
-        add_tower_lora(encoder.tower, lora)
-    if config.hardware.gradient_checkpointing and encoder.tower.supports_gradient_checkpointing:
-        encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            add_tower_lora(part.tower, lora)
+        if config.hardware.gradient_checkpointing and part.tower.supports_gradient_checkpointing:
+            part.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def lora_of(config: Config) -> LoraConfig:

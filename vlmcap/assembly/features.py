@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.assembly.clips import Splits, with_blank
-from vlmcap.assembly.components import autocast_dtype, device_of, load_encoder, vision_component
-from vlmcap.assembly.datasets import FeaturePlan
+from vlmcap.assembly.components import (
+    ENCODER_KEYS,
+    BaseCheckpoints,
+    autocast_dtype,
+    device_of,
+    encoder_configs,
+    load_encoder,
+    vision_component,
+)
+from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
 from vlmcap.config import Config, EncoderTuning, Sampling
 from vlmcap.plugins import plugins_of
 
@@ -44,6 +52,8 @@ class Features:
         hashes: Content hashes of the clips of each split, in their order; they are the keys of the store.
         memo: File that caches the hashes of media files.
         pool_size: Patches per side that were averaged before storing; None if the encoder's features are stored.
+        second: Features of the second of two joined encoders.
+        join_grids: Patch grids of both encoders.
     """
 
     store: FeatureStore
@@ -51,6 +61,8 @@ class Features:
     hashes: Mapping[str, NDArray[np.bytes_]]
     memo: Path
     pool_size: int | None = None
+    second: Features | None = None
+    join_grids: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def hashes_of(self, chosen: Sequence[Clip]) -> NDArray[np.bytes_]:
         """Returns the content hashes of a full split, or of any of its clips."""
@@ -61,9 +73,13 @@ class Features:
 
     def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         """Builds a data set of the features of a full split, or of any of its clips."""
+        from vlmcap.assembly.joined_features import JoinedFeatureDataset
         from vlmcap.data.features.feature_dataset import FeatureDataset, PooledFeatureDataset
 
         hashes = self.hashes_of(chosen)
+        if self.second is not None and self.join_grids is not None:
+            own, other = FeatureDataset(chosen, hashes, self.store), FeatureDataset(chosen, hashes, self.second.store)
+            return JoinedFeatureDataset(own, other, self.join_grids)
         if self.pool_size is None:
             return FeatureDataset(chosen, hashes, self.store)
         return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
@@ -101,15 +117,36 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
     if config.cache.enabled is False:
         return None
     clips = with_blank(config, clips)
-    store = open_store(plan)
-    if config.cache.enabled == "auto" and not _is_worthwhile(plan, store, clips):
+    plans = plans_of(plan)
+    stores = [open_store(part) for part in plans]
+    if config.cache.enabled == "auto" and not all(
+        _is_worthwhile(part, store, clips) for part, store in zip(plans, stores, strict=True)
+    ):
         return None
     memo = hash_memo(config)
     hashes = hash_clips(clips, memo)
-    fill_store(plan, store, clips, hashes)
+    for part, store in zip(plans, stores, strict=True):
+        fill_store(part, store, clips, hashes)
     if config.cache.max_gib is not None:
-        prune(store.root, round(config.cache.max_gib * 2**30), keep=(store.key,))
-    return Features(store, clips, hashes, memo, config.pool_size)
+        prune(stores[0].root, round(config.cache.max_gib * 2**30), keep=[store.key for store in stores])
+    features = [Features(store, clips, hashes, memo, config.pool_size) for store in stores]
+    if len(features) == 1:
+        return features[0]
+    return dataclasses.replace(features[0], second=features[1], join_grids=cast(Any, plan.meta_encoder).grids)
+
+
+def plans_of(plan: FeaturePlan) -> list[FeaturePlan]:
+    """Returns the feature plan of each of two joined encoders, which is that of the encoder alone; else the plan."""
+    parts = encoder_configs(plan.config)
+    if len(parts) == 1:
+        return [plan]
+    found = []
+    for part, key, encoder in zip(parts, ENCODER_KEYS, cast(Any, plan.meta_encoder).parts, strict=True):
+        folder, base = plan.base_checkpoints.folders[key], plan.base_checkpoints.fingerprints[key]
+        sources = BaseCheckpoints({"encoder": folder}, {"encoder": base})
+        grid_of = grid_of_frames(part, encoder)
+        found.append(FeaturePlan(part, sources, encoder, grid_of, plan.num_visual_tokens))
+    return found
 
 
 def open_store(plan: FeaturePlan) -> FeatureStore:
@@ -218,7 +255,7 @@ def fill_store(
     if not any(missing.values()):
         return
     config, size = plan.config, clip_bytes(plan)
-    encode = encoding_of(config, load_encoder(config, plan.base_checkpoints.folders[vision_component(config)]))
+    encode = encoding_of(config, load_encoder(config, plan.base_checkpoints.folders))
     num_frames = max(frames for frames, _, _ in plan.meta_encoder.possible_grids(config.data.num_frames))
     max_bytes = None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30)
     with torch.random.fork_rng(devices=[]):  # the random state does not depend on what was missing

@@ -23,7 +23,6 @@ from vlmcap.assembly.components import (
     loss_chunk_bytes,
     projector_sizes,
     train_encoder,
-    vision_component,
 )
 from vlmcap.assembly.datasets import FeaturePlan, PathReader, grid_of_frames
 from vlmcap.config import Batching, Config, Engine, EvaluationConfig, Reducer, TokenProjectorConfig
@@ -119,7 +118,7 @@ def describe_model(config: Config) -> ModelSpec:
     if config.data.batching is Batching.packed:
         check_packing(folder, name)
     _check_decoding(config, folder, name)
-    encoder = build_meta_encoder(config, base_checkpoints.folders[vision_component(config)])
+    encoder = build_meta_encoder(config, base_checkpoints.folders)
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
     if config.is_pretrained_vlm:
         sizes, meta_vlm = None, build_meta_vlm(config, folder)
@@ -216,7 +215,7 @@ def _assemble_components(
     encoder = None
     if features is None:
         load = build_meta_encoder if is_meta else load_encoder
-        encoder = load(config, folders["encoder"]).requires_grad_(False)
+        encoder = load(config, folders).requires_grad_(False)
         train_encoder(config, encoder)
     if llm is None:
         llm = add_adapters(config, load_llm(config, folders["llm"], is_meta=is_meta), num_kept_layers)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.components import build_meta_encoder, device_of, locate_base_checkpoints, vision_component
+from vlmcap.assembly.components import build_meta_encoder, device_of, locate_base_checkpoints
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
-from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store
+from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store, plans_of
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
@@ -66,16 +66,16 @@ def build(overrides: Sequence[str]) -> None:
     config = prepare(config)
     clips = load_splits(config, (), tuple(Split))
     base_checkpoints = locate_base_checkpoints(config, is_encoder_only=True)
-    meta_encoder = build_meta_encoder(config, base_checkpoints.folders[vision_component(config)])
-    plan = FeaturePlan(config, base_checkpoints, meta_encoder, grid_of_frames(config, meta_encoder))
-    store = open_store(plan)
+    meta_encoder = build_meta_encoder(config, base_checkpoints.folders)
     hashes = hash_clips(clips, hash_memo(config))
-    fill_store(plan, store, clips, hashes)
-    bad = [(clip, reason) for split in hashes for clip, reason in unusable(clips[split], hashes[split], store)]
-    if bad:
-        clip, reason = bad[0]
-        print(f"{grouped(len(bad))} clips have no features; the first is {clip.id} ({reason})", file=sys.stderr)
-    print(f"{grouped(len(store))} clips, {gigabytes(store.num_bytes)}: {store.folder}")
+    for plan in plans_of(FeaturePlan(config, base_checkpoints, meta_encoder, grid_of_frames(config, meta_encoder))):
+        store = open_store(plan)
+        fill_store(plan, store, clips, hashes)
+        bad = [(clip, reason) for split in hashes for clip, reason in unusable(clips[split], hashes[split], store)]
+        if bad:
+            clip, reason = bad[0]
+            print(f"{grouped(len(bad))} clips have no features; the first is {clip.id} ({reason})", file=sys.stderr)
+        print(f"{grouped(len(store))} clips, {gigabytes(store.num_bytes)}: {store.folder}")
 
 
 def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> Iterator[tuple[Clip, str]]:

@@ -122,12 +122,10 @@ class TowerConfig(EncoderConfig):
         _require_checkpoint("encoder", self.checkpoint)
 
 
-@register("encoder")
 @dataclass
-class PatchEncoderConfig(TowerConfig):
-    """A vision tower with frames of a fixed size."""
+class SquareEncoderConfig(TowerConfig):
+    """Settings of a vision tower with frames of a fixed size."""
 
-    kind: str = "patches"  # kind of encoder
     image_size: int | None = follows("hardware.image_size", None)  # side of a frame in pixels; null is the checkpoint's
     # Mean per channel of pixels in [0, 1]; null is the value of the checkpoint's processor.
     image_mean: list[float] | None = None
@@ -147,6 +145,25 @@ class PatchEncoderConfig(TowerConfig):
         require(
             self.image_std is None or min(self.image_std) > 0,
             f"encoder.image_std must be above 0, not {self.image_std}",
+        )
+
+
+@register("encoder")
+@dataclass
+class PatchEncoderConfig(SquareEncoderConfig):
+    """A vision tower with frames of a fixed size."""
+
+    kind: str = "patches"  # kind of encoder
+    # Second encoder, whose features are resampled to the grid of this one and concatenated along channels;
+    # encoder=[NAME,NAME] sets it.
+    join: SquareEncoderConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.join is None or max(self.tiling, self.join.tiling) == 1,
+            "encoder.tiling splits frames, whose features cannot be joined with those of another encoder; set "
+            "encoder.tiling=1",
         )
 
 

@@ -289,6 +289,12 @@ def _check_cache(config: Config) -> None:
         f"cache.pooled=true needs projector.reducer=pool, not projector.reducer={reducer.name}; set "
         "cache.pooled=false, or set projector.reducer=pool",
     )
+    is_joined = getattr(config.encoder, "join", None) is not None
+    require(
+        cache.enabled is False or not cache.pooled or not is_joined,
+        "cache.pooled=true stores what one projector reads, but features of joined encoders are stored apart; set "
+        "cache.pooled=false",
+    )
     if cache.enabled is not True:
         return
     tuned = config.tuning.encoder_tuning

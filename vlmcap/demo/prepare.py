@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig
+from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig, PatchEncoderConfig
 
 TINY = "tiny"  # checkpoint name of the language model that is trained here, and below of the encoders
 TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_vjepa2", "tiny_untrained")
@@ -19,12 +21,17 @@ def prepare(config: Config) -> Config:
         data = dataclasses.replace(data, root=str(folder))
         if evaluation.facts is None:
             evaluation = dataclasses.replace(evaluation, facts=str(folder / "facts.json"))
-    if llm.checkpoint == TINY or encoder.checkpoint in TINY_ENCODERS:
-        components = tiny_components(config)
+    join = encoder.join if isinstance(encoder, PatchEncoderConfig) else None
+    names = [one.checkpoint for one in (encoder, join) if one is not None and one.checkpoint in TINY_ENCODERS]
+    if llm.checkpoint == TINY or names:
+        components = tiny_components(config, names)
         if llm.checkpoint == TINY:
             llm = dataclasses.replace(llm, checkpoint=str(components["llm"]))
-        if encoder.checkpoint in TINY_ENCODERS:
-            encoder = dataclasses.replace(encoder, checkpoint=str(components["encoder"]))
+        if join is not None and join.checkpoint in names:
+            join = dataclasses.replace(join, checkpoint=str(components[join.checkpoint]))
+            encoder = dataclasses.replace(encoder, join=join)  # type: ignore[call-arg]
+        if encoder.checkpoint in names:
+            encoder = dataclasses.replace(encoder, checkpoint=str(components[encoder.checkpoint]))
     return dataclasses.replace(config, data=data, encoder=encoder, llm=llm, evaluation=evaluation)
 
 
@@ -40,8 +47,13 @@ def demo_settings(config: Config) -> DemoConfig:
     return config.data.demo if isinstance(config.data, DemoDataConfig) else DemoConfig()
 
 
-def tiny_components(config: Config) -> dict[str, Path]:
-    """Returns the folders of the tiny language model and the named tiny encoder, trained on first use on demo clips."""
+def tiny_components(config: Config, encoders: Sequence[str]) -> dict[str, Path]:
+    """Returns the folders of the tiny language model, "llm", and of tiny encoders, trained on first use on demo clips.
+
+    Args:
+        config: Run configuration.
+        encoders: Names of the encoders.
+    """
     from transformers import AutoTokenizer
 
     from vlmcap.data.formats import Record, read_records
@@ -52,8 +64,7 @@ def tiny_components(config: Config) -> dict[str, Path]:
 
     folder = demo_folder(config)
     parts = folder.with_name(folder.name.replace("clips-", f"parts{RECIPE}-"))
-    name = config.encoder.checkpoint if config.encoder.checkpoint in TINY_ENCODERS else TINY
-    made = {"llm": parts / "llm", "encoder": parts / name.replace(TINY, "encoder")}
+    made = {"llm": parts / "llm"} | {name: parts / name.replace(TINY, "encoder") for name in encoders}
     if all(path.is_dir() for path in made.values()):  # reading all labels would delay each run
         return made
     entries = read_records(AihubConfig(root=str(folder)), "train")
@@ -69,10 +80,10 @@ def tiny_components(config: Config) -> dict[str, Path]:
                 target, captions, prompt="영상을 설명해 주세요.", num_steps=steps, seed=seed, progress=report
             )
 
-    def make_tiny_encoder(target: Path) -> None:
+    def make_tiny_encoder(name: str, target: Path) -> None:
         tokenizer, steps = AutoTokenizer.from_pretrained(llm), max(2, round(ENCODER_STEPS * share))
         with progress_reporter(f"training encoder={name}") as report:
             make_encoder(target, clips, tokenizer, name=name, num_steps=steps, seed=seed, progress=report)
 
     llm = get_or_create(made["llm"], make_llm)
-    return {"llm": llm, "encoder": get_or_create(made["encoder"], make_tiny_encoder)}
+    return {"llm": llm} | {name: get_or_create(made[name], partial(make_tiny_encoder, name)) for name in encoders}

@@ -74,7 +74,7 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     """
     encoder = meta_encoder(config)
     shape = frames_shape(encoder, sizes.grid)
-    varies = config.is_pretrained_vlm or hasattr(encoder, "frames_per_token") or shape[1] != 3
+    varies = config.is_pretrained_vlm or getattr(encoder, "frames_per_token", 1) > 1 or shape[1] != 3
     is_packed = config.data.batching is Batching.packed and any(captions)
     batch = language_batch(
         captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed

@@ -5,15 +5,17 @@ A slot is a place in the decoding batch, which the next clip takes when a captio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.components import lora_of
+from vlmcap.assembly.components import encoder_configs, lora_of
 from vlmcap.config import Config, Engine, Quantization, Strategy
 from vlmcap.libraries import has_expandable_segments
 from vlmcap.planning.caption_lengths import CaptionLengths
+from vlmcap.planning.estimate.meta_models import cached_meta_encoder
 from vlmcap.planning.hardware import GIB, DeviceInfo
 from vlmcap.planning.peak_memory import (
     EXPANDABLE_SHARE,
@@ -304,6 +306,18 @@ def cached_bytes(memory_profiler: MemoryProfiler) -> float:
     """Returns the bytes of a clip's stored features."""
     size = {"float32": 4.0, "int8": 1.0}.get(memory_profiler.config.cache.dtype, 2.0)
     return size * feature_values(memory_profiler) / (memory_profiler.config.pool_size or 1) ** 2
+
+
+def stored_bytes(config: Config, memory_profiler: MemoryProfiler) -> float:
+    """Returns the bytes of a clip's features on disk, where each of two joined encoders has its own grid."""
+    parts = encoder_configs(config)
+    if len(parts) == 1:
+        return cached_bytes(memory_profiler)
+    encoders = [cached_meta_encoder(part) for part in parts]
+    values = sum(
+        encoder.embed_dim * math.prod(encoder.possible_grids(config.data.num_frames)[0]) for encoder in encoders
+    )
+    return cached_bytes(memory_profiler) * values / feature_values(memory_profiler)
 
 
 def unused_share(config: Config) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.components import device_of, load_encoder, locate_base_checkpoints, vision_component
+from vlmcap.assembly.components import device_of, encoder_configs, load_encoder, locate_base_checkpoints
 from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
 from vlmcap.assembly.features import encoding_of, free_memory
 from vlmcap.assembly.resolving import with_model_kind
@@ -106,8 +106,10 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
     if is_tiny or not settings.images:
         config = prepare(config)
     clips = _clips(config, settings)
-    folder = locate_base_checkpoints(config, is_encoder_only=True).folders[vision_component(config)]
-    encoder = load_encoder(dataclasses.replace(config, cache=dataclasses.replace(config.cache, pooled=False)), folder)
+    if len(encoder_configs(config)) > 1:
+        raise UserError(f"encoder={config.encoder.name} joins two encoders; measure each with encoder=NAME,NAME")
+    folders = locate_base_checkpoints(config, is_encoder_only=True).folders
+    encoder = load_encoder(dataclasses.replace(config, cache=dataclasses.replace(config.cache, pooled=False)), folders)
     # 2. The features of some frames of each clip, and of all layers for the first clip.
     frames: list[FrameFeatures] = []
     pictures: list[Tensor | None] = []
@@ -180,7 +182,7 @@ def _encode(
         )
         for index in indices
     ]
-    joined = getattr(encoder, "frames_per_token", 1)  # of a video encoder, the first of the frames that it joins
+    joined = getattr(encoder, "frames_per_token", 1)  # Qwen-VL joins frames, too, but keeps no picture
     return found, [_picture(sample.frames, index * joined, grid) for index in indices]
 
 
@@ -218,7 +220,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
 
     def keep(number: int, output: Any) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
-        if hasattr(encoder, "frames_per_token"):
+        if encoder.frames_per_token > 1:
             hidden = hidden.flatten(0, 1).unflatten(0, (-1, num_patches))  # (1, T · P, Dv) -> (T, P, Dv)
         tokens = hidden[:LAYER_FRAMES, -num_patches:]
         frames = [

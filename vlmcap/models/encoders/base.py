@@ -78,6 +78,7 @@ class VisionEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    frames_per_token = 1  # consecutive frames that a feature belongs to
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
+from vlmcap.assembly.components import autocast_dtype, dtype_of, encoder_configs, lora_of, loss_chunk_bytes
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, TimedVlmConfig
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.merge import adapters_for_inference
@@ -98,7 +98,7 @@ class MemoryProfiler:
             tuning = [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))]
         key = {
             "encoder": settings,
-            "base": self._architecture("encoder"),
+            "base": [self._architecture("encoder", one) for one in encoder_configs(self.config)],
             "tuning": tuning,
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
             "plugin": plugins_of(self.config).get("encoder"),
@@ -216,8 +216,8 @@ class MemoryProfiler:
         base, longer, wider = (self.store.get(key | {"kept": shape}, partial(make, *shape)) for shape in shapes)
         return extrapolate_kept(base, longer, wider, self.depth - num_kept - num_recomputed, num_kept - 1)
 
-    def _architecture(self, component: str) -> Any:
-        return architecture(self.config, "model" if self.config.is_pretrained_vlm else component)
+    def _architecture(self, component: str, config: Config | None = None) -> Any:
+        return architecture(config or self.config, "model" if self.config.is_pretrained_vlm else component)
 
     def _profile_encoder(self, num_clips: int, depth: int) -> StageMemory:
         mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from vlmcap.assembly.components import (
     add_adapters,
     build_meta_encoder,
     dtype_of,
+    encoder_configs,
     encoder_options,
     has_plugin_encoder,
     max_patches,
@@ -35,6 +36,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.checkpoint import locate_description
 from vlmcap.models.encoders import VisionEncoder, build_encoder
+from vlmcap.models.encoders.joined import JoinedEncoder
 from vlmcap.models.encoders.preprocessing import read_processor
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.hub import HubUnreachableError
@@ -152,7 +154,10 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
         encoder: VisionEncoder = meta_vlm(config, 1, num_blocks).encoder
         return encoder
     if has_plugin_encoder(config):
-        return build_meta_encoder(config, Path())
+        return build_meta_encoder(config, {})
+    if len(parts := encoder_configs(config)) > 1:
+        joined: Any = JoinedEncoder(*(meta_encoder(part) for part in parts))
+        return cast(VisionEncoder, joined)
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
     depth = None
     if num_blocks is not None:
@@ -166,7 +171,9 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
 
 
 def num_blocks(encoder: Any) -> int:
-    """Returns the number of blocks of an encoder's tower; 0 where they differ, in the stages of a convolutional one."""
+    """Returns the number of blocks of an encoder's tower; 0 where they differ, as in stages or in two towers."""
+    if isinstance(encoder, JoinedEncoder):
+        return 0
     config = encoder.tower.config
     return 0 if getattr(config, "depths", None) else int(config.num_hidden_layers)
 

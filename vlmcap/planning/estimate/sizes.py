@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from vlmcap.assembly.components import dtype_of, has_plugin_encoder
+from vlmcap.assembly.components import dtype_of, encoder_configs, has_plugin_encoder
 from vlmcap.assembly.model import check_length
 from vlmcap.config import Config, MropeVlmConfig, TimedVlmConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.decoding.engine import supports_native_engine
+from vlmcap.models.encoders.joined import JoinedEncoder
 from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
@@ -105,6 +106,8 @@ def clip_sizes(config: Config) -> Sizes:
 def frames_shape(encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Returns the shape of one clip's frames as the encoder takes them, in bytes."""
     frames, rows, columns = grid
+    if isinstance(encoder, JoinedEncoder):
+        return (frames * encoder.frames_per_token, encoder.transform.frame_bytes)
     # 1. Encoders of square frames: (F, 3, H, W).
     if side := getattr(encoder.transform, "image_size", None):
         return (frames * getattr(encoder, "frames_per_token", 1), 3, side, side)
@@ -156,7 +159,8 @@ def download_bytes(config: Config) -> float:
             + _num_parameters(cached_meta_encoder(config))
             + _num_parameters(cached_meta_vlm(config).projector)
         )
-    vision = 0 if _is_downloaded(config, "encoder") else _num_parameters(cached_meta_encoder(config))
+    missing = [part for part in encoder_configs(config) if not _is_downloaded(part, "encoder")]
+    vision = sum(_num_parameters(cached_meta_encoder(part)) for part in missing)
     return 2.0 * (vision + (0 if _is_downloaded(config, "llm") else _num_language_parameters(config)))
 
 
