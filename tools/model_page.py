@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import torch
+import transformers
 
 from tools import model_tables as tables
 from vlmcap.assembly.components import encoder_options, projector_sizes
@@ -29,6 +30,7 @@ from vlmcap.config_files import group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
+from vlmcap.models.pretrained.families import FAMILIES, known_types, obstacle
 from vlmcap.models.projectors import ProjectorSizes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -49,7 +51,9 @@ NOT_OFFERED = """## Not offered
 | checkpoint | reason |
 | --- | --- |
 | kakaocorp/kanana-1.5-2.1b-instruct-2505 | 24 heads of 128 at width 1 792, which transformers' Llama class refuses |
-| naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, -Vision-Instruct-3B | vision-language models with remote code |
+| naver-hyperclovax/HyperCLOVAX-SEED-Vision-Instruct-3B, kakaocorp/kanana-1.5-v-3b-instruct | remote code |
+| naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, NCSOFT/VARCO-VISION-2.0-1.7B, -14B, llava-hf/llava-onevision-*, \
+OpenGVLab/InternVL3_5-*-HF | no name, as their sizes were not confirmed at a source; `model=custom` takes them |
 | LGAI-EXAONE/EXAONE-3.5-* | remote code, no class in transformers |
 | facebook/PE-Core-\\*, PE-Lang-\\*, PE-Spatial-\\* (Perception Encoder) | transformers reads these towers through \
 timm, which is no dependency |
@@ -85,7 +89,22 @@ def page() -> str:
     body = "\n".join(
         f"## {title}\n\n{tables.markdown_table(header, rows)}" for title, (header, rows) in sections.items()
     )
-    return f"{HEAD}{body}\n{NOT_OFFERED}"
+    return f"{HEAD}{body}\n{NOT_OFFERED}\n{_model_types()}"
+
+
+def _model_types() -> str:
+    """Returns the model types of images and text in the installed transformers, with the reasons of those not taken."""
+    reasons: dict[str, list[str]] = {}
+    for name in known_types():
+        if name not in FAMILIES:
+            reasons.setdefault(obstacle(name), []).append(f"`{name}`")
+    rows = [(reason, ", ".join(names)) for reason, names in sorted(reasons.items())]
+    taken = ", ".join(f"`{name}`" for name in FAMILIES)
+    return (
+        f"Of the {len(known_types())} model types of images and text in transformers {transformers.__version__}, "
+        f"`model=custom` takes {taken}. The others are refused:\n\n"
+        f"{tables.markdown_table(('reason', 'model types'), rows)}"
+    )
 
 
 def read_measured(file: Path) -> dict[str, dict[str, str | float]]:

@@ -15,6 +15,7 @@ from torch import nn
 from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, PretrainedVlmConfig, ProjectorConfig
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
+from vlmcap.models.pretrained import build_pretrained
 from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.terminal import grouped
 
@@ -181,8 +182,8 @@ def _vlm_tokens(config: Any) -> str:
     if hasattr(vision, "spatial_merge_size"):
         side = vision.patch_size * vision.spatial_merge_size
         return f"1 per {side} × {side} pixels of {vision.temporal_patch_size} frames"
-    side = vision.image_size // vision.patch_size // config.spatial_pool_stride
-    return f"{side * side} per frame"
+    parts = build_pretrained(config.to_dict(), dtype=torch.bfloat16, max_patches=1)
+    return f"{parts.num_tokens(1, parts.encoder.grid)} per frame"
 
 
 def _parity(parity: Mapping[str, Parity], key: str) -> Row:

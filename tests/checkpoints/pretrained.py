@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,10 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
+VISION["qwen3_5"] = {name: value for name, value in VISION["qwen3_vl"].items() if name != "deepstack_visual_indexes"}
+_WINDOWED = {name: value for name, value in VISION["qwen2_5_vl"].items() if name != "tokens_per_second"}
+VISION["exaone4_5"] = _WINDOWED | {"num_key_value_heads": 1}
+VISION["hyperclovax_vision_v2"] = _WINDOWED | {"model_type": "qwen2_5_vl_vision", "out_hidden_size": 48}
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -47,8 +54,33 @@ TEXT: dict[str, Any] = {
 }
 
 
+# What the language models of some kinds have besides `TEXT`.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"head_dim": 16},
+    "qwen3_vl_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "qwen3_5": {
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+    "exaone4_5": {
+        "model_type": "exaone4",
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "hyperclovax_vision_v2": {"model_type": "hyperclovax", "logits_scaling": 0.5, "embedding_multiplier": 1.5},
+}
+
+
 def rope(kind: str) -> dict[str, Any]:
-    """mRoPE over the 8 frequencies of a head."""
+    """mRoPE over the 8 frequencies of a head, 4 of them in Qwen3.5; plain RoPE without it."""
+    if kind in ("exaone4_5", "hyperclovax_vision_v2"):
+        return {"rope_type": "default", "rope_theta": 1e4}
+    if kind == "qwen3_5":
+        return rope("qwen3_vl") | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
     if kind.startswith("qwen3_vl"):
         return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
@@ -59,6 +91,7 @@ def qwen_tokenizer(tokenizer: Any) -> Any:
     """The house tokenizer with the marks of Qwen-VL."""
     marked = copy.deepcopy(tokenizer)
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    marks += ["<vision>", "</vision>", "<|video_start|>", "<|video_end|>"]  # of EXAONE and HyperCLOVA X
     marked.add_special_tokens({"additional_special_tokens": marks})
     return marked
 
@@ -77,10 +110,7 @@ def qwen_folders(qwen_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
     for seed, kind in enumerate(VISION):
         found = model_class(kind)
         text = TEXT | {"vocab_size": len(qwen_tokenizer), "rope_parameters": rope(kind)}
-        if kind.startswith("qwen3_vl"):
-            text["head_dim"] = 16
-        if kind == "qwen3_vl_moe":
-            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        text |= EXTRAS.get(kind, {})
         vision = VISION[kind] | {"spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2}
         torch.manual_seed(seed)
         model = found(found.config_class(vision_config=vision, text_config=text, **tokens))
@@ -104,6 +134,9 @@ def qwen_processors(qwen_tokenizer: Any) -> dict[str, Any]:
         "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
         "qwen3_vl": transformers.Qwen3VLProcessor,
         "qwen3_vl_moe": transformers.Qwen3VLProcessor,
+        "qwen3_5": transformers.Qwen3VLProcessor,
+        "exaone4_5": transformers.Exaone4_5_Processor,
+        "hyperclovax_vision_v2": transformers.Exaone4_5_Processor,
     }
     as_it_is = {
         name: False for name in ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "do_sample_frames")
@@ -149,3 +182,63 @@ def llava_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder)
     return folder
+
+
+SIDE = 56  # pixels of a frame of 4 × 4 patches
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+MARKS = ("<image>", "<video>", "<img>", "</img>")
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 14,
+    "initializer_range": 0.2,
+}
+CLIP = {"model_type": "clip_vision_model", "projection_dim": 16, **TOWER}
+SIGLIP = {"model_type": "siglip_vision_model", **TOWER}
+QWEN2, QWEN3 = {"model_type": "qwen2", **TEXT}, {"model_type": "qwen3", "head_dim": 16, **TEXT}
+INTERNVIT = {"model_type": "internvl_vision", **TOWER, "image_size": [SIDE] * 2, "patch_size": [14] * 2}
+# Model type, sections of the configuration, and visual tokens per frame and per clip.
+CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "internvl": ("internvl", {"vision_config": INTERNVIT, "text_config": QWEN3}, 4, 0),
+    "llava": ("llava", {"vision_config": CLIP, "text_config": QWEN2}, 16, 0),
+    "llava_onevision": ("llava_onevision", {"vision_config": SIGLIP, "text_config": QWEN2}, 4, 1),
+    "varco_vision_2": (
+        "llava_onevision",
+        {
+            "vision_config": SIGLIP,
+            "text_config": QWEN3 | {"tie_word_embeddings": True},
+            "vision_feature_select_strategy": "full",
+            "tie_word_embeddings": True,
+        },
+        4,
+        1,
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def frames_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a function from a name in `CASES` to the folder of a VLM with frames of one size."""
+    from vlmcap.models.pretrained.families import model_class
+
+    marked = copy.deepcopy(tokenizer)
+    marked.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    image, video = marked.convert_tokens_to_ids(["<image>", "<video>"])
+
+    @functools.cache
+    def make(name: str) -> Path:
+        kind, sections, _, _ = copy.deepcopy(CASES[name])
+        folder = tmp_path_factory.mktemp(name)
+        sections["text_config"] |= {"vocab_size": len(marked), "eos_token_id": marked.eos_token_id}
+        torch.manual_seed(3)
+        found = model_class(kind)
+        found(found.config_class(**sections, image_token_id=image, video_token_id=video)).save_pretrained(folder)
+        marked.save_pretrained(folder)
+        processor = {"image_mean": MEAN, "image_std": STD, "resample": 3, "size": {"height": SIDE, "width": SIDE}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.checkpoints.pretrained import CASES
 from tests.thinned import thinned
 from tests.training.checkpoints.untrained import write_checkpoint
 from vlmcap.compose import compose
@@ -15,29 +17,38 @@ from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.export import describe_export, export
 from vlmcap.training.checkpoints.load import load_captioner
 
+# Tiny models by the file that has their settings.
+NAMES = {
+    "qwen2_vl": "qwen2_vl_7b",
+    "qwen2_5_vl": "qwen2_5_vl_7b",
+    "qwen3_vl": "qwen3_vl_8b",
+    "qwen3_vl_moe": "qwen3_vl_30b_a3b",
+    "qwen3_5": "qwen3_5_9b",
+    "exaone4_5": "exaone4_5_33b",
+    "hyperclovax_vision_v2": "exaone4_5_33b",
+    "llava_next_video": "llava_next_video_7b",
+    "internvl": "internvl3_1b",
+    "varco_vision_2": "internvl3_1b",
+}
+
 
 @pytest.mark.parametrize(
-    "kind",
-    thinned(
-        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video"],
-        lambda kind: kind in ("qwen3_vl", "llava_next_video"),
-    ),
+    "kind", thinned(list(NAMES), lambda kind: kind in ("qwen3_vl", "llava_next_video", "internvl", "exaone4_5"))
 )
 def test_a_whole_model(
-    kind: str, qwen_folders: dict[str, Path], llava_folder: Path, aihub_root: Path, tmp_path: Path
+    kind: str,
+    qwen_folders: dict[str, Path],
+    llava_folder: Path,
+    frames_folder: Callable[[str], Path],
+    aihub_root: Path,
+    tmp_path: Path,
 ) -> None:
     """The stock class loads it, and our captions from it are those of the checkpoint."""
     import transformers
 
-    base = llava_folder if kind == "llava_next_video" else qwen_folders[kind]
-    names = {
-        "qwen2_vl": "qwen2_vl_7b",
-        "qwen2_5_vl": "qwen2_5_vl_7b",
-        "qwen3_vl": "qwen3_vl_8b",
-        "llava_next_video": "llava_next_video_7b",
-    }
+    base = frames_folder(kind) if kind in CASES else (qwen_folders | {"llava_next_video": llava_folder})[kind]
     overrides = [
-        f"model={names[kind]}",
+        f"model={NAMES[kind]}",
         f"model.checkpoint={base}",
         "hardware=cpu",
         "data=aihub",
@@ -50,7 +61,7 @@ def test_a_whole_model(
         f"paths.cache_dir={tmp_path / 'cache'}",
         f"paths.output_dir={tmp_path / 'run'}",
     ]
-    overrides += [] if kind == "llava_next_video" else ["encoder.max_patches=16"]
+    overrides += ["encoder.max_patches=16"] if kind in qwen_folders else []
     if kind == "llava_next_video":
         overrides.append("llm.chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'")
     path = tmp_path / "best.ckpt"

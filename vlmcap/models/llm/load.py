@@ -178,6 +178,8 @@ def language_config(folder: Path) -> tuple[Any, Any, bool]:
             f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}"
         ) from error
     text = whole.get_text_config()
+    if text is not whole and whole.tie_word_embeddings:  # the head of a pretrained VLM is tied by the whole
+        text.tie_word_embeddings = True
     try:
         return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
     except KeyError as error:

@@ -20,7 +20,9 @@ from vlmcap.models.pretrained.components import VlmComponents
 from vlmcap.models.pretrained.families import FAMILIES, family_of
 from vlmcap.models.pretrained.frames import build_frames, load_frames, vision_options
 from vlmcap.models.pretrained.qwen_vl import (
+    build_patches,
     build_qwen_vl,
+    load_patches,
     load_qwen_vl,
     load_tower,
     tower_class_and_config,
@@ -57,8 +59,11 @@ def load_pretrained(
     """
     language: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "attention": attention, "device": device}
     language["is_on_host"] = is_on_host
-    if _has_frames(read_config(folder)):
+    kind = family_of(read_config(folder).get("model_type")).kind
+    if kind == "frames":
         return load_frames(folder, **language)
+    if kind == "patches":
+        return load_patches(folder, **language, max_patches=max_patches)
     return load_qwen_vl(folder, **language, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
@@ -75,8 +80,11 @@ def build_pretrained(
         UserError: The configuration is that of an unsupported model.
     """
     with torch.device("meta"):
-        if _has_frames(config):
+        kind = family_of(config.get("model_type")).kind
+        if kind == "frames":
             return build_frames(config, dtype=dtype)
+        if kind == "patches":
+            return build_patches(config, dtype=dtype, max_patches=max_patches)
         return build_qwen_vl(config, dtype=dtype, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 

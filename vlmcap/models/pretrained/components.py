@@ -13,6 +13,7 @@ from torch import nn
 
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.checkpoint import read_safetensors
 from vlmcap.models.llm.prompt import VisualRun
 from vlmcap.types import CLOCKLESS_FPS, FrameTimes, GridTHW, VisualLayout
 
@@ -25,11 +26,13 @@ class RunText:
         before: Text before a run; `{number}` is the number of the frame and `{seconds}` its time.
         after: Text after a run.
         between: Further text between two runs.
+        end: Further text after the last run.
     """
 
     before: str = ""
     after: str = ""
     between: str = ""
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,3 +163,32 @@ def read_model(model_class: Any, kind: str, folder: Path, **options: Any) -> Any
             f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
         )
     return model
+
+
+def load_remaining(model: Any, whole: Any, folder: Path) -> None:
+    """Reads the weights of the base model of a class after its tower and its language model have been removed.
+
+    Args:
+        model: Base model on the meta device; its weights become those of the folder in float32.
+        whole: Model of the class around it, for the names that its published files use.
+        folder: Checkpoint in Hugging Face layout.
+
+    Raises:
+        UserError: A weight is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    wanted = {f"model.{name}": name for name in model.state_dict()}
+    renamings = get_model_conversion_mapping(whole)
+
+    def target(key: str) -> str | None:
+        return wanted.get(rename_source_key(key, renamings, [], whole.base_model_prefix, dict(wanted))[0])
+
+    found = read_safetensors(folder, lambda key: target(key) is not None)
+    weights = {str(target(key)): tensor.float() for key, tensor in found}
+    if missing := sorted(set(wanted.values()) - weights.keys()):
+        raise UserError(
+            f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
+        )
+    model.load_state_dict(weights, assign=True)

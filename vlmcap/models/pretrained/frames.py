@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError, first_line
-from vlmcap.models.checkpoint import read_safetensors
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.pretrained.components import VlmComponents
+from vlmcap.models.pretrained.components import VlmComponents, load_remaining
 from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, VlmFamily, family_of, parsed_config, part_name, sketch
 from vlmcap.models.projectors.base import autocast_without_float16
 
@@ -100,8 +99,12 @@ class ClassProjector(nn.Module):
                 output = self.model.get_video_features(pixels, return_dict=True)
             else:
                 output = self.model.get_image_features(pixels.flatten(0, 1), return_dict=True)
-        tokens: Tensor = output.pooler_output.float()
-        return tokens.reshape(len(features), -1, tokens.shape[-1])  # (B or B · F, …, Dl) -> (B, V, Dl)
+        tokens: Any = output.pooler_output
+        if not isinstance(tokens, Tensor):  # some classes return the frames one by one
+            tokens = torch.stack(list(tokens))
+        # (B, V, Dl) or (B · F, V / F, Dl) -> (B, V, Dl)
+        visual: Tensor = tokens.float().reshape(len(features), -1, tokens.shape[-1])
+        return visual
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,8 @@ def load_frames(folder: Path, *, device: str, is_on_host: bool, **language: Any)
     encoder = load_encoder(folder, vision_options(config, language["dtype"]), "cpu" if is_on_host else device)
     whole = sketch(config)
     projector = _projector(whole, encoder)
-    _load_weights(projector, whole, folder)
+    load_remaining(projector.model, whole, folder)
+    projector.requires_grad_(True)
     llm = load_language_model(folder, device=device, is_on_host=is_on_host, **language)
     family = family_of(config["model_type"])
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if family.has_runs else None
@@ -163,7 +167,8 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
             f"model.checkpoint joins the layers {layer} of its vision tower, but only one layer is supported; use "
             "another checkpoint"
         )
-    return EncoderOptions(feature_layer=-1 if layer is None else layer, dtype=dtype)
+    # Without such a setting, a class takes the output of its tower.
+    return EncoderOptions(feature_layer=-1 if layer is None else layer, dtype=dtype, is_normed=layer is None)
 
 
 def _projector(whole: Any, encoder: VisionEncoder) -> ClassProjector:
@@ -176,35 +181,6 @@ def _projector(whole: Any, encoder: VisionEncoder) -> ClassProjector:
     return ClassProjector(whole.model, encoder)
 
 
-def _load_weights(projector: ClassProjector, whole: Any, folder: Path) -> None:
-    """Reads the weights between tower and language model, under the names that transformers gives them.
-
-    Raises:
-        UserError: A weight is missing.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import rename_source_key
-
-    wanted = {f"model.{name}": name for name in projector.model.state_dict()}
-    renamings = get_model_conversion_mapping(whole)
-
-    def target(key: str) -> str | None:
-        found, _ = rename_source_key(key, renamings, [], whole.base_model_prefix, dict(wanted))
-        return wanted.get(found)
-
-    weights = {
-        name: tensor.float()
-        for key, tensor in read_safetensors(folder, lambda k: target(k) is not None)
-        if (name := target(key)) is not None
-    }
-    if missing := sorted(set(wanted.values()) - weights.keys()):
-        raise UserError(
-            f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
-        )
-    projector.model.load_state_dict(weights, assign=True)
-    projector.requires_grad_(True)
-
-
 def _components(
     family: VlmFamily, encoder: VisionEncoder, projector: ClassProjector, llm: nn.Module, tokenizer: Any
 ) -> VlmComponents:
@@ -214,7 +190,7 @@ def _components(
         llm,
         num_tokens=projector.spec,
         visual_prefix="" if family.has_runs else family.text.before,
-        visual_suffix=family.text.after,
+        visual_suffix=family.text.after + family.text.end,
         run_text=family.text if family.has_runs else None,
         tokenizer=tokenizer,
     )

@@ -18,9 +18,9 @@ from vlmcap.models.encoders.preprocessing import Preprocessing, read_processor
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
-from vlmcap.models.llm.load import device_map, keep_packing, quantization_config
-from vlmcap.models.pretrained.components import VlmComponents, read_model, reading
-from vlmcap.models.pretrained.families import TOWERS, family_of, model_class, parsed_config, part_name, sketch
+from vlmcap.models.llm.load import device_map, keep_packing, load_language_model, quantization_config
+from vlmcap.models.pretrained.components import VlmComponents, load_remaining, read_model, reading
+from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, family_of, model_class, parsed_config, part_name, sketch
 from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
 from vlmcap.models.versions import check_transformers
@@ -79,6 +79,60 @@ def build_qwen_vl(
     return split_qwen_vl(model, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
+def load_patches(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: str,
+    max_patches: int,
+    is_on_host: bool,
+    **others: Any,
+) -> VlmComponents:
+    """Loads the components of a model with plain positions; the arguments are those of `load_pretrained`.
+
+    Raises:
+        UserError: The folder holds an incomplete model.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attention": attention}
+    llm = load_language_model(folder, device=device, is_on_host=is_on_host, **options, **others)
+    tower = load_tower(folder, device="cpu" if is_on_host else device, **options)
+    whole = _without_parts(read_config(folder))
+    load_remaining(whole.model, whole, folder)
+    return _patches(whole, tower, llm, max_patches=max_patches, processor=read_processor(folder))
+
+
+def build_patches(config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int) -> VlmComponents:
+    """Builds the components of a configuration with plain positions, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    parsed = parsed_config(config)
+    llm = AutoModelForCausalLM.from_config(parsed.get_text_config(), dtype=dtype).requires_grad_(False).eval()
+    tower_class, vision = tower_class_and_config(config)
+    tower = tower_class._from_config(vision, dtype=dtype)
+    return _patches(_without_parts(config), tower, llm, max_patches=max_patches)
+
+
+def _without_parts(config: Mapping[str, Any]) -> Any:
+    whole = sketch(config)
+    for names in (TOWERS, LANGUAGE):
+        setattr(whole.model, part_name(whole.model, names), None)
+    return whole
+
+
+def _patches(
+    whole: Any, tower: Any, llm: nn.Module, *, max_patches: int, processor: Mapping[str, Any] | None = None
+) -> VlmComponents:
+    setattr(whole.model, part_name(whole.model, TOWERS), tower)
+    mergers, model_type = mergers_of(whole.model), whole.config.model_type
+    encoder = vision_encoder(model_type, tower, max_patches=max_patches, processor=processor)
+    spec, text = MergerSpec(tower.config.spatial_merge_size, encoder.grid), family_of(model_type).text
+    projector = MergerProjector(mergers, spec).float().requires_grad_(True)
+    return VlmComponents(
+        encoder, projector, llm, num_tokens=spec.num_tokens, visual_prefix=text.before, visual_suffix=text.after
+    )
+
+
 def split_qwen_vl(
     model: Any,
     *,
@@ -124,9 +178,13 @@ def split_qwen_vl(
 
 
 def mergers_of(model: Any) -> list[nn.Module]:
-    """Returns the merger of the last layer, then one for each DeepStack layer, of the base model of a class."""
-    tower = getattr(model, part_name(model, TOWERS))
-    return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    """Returns the merger of the last layer, then one for each DeepStack layer, of the base model of a class.
+
+    HyperCLOVA X has a further projector behind the merger.
+    """
+    tower, behind = getattr(model, part_name(model, TOWERS)), getattr(model, "projector", None)
+    merger = tower.merger if behind is None else nn.Sequential(tower.merger, behind)
+    return [merger, *getattr(tower, "deepstack_merger_list", ())]
 
 
 def load_tower(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> Any:

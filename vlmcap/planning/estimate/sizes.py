@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.components import dtype_of, encoder_configs, has_plugin_encoder
 from vlmcap.assembly.model import check_length
-from vlmcap.config import Config, MropeVlmConfig, TimedVlmConfig
+from vlmcap.config import Config, MropeVlmConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
@@ -38,7 +38,7 @@ from vlmcap.planning.estimate.meta_models import (
 )
 from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
-# Most tokens of a timestamp and its marks in Qwen3-VL's prompt: a digit is a token, and clips may last a day.
+# Most tokens between two runs, such as a timestamp and its marks: a digit is a token, and clips may last a day.
 _TEXT_BETWEEN_RUNS = 12
 
 
@@ -90,15 +90,15 @@ def clip_sizes(config: Config) -> Sizes:
     else:
         check_projector(config.projector, projector)
         num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
-    is_timed = isinstance(config.model, TimedVlmConfig)
-    # Qwen3-VL writes a time as text before the visual tokens of each step, so they come in several runs.
-    runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
+    # Some VLMs, such as Qwen3-VL, write text between the visual tokens of their steps, which so come in several runs.
+    has_runs = projector is None and cached_meta_vlm(config).run_text is not None
+    runs = (num_visual // steps,) * steps if has_runs else (num_visual,)
     frame_bytes = 1
     for side in frames_shape(encoder, grid):
         frame_bytes *= side
     has_known_blocks = not config.is_pretrained_vlm and not has_plugin_encoder(config)
     depth = num_blocks(encoder) if has_known_blocks else 0
-    sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
+    sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if has_runs else 0)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
 

@@ -1,0 +1,185 @@
+"""Pretrained VLMs with frames of one size, as components, match the classes of transformers."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints.pretrained import CASES, MEAN, SIDE, STD
+from vlmcap.compose import compose
+from vlmcap.config import LlmConfig, LoraConfig
+from vlmcap.data.loading.collate import Collator
+from vlmcap.errors import UserError
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
+from vlmcap.models.llm.adapt import add_lora
+from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.pretrained import VlmComponents, load_pretrained
+from vlmcap.models.pretrained.families import FAMILIES, model_class
+from vlmcap.models.pretrained.merged import merged_pretrained
+from vlmcap.planning.estimate.sizes import clip_sizes
+from vlmcap.types import Batch, Clip, Sample
+
+FRAMES = 3
+CAPTIONS = ("푸른 바다 위로 아침 해가 천천히 떠오른다.", "산이다.")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Components of a model, the captioner that they make, and the class of transformers as its reference."""
+
+    folder: Path
+    parts: VlmComponents
+    captioner: VideoCaptioner
+    reference: Any
+    num_tokens: int
+
+    def batch(self, mode: str = "train") -> Batch:
+        samples = [
+            Sample(Clip(str(row), f"{row}.mp4", (text,)), frames=self.parts.encoder.transform(clip(row)))
+            for row, text in enumerate(CAPTIONS)
+        ]
+        layout = pickle.loads(pickle.dumps(self.parts.layout((FRAMES, *self.parts.encoder.grid))))
+        return Collator(self.captioner.prompt, layout, 200, mode=mode)(samples)  # type: ignore[arg-type]
+
+    def reference_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.frames is not None
+        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+        pixels = (batch.frames.float() - mean) / std  # (B, F, 3, S, S)
+        config, is_video = self.reference.config, hasattr(self.reference.model, "get_video_features")
+        token = config.video_token_id if is_video else config.image_token_id
+        frames = {"pixel_values_videos": pixels} if is_video else {"pixel_values": pixels.flatten(0, 1)}
+        ids = batch.input_ids.masked_fill(batch.visual_mask, token)
+        return {"input_ids": ids, "attention_mask": batch.attention_mask, **frames}
+
+
+def clip(row: int) -> Tensor:
+    generator = torch.Generator().manual_seed(row)
+    return torch.randint(0, 256, (FRAMES, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+
+
+def load(folder: Path, **changes: Any) -> VlmComponents:
+    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu"}
+    return load_pretrained(folder, max_patches=1, **options | changes)
+
+
+def join(parts: VlmComponents, folder: Path) -> VideoCaptioner:
+    around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
+    return VideoCaptioner(
+        parts.encoder, parts.projector, parts.llm, prompt, GenerationSettings(max_new_tokens=8)
+    ).eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def setup(request: pytest.FixtureRequest, frames_folder: Callable[[str], Path]) -> Setup:
+    folder, (kind, _, per_frame, per_clip) = frames_folder(request.param), CASES[request.param]
+    parts, reference = load(folder), model_class(kind).from_pretrained(folder).eval()
+    return Setup(folder, parts, join(parts, folder), reference, FRAMES * per_frame + per_clip)
+
+
+@torch.no_grad()
+def logits(captioner: VideoCaptioner, batch: Batch) -> Tensor:
+    llm: Any = captioner.llm
+    return llm(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def test_every_family_of_this_kind_is_tried() -> None:
+    tried = {case[0] for case in CASES.values()} | {"llava_next_video"}  # in test_llava_bridge.py
+    assert tried == {name for name, family in FAMILIES.items() if family.kind == "frames"}
+
+
+@torch.no_grad()
+def test_logits_are_the_references(setup: Setup, record_property: Callable[[str, object], None]) -> None:
+    batch = setup.batch()
+    real = batch.attention_mask.bool()
+    ours, expected = logits(setup.captioner, batch), setup.reference(**setup.reference_inputs(batch)).logits
+    record_property(f"parity:model:{setup.reference.config.model_type}", (ours - expected)[real].abs().max().item())
+    torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=1e-5)
+    assert batch.frames is not None
+    other = logits(setup.captioner, replace(batch, frames=255 - batch.frames))
+    assert (other - expected)[real].abs().max() > 0.1  # or parity would say nothing
+
+
+@torch.no_grad()
+def test_loss_and_captions_are_the_references(setup: Setup) -> None:
+    captioner, train, ask = setup.captioner, setup.batch(), setup.batch("generate")
+    loss, count = captioner(train)
+    expected = setup.reference(**setup.reference_inputs(train), labels=train.labels).loss
+    assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
+    stop = {"eos_token_id": captioner.prompt.stop_ids, "pad_token_id": captioner.prompt.pad_id}
+    arguments = captioner.generation.as_arguments() | stop
+    ids = setup.reference.generate(**setup.reference_inputs(ask), **arguments)
+    assert captioner.use_continuous_batching  # by the native engine, as the language model is a causal one
+    texts = captioner.generate(ask)
+    assert texts == captioner.prompt.decode(ids[:, ask.input_ids.shape[1] :].tolist())
+    assert texts[0] != texts[1]
+
+
+def test_the_stated_tokens_are_those_that_run(setup: Setup) -> None:
+    runs = [run for run in setup.parts.layout((FRAMES, *setup.parts.encoder.grid))(None, None) if isinstance(run, int)]
+    visual = setup.captioner.visual_tokens(setup.batch())
+    assert sum(runs) == setup.parts.num_tokens(FRAMES, setup.parts.encoder.grid) == setup.num_tokens == len(visual) // 2
+
+
+def test_the_planned_tokens_are_those_that_run(setup: Setup) -> None:
+    """The settings of one file of this kind suit all checkpoints of this kind."""
+    chosen = ["model=internvl3_1b", f"model.checkpoint={setup.folder}", f"data.num_frames={FRAMES}", "hardware=cpu"]
+    sizes = clip_sizes(compose([*chosen, "llm.max_caption_tokens=64", "llm.max_new_tokens=64"]))
+    assert sizes.num_visual == setup.num_tokens
+    assert sum(sizes.runs) == setup.num_tokens
+    assert len(sizes.runs) == (FRAMES if setup.parts.run_text else 1)
+
+
+def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
+    batch = setup.batch()
+    cached = replace(batch, frames=None, features=setup.captioner.encode(batch))
+    assert setup.captioner(cached)[0].item() == setup.captioner(batch)[0].item()
+
+
+def test_projector_and_adapters_learn_and_nothing_else(setup: Setup) -> None:
+    parts = load(setup.folder)
+    captioner = join(replace(parts, llm=add_lora(parts.llm, LoraConfig(rank=4, alpha=8))), setup.folder)
+    captioner.train()(setup.batch())[0].backward()
+    learning = {name: parameter for name, parameter in captioner.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith("projector.") or "lora_" in name for name in learning)
+    assert [name for name, parameter in learning.items() if parameter.grad is None] == []
+    assert len(list(captioner.projector.parameters())) >= 4
+
+
+def test_a_merged_model_is_the_references_with_the_trained_weights(setup: Setup, tmp_path: Path) -> None:
+    parts = load(setup.folder)
+    adapt: Callable[[Any], Any] = lambda model: add_lora(model, LoraConfig(rank=4, alpha=8))  # noqa: E731
+    captioner = join(replace(parts, llm=adapt(parts.llm)), setup.folder)
+    with torch.no_grad():
+        for parameter in captioner.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    state = {f"captioner.{name}": tensor.clone() for name, tensor in captioner.state_dict().items()}
+    whole, _ = merged_pretrained(setup.folder, state, adapt=adapt, dtype=torch.float32)
+    whole.save_pretrained(tmp_path)  # type: ignore[operator]
+    stock = type(setup.reference).from_pretrained(tmp_path).eval()
+    batch = setup.batch()
+    real = batch.attention_mask.bool()
+    with torch.no_grad():
+        expected = stock(**setup.reference_inputs(batch)).logits
+    torch.testing.assert_close(logits(captioner, batch)[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_weight_of_the_projector_is_reported(setup: Setup, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in setup.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop(next(name for name in weights if "multi_modal_projector" in name))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights, first: multi_modal_projector"):
+        load(tmp_path)
