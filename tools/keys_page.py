@@ -157,6 +157,8 @@ def _type(kind: Any) -> str:
         return ", ".join(f"`{member.name}`" for member in kind)
     if get_origin(kind) is list:
         return "list"
+    if is_dataclass(kind):
+        return "group of keys"
     return {
         int: "integer",
         float: "number",
