@@ -20,8 +20,8 @@ from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.models.known import known_config
-from vlmcap.planning.estimate.meta_models import architecture
-from vlmcap.planning.estimate.sizes import clip_sizes, download_bytes
+from vlmcap.planning.estimate.meta_models import architecture, text_config
+from vlmcap.planning.estimate.sizes import clip_sizes, download_bytes, key_value_bytes
 from vlmcap.planning.make_plan import enforce_plan, make_plan
 
 LLM, ENCODER, WHOLE = "someone/llm", "someone/encoder", "someone/vlm"
@@ -191,3 +191,12 @@ def test_a_class_that_is_not_installed_is_one_sentence(tmp_path: Path) -> None:
 def test_a_folder_without_configuration_is_named_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json; llm\.checkpoint must name"):
         planned([*PARTS, f"llm.checkpoint={tmp_path}"])
+
+
+def test_a_short_hybrid_model_keeps_a_layer_with_keys_and_values() -> None:
+    """Three of four layers of Qwen3.5 keep a state instead, and a cache of such layers alone has no length."""
+    config = compose(["model=qwen3_5_4b", "hardware=l4"])
+    assert text_config(config, 1).layer_types == ["full_attention"]
+    assert text_config(config, 2).layer_types == ["linear_attention", "full_attention"]
+    assert text_config(config, 4).layer_types == text_config(config).layer_types[:4]
+    assert key_value_bytes(config) == 2 * 8 * 4 * 256 * 2  # two tensors, 8 layers, 4 heads of 256 bfloat16

@@ -67,7 +67,7 @@ def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
     return captioner, Collator(prompt, visual, 200)(samples)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VISION)
 def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_folders: dict[str, Path]) -> None:
     captioner, batch = adapted(load(qwen_folders[kind]), qwen_folders[kind])
     trained = {name: parameter for name, parameter in captioner.named_parameters() if parameter.requires_grad}
@@ -138,7 +138,7 @@ def test_the_language_part_alone_is_quantised(kind: str, quantization: str, qwen
     assert all(parameter.dtype == torch.float32 for parameter in parts.projector.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VISION)
 def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[str, Path]) -> None:
     parts = load(qwen_folders[kind], quantization="4bit", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in parts.encoder.parameters()} == {torch.bfloat16}
@@ -149,8 +149,8 @@ def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[st
     loss.backward()
     learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in learning)
-    captions = captioner.eval().generate(batch)
-    assert len(captions) == 2
+    if not captioner.use_continuous_batching:  # the native engine takes prompts only, without captions
+        assert len(captioner.eval().generate(batch)) == 2
 
 
 def test_another_kind_is_refused(qwen_folders: dict[str, Path], llava_folder: Path, llm_folder: Path) -> None:

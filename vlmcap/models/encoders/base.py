@@ -38,7 +38,6 @@ class EncoderOptions:
             its `last_hidden_state`, which is after the final norm in classes that apply one (DINOv2, DINOv3, InternViT,
             ViT, AIMv2, …); for SigLIP and SigLIP 2 only, it is the last hidden state before the final norm.
         dtype: Dtype of the weights.
-        is_normed: Whether -1 is after the final norm for SigLIP too.
         image_size: Side of a frame in pixels; None uses that of the checkpoint.
         max_patches: Maximum patches per frame if sizes vary (NaFlex); ignored otherwise.
         max_tiles: Maximum tiles per frame, not counting the overview; 1 disables tiling.
@@ -50,7 +49,6 @@ class EncoderOptions:
 
     feature_layer: int
     dtype: torch.dtype
-    is_normed: bool = False
     image_size: int | None = None
     max_patches: int = 256
     max_tiles: int = 1

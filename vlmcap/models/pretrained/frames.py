@@ -161,19 +161,17 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
     Raises:
         UserError: The model joins several layers of its tower.
     """
-    layer = getattr(parsed_config(config), "vision_feature_layer", None)
-    if layer is not None and not isinstance(layer, int):
+    layer = parsed_config(config).vision_feature_layer
+    if not isinstance(layer, int):
         raise UserError(
             f"model.checkpoint joins the layers {layer} of its vision tower, but only one layer is supported; use "
             "another checkpoint"
         )
-    # Without such a setting, a class takes the output of its tower.
-    return EncoderOptions(feature_layer=-1 if layer is None else layer, dtype=dtype, is_normed=layer is None)
+    return EncoderOptions(feature_layer=layer, dtype=dtype)
 
 
 def _projector(whole: Any, encoder: VisionEncoder) -> ClassProjector:
-    strategy = getattr(whole.config, "vision_feature_select_strategy", None)
-    if strategy == "full" and encoder.num_prefix_tokens:
+    if whole.config.vision_feature_select_strategy == "full" and encoder.num_prefix_tokens:
         raise UserError(
             "model.checkpoint has vision_feature_select_strategy=full in its config.json and so gives CLS tokens to "
             "its language model, but only patches are supported; use another checkpoint"

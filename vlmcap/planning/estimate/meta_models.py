@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -138,8 +138,14 @@ def text_config(config: Config, depth: int | None = None) -> Any:
     text = AutoConfig.for_model(**values).get_text_config()
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
+        text.layer_types = _layer_types(text.layer_types, depth)
     return text
+
+
+def _layer_types(types: Sequence[str], depth: int) -> list[str]:
+    """Returns the types of a model's first blocks, or of its last ones if the first have no keys and values at all."""
+    first = list(types[:depth])
+    return list(types[-depth:]) if set(first) == {"linear_attention"} else first
 
 
 def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder:
@@ -202,7 +208,7 @@ def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> Vlm
     target = text if text else values
     target["num_hidden_layers"] = depth
     if target.get("layer_types"):
-        target["layer_types"] = target["layer_types"][:depth]
+        target["layer_types"] = _layer_types(target["layer_types"], depth)
     if text:
         values["text_config"] = text
     if plain_vision is not None:

@@ -123,7 +123,8 @@ def key_value_bytes(config: Config) -> float:
     text = text_config(config)
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
+    num_linear = (getattr(text, "layer_types", None) or []).count("linear_attention")  # they keep a state instead
+    return 2.0 * (int(text.num_hidden_layers) - num_linear) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
 def uses_native_decoding(config: Config) -> bool:
