@@ -25,6 +25,7 @@ from vlmcap.assembly.components import (
     add_adapters,
     compile_blocks,
     device_of,
+    encoder_configs,
     has_plugin_encoder,
     language_options,
     loss_chunk_bytes,
@@ -33,6 +34,7 @@ from vlmcap.assembly.components import (
 )
 from vlmcap.assembly.model import generation_settings
 from vlmcap.config import Config, MropeVlmConfig, PretrainedVlmConfig, TowerConfig
+from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
@@ -70,6 +72,8 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
         _truncate(values.get("vision_config") or {}, _total_blocks(num_blocks, layer if isinstance(layer, int) else -1))
         model = dataclasses.replace(config.model, checkpoint=_write(folder / "model", values))
         return dataclasses.replace(config, model=model)
+    if len(encoder_configs(config)) > 1:
+        raise UserError(f"encoder={config.encoder.name} joins two encoders; measure one of them with encoder=NAME")
     # The blocks of the language model, then those of the encoder and the layer that is read from it.
     text = architecture(config, "llm")
     _truncate(text.get("text_config") or text, num_blocks)

@@ -1,7 +1,7 @@
 """The interface of vision encoders, from frames to patch features, and the rules of families of vision towers.
 
 Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches per frame (row-major over
-the grid h × w), Dv vision width, S side of a frame in pixels; for video encoders, T tokens in time, N clips.
+the grid h × w), Dv vision width, S side of a frame in pixels; for video encoders, T steps in time, N clips.
 """
 
 from __future__ import annotations
