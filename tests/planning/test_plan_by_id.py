@@ -14,7 +14,7 @@ import pytest
 from tests.checkpoints.encoders import Checkpoint
 from tests.checkpoints.hub import TOKEN, Hub, commit_of
 from tests.models.test_hub import SENTENCES
-from vlmcap.assembly.components import locate_base_checkpoints
+from vlmcap.assembly.base_checkpoints import locate_base_checkpoints
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.config import Config

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vlmcap.assembly.base_checkpoints import ENCODER_KEYS, encoder_configs, has_plugin_encoder, vision_component
 from vlmcap.config import (
     Config,
     EncoderTuning,
@@ -33,76 +31,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from vlmcap.models.checkpoint import Fingerprint
     from vlmcap.models.encoders import EncoderOptions, VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.models.pretrained import VlmComponents
     from vlmcap.models.projectors import ProjectorSizes
-
-
-ENCODER_KEYS = ("encoder", "encoder.join")  # of the base checkpoints of one encoder, or of two that are joined
-
-
-@dataclass(frozen=True, slots=True)
-class BaseCheckpoints:
-    """The frozen base checkpoints of a model.
-
-    Attributes:
-        folders: Local folders, by `ENCODER_KEYS` and `llm`, or by `model` for a pretrained VLM.
-        fingerprints: Fingerprints of their content, by the same keys.
-    """
-
-    folders: dict[str, Path]
-    fingerprints: dict[str, Fingerprint]
-
-
-def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) -> BaseCheckpoints:
-    """Finds the base checkpoints and computes their fingerprints.
-
-    Args:
-        config: Run configuration.
-        is_encoder_only: Whether to skip the language model of an assembled model.
-
-    Raises:
-        UserError: A checkpoint does not exist.
-    """
-    from vlmcap.models.checkpoint import VISION, Fingerprint, fingerprint, locate
-
-    memo = Path(config.paths.cache_dir) / "fingerprints.json"
-    folders: dict[str, Path] = {}
-    fingerprints: dict[str, Fingerprint] = {}
-    settings_of: dict[str, Any] = {"model": config.model}
-    if not config.is_pretrained_vlm:
-        encoders = [one.encoder for one in encoder_configs(config)]
-        settings_of = dict(zip(ENCODER_KEYS, encoders, strict=False)) | ({} if is_encoder_only else {"llm": config.llm})
-    for group, settings in settings_of.items():
-        wanted = VISION if group in ENCODER_KEYS else None
-        if group == "encoder" and has_plugin_encoder(config):
-            if not settings.checkpoint:
-                sha256 = hashlib.sha256(settings.kind.encode()).hexdigest()
-                folders[group], fingerprints[group] = Path(), Fingerprint(settings.kind, "", sha256)
-                continue
-            wanted = None
-        folders[group] = locate(
-            settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, tensor_filter=wanted
-        )
-        fingerprints[group] = fingerprint(folders[group], settings.checkpoint, memo, wanted)
-    return BaseCheckpoints(folders, fingerprints)
-
-
-def encoder_configs(config: Config) -> tuple[Config, ...]:
-    """Returns a configuration of each encoder: two if they are joined, else this one."""
-    first = config.encoder
-    if not isinstance(first, PatchEncoderConfig) or first.join is None:
-        return (config,)
-    second = PatchEncoderConfig(**vars(first.join))
-    encoders = (dataclasses.replace(first, join=None), second)
-    return tuple(dataclasses.replace(config, encoder=encoder) for encoder in encoders)
-
-
-def vision_component(config: Config) -> str:
-    """Returns the key of the base checkpoint that contains the vision encoder."""
-    return "model" if config.is_pretrained_vlm else "encoder"
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -168,11 +100,6 @@ def tower_attention(config: Config) -> str:
         if config.hardware.attention == "auto"
         else "sdpa"
     )
-
-
-def has_plugin_encoder(config: Config) -> bool:
-    """Whether the encoder comes from a plugin."""
-    return maker_of("encoder", config.encoder.kind) is not None
 
 
 def plugin_encoder(config: Config, folder: Path | None) -> VisionEncoder:

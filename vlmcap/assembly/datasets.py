@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.components import BaseCheckpoints
+from vlmcap.assembly.base_checkpoints import BaseCheckpoints
 from vlmcap.config import Config
 
 if TYPE_CHECKING:

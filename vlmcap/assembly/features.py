@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vlmcap.assembly.base_checkpoints import ENCODER_KEYS, BaseCheckpoints, encoder_configs, vision_component
 from vlmcap.assembly.clips import Splits, with_blank
-from vlmcap.assembly.components import (
-    ENCODER_KEYS,
-    BaseCheckpoints,
-    autocast_dtype,
-    device_of,
-    encoder_configs,
-    load_encoder,
-    vision_component,
-)
+from vlmcap.assembly.components import autocast_dtype, device_of, load_encoder
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
 from vlmcap.config import Config, EncoderTuning, Sampling
 from vlmcap.plugins import plugins_of

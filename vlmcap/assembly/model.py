@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.assembly.base_checkpoints import BaseCheckpoints, locate_base_checkpoints
 from vlmcap.assembly.components import (
-    BaseCheckpoints,
     add_adapters,
     autocast_dtype,
     build_meta_encoder,
@@ -19,7 +19,6 @@ from vlmcap.assembly.components import (
     load_llm,
     load_prompt_of,
     load_vlm,
-    locate_base_checkpoints,
     loss_chunk_bytes,
     projector_sizes,
     train_encoder,

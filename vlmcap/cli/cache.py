@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from vlmcap.assembly.base_checkpoints import locate_base_checkpoints
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.components import build_meta_encoder, device_of, locate_base_checkpoints
+from vlmcap.assembly.components import build_meta_encoder, device_of
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
 from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store, plans_of
 from vlmcap.assembly.resolving import with_model_kind

@@ -21,12 +21,11 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from vlmcap.assembly.base_checkpoints import encoder_configs, has_plugin_encoder
 from vlmcap.assembly.components import (
     add_adapters,
     compile_blocks,
     device_of,
-    encoder_configs,
-    has_plugin_encoder,
     language_options,
     loss_chunk_bytes,
     tower_attention,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.components import encoder_configs, lora_of
+from vlmcap.assembly.base_checkpoints import encoder_configs
+from vlmcap.assembly.components import lora_of
 from vlmcap.config import Config, Engine, Quantization, Strategy
 from vlmcap.libraries import has_expandable_segments
 from vlmcap.planning.caption_lengths import CaptionLengths

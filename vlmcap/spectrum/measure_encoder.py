@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmcap.assembly.base_checkpoints import encoder_configs, locate_base_checkpoints
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.components import device_of, encoder_configs, load_encoder, locate_base_checkpoints
+from vlmcap.assembly.components import device_of, load_encoder
 from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
 from vlmcap.assembly.features import encoding_of, free_memory
 from vlmcap.assembly.resolving import with_model_kind

@@ -18,7 +18,8 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.assembly.components import autocast_dtype, dtype_of, encoder_configs, lora_of, loss_chunk_bytes
+from vlmcap.assembly.base_checkpoints import encoder_configs
+from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, TimedVlmConfig
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.merge import adapters_for_inference

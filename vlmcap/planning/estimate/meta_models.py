@@ -17,13 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vlmcap.assembly.base_checkpoints import encoder_configs, has_plugin_encoder
 from vlmcap.assembly.components import (
     add_adapters,
     build_meta_encoder,
     dtype_of,
-    encoder_configs,
     encoder_options,
-    has_plugin_encoder,
     max_patches,
     projector_sizes,
     train_encoder,

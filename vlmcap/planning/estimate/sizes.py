@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from vlmcap.assembly.components import dtype_of, encoder_configs, has_plugin_encoder
+from vlmcap.assembly.base_checkpoints import encoder_configs, has_plugin_encoder
+from vlmcap.assembly.components import dtype_of
 from vlmcap.assembly.model import check_length
 from vlmcap.config import Config, MropeVlmConfig
 from vlmcap.data.loading.collate import places_of

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.components import BaseCheckpoints, device_of
+from vlmcap.assembly.base_checkpoints import BaseCheckpoints
+from vlmcap.assembly.components import device_of
 from vlmcap.assembly.model import Assembly, assemble, describe_model
 from vlmcap.compose import to_plain
 from vlmcap.config import Config, Engine, Strategy
