@@ -1,4 +1,4 @@
-"""Finds the base checkpoints of a run: those of its one or two encoders and its language model, or of a pretrained VLM."""
+"""Finds the base checkpoints of a run: of its one or two encoders and its language model, or of a pretrained VLM."""
 
 from __future__ import annotations
 
