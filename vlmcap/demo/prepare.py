@@ -1,4 +1,4 @@
-"""Makes the demo's clips and tiny components on first use."""
+"""Makes the demo's clips and tiny components, and published weights out of packages, on first use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig
+from vlmcap.demo.published import make_published
 
 TINY = "tiny"  # checkpoint name of the language model that is trained here
 TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of the encoders
@@ -13,6 +14,7 @@ TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_un
 
 def prepare(config: Config) -> Config:
     """Returns the configuration with the folders of the demo's clips and tiny components, which are made if missing."""
+    make_published(config)
     data, encoder, llm, evaluation = config.data, config.encoder, config.llm, config.evaluation
     if data.is_demo:
         folder = demo_folder(config)
