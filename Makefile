@@ -9,13 +9,17 @@ NETWORK_ERRORS := Retry\(total=0,|NewConnectionError|NameResolutionError|MaxRetr
 PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
+VERIFIED := tests/demo/test_published_runs.py \
+	tests/models/encoders/test_features.py::test_features_are_the_hidden_states_of_the_class \
+	tests/models/test_known.py::test_a_tiny_one_gives_the_logits_of_its_class \
+	tests/models/projectors/test_projections.py::test_two_layers_are_llava_next_videos_projector
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all gpu models pages docs docs-serve check format dist clean
+.PHONY: help venv demo test test-all test-weights verified gpu models pages docs docs-serve check format dist clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=python3.12 is the interpreter of a new .venv, ARGS=\"...\" goes to demo and test, WORKERS=4 to test."
 
 venv: $(STAMP) ## make .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
@@ -27,7 +31,10 @@ test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(STAMP) ## run the slow tests too (whole programs killed and resumed, several processes, large matrices)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "slow and not gpu and not network" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "slow and not gpu and not network and not weights" $(ARGS)
+
+test-weights: $(STAMP) ## train published weights out of three packages (190 MB, kept in the cache): a quarter of an hour
+	$(BIN)/python -m pytest -q -m weights -rs $(ARGS) tests/demo/test_published_runs.py
 
 # Without $(STAMP): a machine with a GPU may have PyTorch and no package index.
 gpu: ## run the acceptance checks on a GPU, under eight minutes (ARGS="--only decode"; PYTHON=python3 where .venv is not there)
@@ -37,6 +44,11 @@ models: $(STAMP) ## measure parity with the reference implementations and write 
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
 	$(BIN)/python -m tools.model_page --measured .parity.xml
 	@rm -f .parity.xml; echo "docs/reference/models.md is current."
+
+verified: $(STAMP) ## run test-weights and the parity tests of the recommended parts, and write docs/reference/verified.md
+	$(BIN)/python -m pytest -q -m "not gpu and not network" -o junit_family=xunit1 --junit-xml=.verified.xml $(VERIFIED)
+	$(BIN)/python -m tools.verified_page --measured .verified.xml
+	@rm -f .verified.xml; echo "docs/reference/verified.md is current."
 
 pages: $(STAMP) ## write the pages and tables of the docs that repeat the code: keys, commands, choices, GPUs
 	$(BIN)/python -m tools.keys_page

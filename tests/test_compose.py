@@ -79,7 +79,7 @@ EXPERIMENTS = {
     "efficient_t4": ("native", "native", "native", "t4", 4),
 }
 
-# A study and the number of its runs; what it is run on, which is no study itself.
+# A study and the number of its runs; what it is run on, which is no study itself, and a demo.
 STUDIES = {
     "encoders": 4,
     "encoders_demo": 25,
@@ -94,7 +94,7 @@ STUDIES = {
     "stages": 2,
     "stages_demo": 10,
 }
-BASES = {"l4_short"}
+BASES = {"l4_short", "published_small"}
 
 
 def test_no_experiment_was_forgotten() -> None:

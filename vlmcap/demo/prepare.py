@@ -1,4 +1,4 @@
-"""Makes the demo's clips and tiny components on first use."""
+"""Makes the demo's clips and tiny components, and published weights out of packages, on first use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig, PatchEncoderConfig
+from vlmcap.demo.published import make_published
 
 TINY = "tiny"  # checkpoint name of the language model that is trained here, and below of the encoders
 TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_vjepa2", "tiny_untrained")
@@ -15,6 +16,7 @@ TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_vj
 
 def prepare(config: Config) -> Config:
     """Returns the configuration with the folders of the demo's clips and tiny components, which are made if missing."""
+    make_published(config)
     data, encoder, llm, evaluation = config.data, config.encoder, config.llm, config.evaluation
     if data.is_demo:
         folder = demo_folder(config)

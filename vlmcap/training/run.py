@@ -16,6 +16,7 @@ from vlmcap.assembly.resolving import resolve, resolve_from_data, with_model_kin
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
+from vlmcap.demo.published import make_published
 from vlmcap.determinism import deterministic_kernels
 from vlmcap.errors import TrialPruned
 from vlmcap.files import write_json
@@ -82,8 +83,9 @@ def _train(config: Config, trial: Trial | None) -> float:
     # 1. Read the checkpoint that the run resumes from, if there is one.
     resumed, step = _find_resume_step(config)
 
-    # 2. Check everything that needs no data and no weights.
+    # 2. Check everything that needs no data and no weights, and make published weights and clips if they are chosen.
     check_run(config, resumed)
+    make_published(config)
     config = with_model_kind(config)
 
     # 3. Plan the memory, and refuse a run that cannot fit. The data is read first if it decides the caption length.
