@@ -24,6 +24,7 @@ from vlmcap.models.known import known_checkpoints, known_config
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.attention import PACKABLE, check_packing
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
+from vlmcap.models.pretrained.families import FAMILIES
 from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.types import Batch, Clip, Sample
 
@@ -206,6 +207,7 @@ def test_all_offered_language_models_can_be_packed(tmp_path: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = {config["model_type"] for checkpoint in known_checkpoints() if (config := known_config(checkpoint))}
+    known -= set(FAMILIES)  # pretrained VLMs, some of which count as causal language models, too
     assert (
         known & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == set(PACKABLE) == {kind.partition("-")[0] for kind in OPTIONS}
     )
@@ -219,7 +221,10 @@ def test_models_that_mix_clips_are_refused(
     for folder in (llava_folder, llm_folder, moe_folder):
         check_packing(folder, "llm=native")
     Mamba2Config().save_pretrained(tmp_path)
-    for folder in (*qwen_folders.values(), tmp_path):
+    # Positions in three axes are not packed; the other VLMs have a language model that is.
+    mrope = [folder for kind, folder in qwen_folders.items() if FAMILIES[kind].kind in ("mrope", "timed_mrope")]
+    assert mrope
+    for folder in (*mrope, tmp_path):
         with pytest.raises(
             UserError, match=r"which llm=native \(.*\) is not known to keep apart; set data\.batching=by_length"
         ):
