@@ -276,9 +276,14 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
         (["model=qwen2_vl_7b", "projector.reducer=pool"], ["'reducer' is not a key of this projector"]),
         (["model=qwen2_vl_7b", "encoder.image_size=448"], ["'image_size' is not a key of this encoder"]),
+        (["encoder.join=dinov3_l"], ["encoder.join cannot be set on the command line; set encoder=[NAME,NAME]"]),
+        (
+            ["encoder=siglip2", "encoder.join.image_size=448"],
+            ["encoder.join.image_size cannot be set on the command line"],
+        ),
         (
             ["model=qwen2_5_vl_7b", "model.use_outer_marks=false"],
-            ["'use_outer_marks' is not a key of this model, only of model=qwen3_vl_8b"],
+            ["'use_outer_marks' is not a key of this model, only of model=qwen3_5_0_8b, ", " or qwen3_vl_8b; leave"],
         ),
         (
             ["callbacks=profle"],

@@ -47,9 +47,9 @@ def runs(arguments: list[str]) -> Iterator[list[str]]:
         yield overrides
         return
     listed = [one for one in overrides if "(" not in one]  # an interval has no values to list
-    choices = [
-        [f"{key}={value}" for value in values.split(",")] for key, _, values in (one.partition("=") for one in listed)
-    ]
+    pairs = [one.partition("=") for one in listed]
+    # Commas inside of brackets, as in encoder=[siglip2,dinov3_l], part no values.
+    choices = [[f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)] for key, _, values in pairs]
     yield from map(list, itertools.product(*choices))
 
 

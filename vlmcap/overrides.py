@@ -161,6 +161,11 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
         key, _, value = argument.partition("=")
         if key == "encoder":
             check_names(value)
+        if f"{key_of(key)}.".startswith("encoder.join."):
+            raise UserError(
+                f"{key} cannot be set on the command line; set encoder=[NAME,NAME], and change values of the second "
+                "encoder in its own file under conf/encoder/"
+            )
         if key in SCHEMAS and value in ("null", ""):
             raise UserError(
                 f"{key}={value} is the name of no component; choose one that `python train.py --help` lists, or leave "
