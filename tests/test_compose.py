@@ -283,7 +283,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         ),
         (
             ["model=qwen2_5_vl_7b", "model.use_outer_marks=false"],
-            ["'use_outer_marks' is not a key of this model, only of model=qwen3_5_0_8b, ", " or qwen3_vl_8b; leave"],
+            ["'use_outer_marks' is not a key of this model, only of model=qwen3_5_0_8b, ", "qwen3_vl_8b; leave"],
         ),
         (
             ["callbacks=profle"],
