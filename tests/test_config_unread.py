@@ -118,7 +118,7 @@ def refusal(node: DictConfig) -> str:
 def changes(node: DictConfig, base: Config) -> Iterator[tuple[str, object, DictConfig]]:
     """Each key of a configuration with another value, and the whole with it."""
     for key, owner, name in leaves(base):
-        if name in _LABELS or key.startswith(("llm.suggested.", "encoder.join")):  # not for the command line
+        if name in _LABELS or key.startswith("llm.suggested."):  # not for the command line
             continue
         value = yaml.safe_load(_OWN_VALUES.get(key) or other(key, owner, name, value_at(base, key)))
         yield key, value, changed_node(node, key, value)

@@ -44,7 +44,7 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, type, str]]:
         value, key = getattr(values, known.name), f"{prefix}{known.name}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from leaves(value, f"{key}.")
-        else:
+        elif key != "encoder.join":  # a second encoder, which is refused on the command line
             yield key, type(values), known.name
 
 
