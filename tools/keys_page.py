@@ -23,7 +23,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from tools.model_tables import markdown_table
+from tools.model_tables import markdown_table, write_or_check
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
 
@@ -193,13 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/reference/keys.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
-    text = page()
-    if not parser.parse_args(arguments).check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"docs/reference/{PAGE.name} is outdated; run python -m tools.keys_page", file=sys.stderr)
-        return 1
-    return 0
+    return write_or_check(PAGE, page(), "keys_page", is_check=parser.parse_args(arguments).check)
 
 
 if __name__ == "__main__":

@@ -136,13 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.measured:
         PARITY.write_text(json.dumps(read_measured(chosen.measured), indent=2) + "\n", encoding="utf-8")
     text = page()
-    if chosen.check:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"docs/reference/{PAGE.name} is outdated; run python -m tools.model_page", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return tables.write_or_check(PAGE, text, "model_page", is_check=chosen.check)
 
 
 def _names(group: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,23 @@ def read_parity(file: Path) -> dict[str, Parity]:
     if not file.is_file():
         return {}
     return {key: Parity(**value) for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def write_or_check(path: Path, text: str, tool: str, *, is_check: bool) -> int:
+    """Writes a generated page, or checks that it is current; returns the exit code.
+
+    Args:
+        path: A file under `docs/reference/`.
+        text: What the page should be.
+        tool: Name of the module in `tools` that makes the page.
+        is_check: Whether to write nothing and return 1 if the page is outdated.
+    """
+    if not is_check:
+        path.write_text(text, encoding="utf-8")
+    elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+        print(f"docs/reference/{path.name} is outdated; run python -m tools.{tool}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def markdown_table(header: Row, rows: Iterable[Row]) -> str:

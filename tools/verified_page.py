@@ -19,7 +19,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from tools.model_page import read_measured
-from tools.model_tables import markdown_table
+from tools.model_tables import markdown_table, write_or_check
 from tools.site_pages import GPUS, Gpu
 from vlmcap.config_unread import NO_DATA
 from vlmcap.models.known import known_model_config
@@ -163,13 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = read_rows(chosen.measured) | {"combinations": measure_combinations(chosen.measured)}
         MEASURED.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     text = page(json.loads(MEASURED.read_text(encoding="utf-8")))
-    if chosen.check:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"docs/reference/{PAGE.name} is outdated; run python -m tools.verified_page", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, text, "verified_page", is_check=chosen.check)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,9 @@ def plans_of(plan: FeaturePlan) -> list[FeaturePlan]:
     found = []
     for part, key, encoder in zip(parts, ENCODER_KEYS, cast(Any, plan.meta_encoder).parts, strict=True):
         folder, base = plan.base_checkpoints.folders[key], plan.base_checkpoints.fingerprints[key]
-        sources = BaseCheckpoints({"encoder": folder}, {"encoder": base})
+        base_checkpoints = BaseCheckpoints({"encoder": folder}, {"encoder": base})
         grid_of = grid_of_frames(part, encoder)
-        found.append(FeaturePlan(part, sources, encoder, grid_of, plan.num_visual_tokens))
+        found.append(FeaturePlan(part, base_checkpoints, encoder, grid_of, plan.num_visual_tokens))
     return found
 
 
