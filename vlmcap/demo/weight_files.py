@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class Gguf(NamedTuple):
     tensors: Tensors
 
 
-def read_gguf(file: Path) -> Gguf:
+def read_gguf(file: Traversable) -> Gguf:
     """Reads a GGUF file whose tensors are F32, Q8_0 or Q4_1.
 
     Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -110,7 +110,7 @@ class Node(NamedTuple):
     inputs: list[str]
 
 
-def read_onnx(file: Path) -> tuple[Tensors, list[Node]]:
+def read_onnx(file: Traversable) -> tuple[Tensors, list[Node]]:
     """Returns the float32 initializers of an ONNX file by name, and the operations that use them.
 
     Source of the field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
