@@ -30,7 +30,7 @@ COPY conf conf
 COPY vlmcap vlmcap
 RUN pip install --no-cache-dir --no-deps . && rm -rf /src
 
-USER vlmcap
+USER 1001
 WORKDIR /work
 ENTRYPOINT ["vlmcap"]
 CMD ["--help"]

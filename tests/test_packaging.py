@@ -122,7 +122,7 @@ def test_the_workflow_runs_the_checks_on_every_python_that_is_claimed() -> None:
     assert job["strategy"]["matrix"]["python"] == PYTHONS == ["3.11", "3.12", "3.13"]
     assert {"push", "pull_request"} <= workflow["on"].keys()
     commands = " ".join(step.get("run", "") for step in job["steps"])
-    assert "make check test PYTHON=python${{ matrix.python }}" in commands
+    assert "make check docs test PYTHON=python${{ matrix.python }}" in commands
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert {"check", "test", "dist"} <= targets
 
