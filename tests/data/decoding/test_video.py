@@ -239,6 +239,15 @@ def test_written_video_is_deterministic_and_close(
         assert container.streams.video[0].pix_fmt == "yuv420p"
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 64), (64, 720), (1278, 718)])
+def test_colours_of_a_written_video_are_read_again(tmp_path: Path, width: int, height: int) -> None:
+    colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (3, height, width, 3))
+    write_video(tmp_path / "a.mp4", frames, fps=8, crf=5)
+    read = decode_frames(tmp_path / "a.mp4", 3).permute(0, 2, 3, 1).float()  # (F, 3, H, W) -> (F, H, W, 3)
+    assert np.abs(read.mean(dim=(1, 2)).numpy() - colours).max() < 4
+
+
 @pytest.mark.parametrize("shape", [(2, 31, 32, 3), (0, 32, 32, 3), (2, 32, 32)])
 def test_frames_that_cannot_be_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):

@@ -21,7 +21,7 @@ from vlmcap.data.decoding.hdr import to_sdr
 # with such a frame in its garbage hangs forever when it frees it, since the pool's threads do not exist there.
 _THREADS = 1
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
-_HD_HEIGHT, _HD_WIDTH = 720, 1280  # untagged pictures from this size on have the colours of BT.709
+_HD_HEIGHT, _HD_WIDTH = 720, 1280
 _TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # matrices of quarter turns, counter-clockwise
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
@@ -34,6 +34,11 @@ def square_size(frame: VideoFrame, aspect_ratio: float) -> tuple[int, int]:
         aspect_ratio: Width of a pixel over its height.
     """
     return round(frame.width * aspect_ratio), frame.height
+
+
+def is_hd(width: int, height: int) -> bool:
+    """Return whether untagged pictures of this size have the colours of BT.709 rather than of BT.601."""
+    return width >= _HD_WIDTH or height >= _HD_HEIGHT
 
 
 def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
@@ -99,7 +104,7 @@ def _oriented(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int] | Non
 
 
 def _is_untagged_hd(frame: VideoFrame) -> bool:
-    return frame.colorspace == _UNTAGGED and (frame.height >= _HD_HEIGHT or frame.width >= _HD_WIDTH)
+    return frame.colorspace == _UNTAGGED and is_hd(frame.width, frame.height)
 
 
 def _upper_field(frame: VideoFrame) -> VideoFrame:

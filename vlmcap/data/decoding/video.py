@@ -206,6 +206,9 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf:
 def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict[str, str]) -> None:
     import av
     from av.video.frame import VideoFrame
+    from av.video.reformatter import Colorspace
+
+    from vlmcap.data.decoding.display import is_hd
 
     with av.open(
         f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart", "fflags": "+bitexact"}
@@ -215,7 +218,9 @@ def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict
         stream.pix_fmt = "yuv420p"
         # One thread: fast start on small clips, and bytes that do not depend on the number of cores.
         stream.thread_count = 1
+        colorspace = Colorspace.ITU709 if is_hd(stream.width, stream.height) else Colorspace.ITU601
         for pixels in frames:
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", threads=_THREADS)))
+            yuv = frame.reformat(format="yuv420p", dst_colorspace=colorspace, threads=_THREADS)
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode(None))
