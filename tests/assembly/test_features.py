@@ -21,6 +21,7 @@ from tests.thinned import thinned
 from vlmcap.assembly import features as features_module
 from vlmcap.assembly import model as model_module
 from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.components import load_encoder
 from vlmcap.assembly.model import Assembly
 from vlmcap.compose import compose, from_plain, to_config
 from vlmcap.config import Config, Split
@@ -69,13 +70,14 @@ def assembled(config: Config) -> Assembly:
 
 
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, loading an encoder is an error."""
+    """From here on, loading an encoder's weights is an error."""
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("the encoder was loaded")
+    def meta_only(*arguments: Any, is_meta: bool = False) -> VisionEncoder:
+        assert is_meta, "the encoder was loaded"
+        return load_encoder(*arguments, is_meta=True)
 
-    monkeypatch.setattr(features_module, "load_encoder", refuse)
-    monkeypatch.setattr(model_module, "load_encoder", refuse)
+    monkeypatch.setattr(features_module, "load_encoder", meta_only)
+    monkeypatch.setattr(model_module, "load_encoder", meta_only)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
-from vlmcap.data.loading.collate import Collator, places_of
+from vlmcap.data.loading.collate import Collator, flat_indices
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -145,7 +145,9 @@ def test_no_clip_sees_another(kind: str, make: Make) -> None:
     batch.features.requires_grad_()
     owner = (batch.position_ids == 0).cumsum(1) - 1
     for clip in range(len(items)):
-        only = dataclasses.replace(batch, **places_of(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100)))
+        only = dataclasses.replace(
+            batch, **flat_indices(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100))
+        )
         loss, count = captioner(only)
         assert count > 0
         (gradient,) = torch.autograd.grad(loss, batch.features)

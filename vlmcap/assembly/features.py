@@ -71,8 +71,8 @@ class Features:
 
         hashes = self.hashes_of(chosen)
         if self.second is not None and self.join_grids is not None:
-            own, other = FeatureDataset(chosen, hashes, self.store), FeatureDataset(chosen, hashes, self.second.store)
-            return JoinedFeatureDataset(own, other, self.join_grids)
+            first, second = (FeatureDataset(chosen, hashes, store) for store in (self.store, self.second.store))
+            return JoinedFeatureDataset(first, second, self.join_grids)
         if self.pool_size is None:
             return FeatureDataset(chosen, hashes, self.store)
         return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
@@ -111,15 +111,15 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
         return None
     clips = with_blank(config, clips)
     plans = plans_of(plan)
-    stores = [open_store(part) for part in plans]
+    stores = [open_store(one) for one in plans]
     if config.cache.enabled == "auto" and not all(
-        _is_worthwhile(part, store, clips) for part, store in zip(plans, stores, strict=True)
+        _is_worthwhile(one, store, clips) for one, store in zip(plans, stores, strict=True)
     ):
         return None
     memo = hash_memo(config)
     hashes = hash_clips(clips, memo)
-    for part, store in zip(plans, stores, strict=True):
-        fill_store(part, store, clips, hashes)
+    for one, store in zip(plans, stores, strict=True):
+        fill_store(one, store, clips, hashes)
     if config.cache.max_gib is not None:
         prune(stores[0].root, round(config.cache.max_gib * 2**30), keep=[store.key for store in stores])
     features = [Features(store, clips, hashes, memo, config.pool_size) for store in stores]
@@ -130,16 +130,16 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
 
 def plans_of(plan: FeaturePlan) -> list[FeaturePlan]:
     """Returns the feature plan of each of two joined encoders, which is that of the encoder alone; else the plan."""
-    parts = encoder_configs(plan.config)
-    if len(parts) == 1:
+    configs = encoder_configs(plan.config)
+    if len(configs) == 1:
         return [plan]
-    found = []
-    for part, key, encoder in zip(parts, ENCODER_KEYS, cast(Any, plan.meta_encoder).parts, strict=True):
+    plans = []
+    for config, key, encoder in zip(configs, ENCODER_KEYS, cast(Any, plan.meta_encoder).encoders, strict=True):
         folder, base = plan.base_checkpoints.folders[key], plan.base_checkpoints.fingerprints[key]
         base_checkpoints = BaseCheckpoints({"encoder": folder}, {"encoder": base})
-        grid_of = grid_of_frames(part, encoder)
-        found.append(FeaturePlan(part, base_checkpoints, encoder, grid_of, plan.num_visual_tokens))
-    return found
+        grid_of = grid_of_frames(config, encoder)
+        plans.append(FeaturePlan(config, base_checkpoints, encoder, grid_of, plan.num_visual_tokens))
+    return plans
 
 
 def open_store(plan: FeaturePlan) -> FeatureStore:
@@ -169,10 +169,10 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
         plan.base_checkpoints.fingerprints[vision_component(config)],
         cast(Any, plan.meta_encoder.transform),
     )
-    own = plugins_of(config).get("encoder")
-    code = json.dumps([base.sha256, own, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
+    plugin = plugins_of(config).get("encoder")
+    code = json.dumps([base.sha256, plugin, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
-        encoder=base.sha256 if own is None else hashlib.sha256(code.encode()).hexdigest(),
+        encoder=base.sha256 if plugin is None else hashlib.sha256(code.encode()).hexdigest(),
         layer=plan.meta_encoder.feature_layer,
         transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
         num_frames=config.data.num_frames,
@@ -244,7 +244,7 @@ def fill_store(
     from vlmcap.data.features import filling
     from vlmcap.terminal import gigabytes, grouped, progress_reporter
 
-    missing = {split: len(store.missing(own, retry_lost=True)) for split, own in hashes.items()}
+    missing = {split: len(store.missing(wanted, retry_lost=True)) for split, wanted in hashes.items()}
     if not any(missing.values()):
         return
     config, size = plan.config, clip_bytes(plan)
@@ -323,8 +323,8 @@ def encoding_of(
         sizes = grids or [(features.shape[1], *encoder.grid)] * len(features)
         # (B, F, P, Dv), padded -> B times (F, h · w / size², Dv)
         return [
-            pool_grid(own[None, :count, : rows * columns], (rows, columns), size)[0]
-            for own, (count, rows, columns) in zip(features, sizes, strict=True)
+            pool_grid(clip[None, :count, : rows * columns], (rows, columns), size)[0]
+            for clip, (count, rows, columns) in zip(features, sizes, strict=True)
         ]
 
     return encode_pooled

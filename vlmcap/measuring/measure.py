@@ -237,7 +237,16 @@ def _run(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequenc
         has_encoder = config.cache.enabled is not True
         captioner = random_captioner(config, has_encoder=has_encoder, num_kept_layers=plan.num_kept, say=say)
         progress["doing"] = "training"
-        return measure_run(config, captioner, clip_sizes(config), lengths, plan.batch_size, folder, use, say)
+        return measure_run(
+            config,
+            captioner,
+            sizes=clip_sizes(config),
+            lengths=lengths,
+            batch_size=plan.batch_size,
+            folder=folder,
+            use=use,
+            say=say,
+        )
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     most = min(_MAX_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
     # (labels,): the token after each position that has a label.
-    targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
+    targets = None if batch.label_indices is None else ids.flatten()[batch.label_indices + 1]
     batch = dataclasses.replace(batch, input_ids=ids, targets=targets)
     if config.cache.enabled is True:
         num_frames, height, width = sizes.grid
@@ -222,6 +222,7 @@ class _Clock(L.Callback):
 def measure_run(
     config: Config,
     captioner: VideoCaptioner,
+    *,
     sizes: Sizes,
     lengths: CaptionLengths,
     batch_size: int,

@@ -61,8 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--metrics", metavar="NAME,NAME", help="metrics to compute, separated by commas (default: all)")
     parser.add_argument(
-        "--fold-width",
-        dest="normalize_fullwidth",
+        "--normalize-fullwidth",
         action="store_true",
         help="count full-width forms (３ｋｍ) as the usual ones (3km)",
     )

@@ -346,11 +346,11 @@ def _match(counts: Counts, inverse: Floats, entries: Counts, pairs: _Pairs) -> t
     for nth in range(pairs.number.max()):  # the n-th reference of all clips at once, in vector operations
         entry = np.flatnonzero(pairs.number[counts.caption] > nth)
         pair = pairs.first[counts.caption[entry]] + nth
-        place, is_known = look_up(table, join(pair, counts.ngram[entry]))
-        entry, place = entry[is_known], place[is_known]
-        common = np.minimum(counts.times[entry], entries.times[place])
+        position, is_known = look_up(table, join(pair, counts.ngram[entry]))
+        entry, position = entry[is_known], position[is_known]
+        common = np.minimum(counts.times[entry], entries.times[position])
         best[entry] = np.maximum(best[entry], common)
-        dots += np.bincount(pair[is_known], common * entries.times[place] * inverse[entry] ** 2, len(dots))
+        dots += np.bincount(pair[is_known], common * entries.times[position] * inverse[entry] ** 2, len(dots))
     return np.bincount(counts.caption, best, len(pairs.first)).astype(np.int64), dots
 
 

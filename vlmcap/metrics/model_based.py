@@ -34,12 +34,12 @@ class ImageTextScore(NamedTuple):
     Attributes:
         cosine: Mean cosine of the embeddings over frames and sentences, -1 to 1.
         probability: Mean of SigLIP's sigmoid of the scaled cosine, 0 to 1: the probability that they are a pair.
-        cut_ratio: Share of sentences longer than the text tower's input, which are truncated.
+        truncated_ratio: Share of sentences longer than the text tower's input, which are truncated.
     """
 
     cosine: float
     probability: float
-    cut_ratio: float
+    truncated_ratio: float
 
 
 class SiglipScorer:
@@ -102,8 +102,8 @@ class SiglipScorer:
                 cosines = self._embed_frames(pictures) @ self._embed_texts(sentences).T  # (frames, sentences)
                 probabilities = torch.sigmoid(cosines * self.model.logit_scale.exp() + self.model.logit_bias)
             lengths = [len(ids) for ids in self.tokenizer(sentences, verbose=False)["input_ids"]]
-            cut_ratio = sum(length > self.max_length for length in lengths) / len(sentences)
-            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), cut_ratio))
+            truncated_ratio = sum(length > self.max_length for length in lengths) / len(sentences)
+            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), truncated_ratio))
         return scores
 
     def _embed_frames(self, pictures: Sequence[Any]) -> Tensor:

@@ -122,29 +122,29 @@ def distinct(values: Ints) -> Ints:
 
 def look_up(table: Ints, values: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Return the position of each value in a sorted table, and whether it is there; fast if the values are sorted."""
-    place = np.searchsorted(table, values)
+    position = np.searchsorted(table, values)
     if len(table) == 0:
-        return place, np.zeros(len(values), bool)
-    np.minimum(place, len(table) - 1, out=place)
-    return place, table[place] == values
+        return position, np.zeros(len(values), bool)
+    np.minimum(position, len(table) - 1, out=position)
+    return position, table[position] == values
 
 
 def rank(prefix: Ints, token: Ints) -> tuple[Ints, Ints]:
     """Return the distinct pairs of prefix and token, joined and sorted, and the position of each pair among them."""
-    token_bits, place_bits = _bits(token), len(token).bit_length()
-    if _bits(prefix) + token_bits + place_bits < 64:
+    token_bits, position_bits = _bits(token), len(token).bit_length()
+    if _bits(prefix) + token_bits + position_bits < 64:
         # The position of each pair is packed into the lowest bits: sorting numbers is several times faster than
         # `argsort`.
-        packed = (prefix << token_bits | token) << place_bits | np.arange(len(token))
+        packed = (prefix << token_bits | token) << position_bits | np.arange(len(token))
         packed.sort()
-        order = packed & ((1 << place_bits) - 1)
+        order = packed & ((1 << position_bits) - 1)
     else:
         order = np.argsort(join(prefix, token))
     ordered = join(prefix[order], token[order])
     first = is_first(ordered)
-    places = np.empty(len(order), np.int64)
-    places[order] = np.cumsum(first) - 1
-    return ordered[first], places
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.cumsum(first) - 1
+    return ordered[first], ranks
 
 
 def _bits(values: Ints) -> int:
@@ -153,9 +153,9 @@ def _bits(values: Ints) -> int:
 
 def number_ngrams(prefix: Ints, token: Ints, table: Ints) -> Ints:
     """Return the position of each n-gram in the table; new ones get numbers from its length on."""
-    unique, places = rank(prefix, token)
-    place, known = look_up(table, unique)
-    return np.where(known, place, len(table) + np.arange(len(unique)))[places]
+    unique, ranks = rank(prefix, token)
+    position, known = look_up(table, unique)
+    return np.where(known, position, len(table) + np.arange(len(unique)))[ranks]
 
 
 def numbered(captions: Packed, number: Callable[[int, Ints, Ints], Ints]) -> Iterator[tuple[Ints, Ints]]:

@@ -34,13 +34,13 @@ def f_score(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64])
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Return the length of the longest common subsequence in O(len(first) * len(second) / 30) machine steps."""
-    places: dict[Hashable, int] = {}
-    for place, token in enumerate(second):
-        places[token] = places.get(token, 0) | 1 << place
+    masks: dict[Hashable, int] = {}
+    for position, token in enumerate(second):
+        masks[token] = masks.get(token, 0) | 1 << position
     full = (1 << len(second)) - 1
     row = full
     for token in first:
-        mask = places.get(token, 0)
+        mask = masks.get(token, 0)
         if mask:
             common = row & mask
             row = (row + common | row ^ common) & full
@@ -110,7 +110,7 @@ def _place_masks(
         The masks, shape (words, rows); the row of each token of each hypothesis, concatenated over pairs; and the start
         of each pair in that.
     """
-    predicted, predicted_pair, place = _gather(hypotheses, hypothesis)
+    predicted, predicted_pair, position = _gather(hypotheses, hypothesis)
     true, true_pair, where = _gather(references, reference)
     table, row = rank(np.concatenate([predicted_pair, true_pair]), np.concatenate([predicted, true]))
     masks = np.zeros(words * len(table), np.uint64)
@@ -120,12 +120,12 @@ def _place_masks(
         row[len(predicted) :] + where // _WORD_BITS * len(table),
         np.uint64(1) << (where % _WORD_BITS).astype(np.uint64),
     )
-    return masks.reshape(words, -1), row[: len(predicted)], np.flatnonzero(place == 0)
+    return masks.reshape(words, -1), row[: len(predicted)], np.flatnonzero(position == 0)
 
 
 def _gather(captions: Packed, which: Ints) -> tuple[Ints, Ints, Ints]:
     """Return the tokens of the selected captions, the index in `which` of each, and its position there."""
     lengths = captions.lengths[which]
     owner = np.repeat(np.arange(len(which)), lengths)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return captions.ids[captions.start[which][owner] + place], owner, place
+    position = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return captions.ids[captions.start[which][owner] + position], owner, position

@@ -139,7 +139,7 @@ def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
     built = _build(name)
     if not normalize_fullwidth:
         return built
-    return dataclasses.replace(built, version=f"{built.version}, full-width folded", normalize_fullwidth=True)
+    return dataclasses.replace(built, version=f"{built.version}, full-width normalized", normalize_fullwidth=True)
 
 
 def worker_count(texts: Sequence[str]) -> int:

@@ -311,10 +311,10 @@ def cached_bytes(memory_profiler: MemoryProfiler) -> float:
 
 def stored_bytes(config: Config, memory_profiler: MemoryProfiler) -> float:
     """Returns the bytes of a clip's features on disk, where each of two joined encoders has its own grid."""
-    parts = encoder_configs(config)
-    if len(parts) == 1:
+    configs = encoder_configs(config)
+    if len(configs) == 1:
         return cached_bytes(memory_profiler)
-    encoders = [cached_meta_encoder(part) for part in parts]
+    encoders = list(map(cached_meta_encoder, configs))
     values = sum(
         encoder.embed_dim * math.prod(encoder.possible_grids(config.data.num_frames)[0]) for encoder in encoders
     )

@@ -255,15 +255,15 @@ def test_places_and_numbers_are_those_of_the_masks() -> None:
     items = [make_sample("a", "배가 간다"), make_sample("b", "산"), make_sample("c", "")]
     batch = Collator(CharPrompt(), 7, 20)(items)
     flat = batch.input_ids.flatten()
-    assert batch.targets is not None and batch.label_places is not None and batch.labels is not None
+    assert batch.targets is not None and batch.label_indices is not None and batch.labels is not None
     assert (
         batch.targets.tolist()
         == [ord(char) for char in "배가 간다"] + [1, ord("산"), 1]
-        == flat[batch.label_places + 1].tolist()
+        == flat[batch.label_indices + 1].tolist()
     )
-    assert batch.labels.flatten()[batch.label_places + 1].tolist() == batch.targets.tolist()
+    assert batch.labels.flatten()[batch.label_indices + 1].tolist() == batch.targets.tolist()
     assert batch.num_label_tokens == len(batch.targets) == int((batch.labels != -100).sum())
-    assert batch.visual_places.tolist() == batch.visual_mask.flatten().nonzero().flatten().tolist()
+    assert batch.visual_indices.tolist() == batch.visual_mask.flatten().nonzero().flatten().tolist()
     assert batch.num_visual == (7, 7) and batch.num_tokens == sum(batch.lengths) == int(batch.attention_mask.sum())
 
 

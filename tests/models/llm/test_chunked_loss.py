@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmcap.compose import compose
 from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
-from vlmcap.data.loading.collate import Collator, places_of
+from vlmcap.data.loading.collate import Collator, flat_indices
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
 from vlmcap.models.captioner import VideoCaptioner
@@ -166,7 +166,7 @@ def test_labels_anywhere_and_rows_without_any(make: Make, spy: list[int]) -> Non
     labels[1] = -100
     labels[0, 1::3] = -100
     labels[2, 1:4] = batch.input_ids[2, 1:4]
-    batch = replace(batch, **places_of(batch.visual_mask, labels))
+    batch = replace(batch, **flat_indices(batch.visual_mask, labels))
     assert_alike(*both(captioner, batch, spy))
 
 

@@ -225,8 +225,8 @@ class _Filling:
 
     def _known_shape(self) -> tuple[int, int] | None:
         """Return (F, P) of a stored clip, which all clips without a size of their own must share."""
-        places = self.store.places()  # columns: shard, F, P, Dv, and the size in patches or zeros
-        without_size = places[places[:, 4] == 0]
+        layouts = self.store.layouts()  # columns: shard, F, P, Dv, and the size in patches or zeros
+        without_size = layouts[layouts[:, 4] == 0]
         return (int(without_size[0, 1]), int(without_size[0, 2])) if len(without_size) else None
 
     def _check_room(self, num_bytes: int) -> None:

@@ -58,8 +58,8 @@ class DamagedEntryError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """The position of a tensor's bytes in its file."""
+class TensorInfo:
+    """Type, shape and bytes of a tensor in its file, from byte `start` to `stop`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Header:
     """Metadata and tensors of a safetensors file."""
 
     metadata: Mapping[str, str]
-    tensors: Mapping[str, TensorPlace]
+    tensors: Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,25 +125,25 @@ def read_header(file: BinaryIO) -> Header:
     try:
         raw = json.loads(file.read(length))
         metadata = dict(raw.pop("__metadata__", {}))
-        tensors = {name: _place(8 + length, **entry) for name, entry in raw.items()}
+        tensors = {name: _tensor_info(8 + length, **entry) for name, entry in raw.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFileError("its header is damaged") from error
     # The tensors must fill the file without gaps and overlaps, so a truncated file is noticed here.
     end = 8 + length
-    for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
-        if place.start != end or place.stop - place.start != math.prod(place.shape) * _ITEM_BYTES[place.dtype]:
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != end or tensor.stop - tensor.start != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
             raise BrokenFileError("its header contradicts itself")
-        end = place.stop
+        end = tensor.stop
     if end != size:
         raise BrokenFileError(f"it has {size} bytes instead of {end}")
     return Header(metadata, tensors)
 
 
-def _place(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> TensorPlace:
+def _tensor_info(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> TensorInfo:
     start, stop = data_offsets
     if dtype not in _ITEM_BYTES or not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(dtype)
-    return TensorPlace(dtype, tuple(shape), base + start, base + stop)
+    return TensorInfo(dtype, tuple(shape), base + start, base + stop)
 
 
 def read_shard(path: Path) -> Shard:

@@ -119,12 +119,12 @@ class FeatureStore:
 
     def shape(self, content: bytes) -> tuple[int, int, int]:
         """Return (F, P, Dv) of a clip; raise `KeyError` if it has no features."""
-        num_frames, num_patches, embed_dim = self._place(content)[1][1:4]
+        num_frames, num_patches, embed_dim = self._location(content)[1][1:4]
         return int(num_frames), int(num_patches), int(embed_dim)
 
     def grid_thw(self, content: bytes) -> GridTHW | None:
         """Return a clip's size in patches, None if it has the encoder's; raise `KeyError` if it has no features."""
-        frames, height, width = self._place(content)[1][4:7]
+        frames, height, width = self._location(content)[1][4:7]
         return (int(frames), int(height), int(width)) if frames else None
 
     def times_s(self, content: bytes) -> FrameTimes | None:
@@ -166,7 +166,7 @@ class FeatureStore:
         and every process finds them damaged again.
         """
         with contextlib.suppress(KeyError, OSError, BrokenFileError):
-            if not repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name):
+            if not repair_shard(self.folder / self._opened().files[int(self._location(content)[1][0])].name):
                 (self.folder / indices.FILE).unlink()  # the shard is valid, but not the one that the index describes
         self.refresh()
 
@@ -186,9 +186,9 @@ class FeatureStore:
             self._index = None
             self.refresh()
 
-    def places(self) -> NDArray[np.int32]:
+    def layouts(self) -> NDArray[np.int32]:
         """int32 (N, 7), one row per clip with features: number of the shard, F, P, Dv, and size in patches or zeros."""
-        return self._opened().places
+        return self._opened().layouts
 
     def _opened(self) -> indices.ShardIndex:
         if self._index is None:
@@ -196,9 +196,9 @@ class FeatureStore:
         assert self._index is not None
         return self._index
 
-    def _place(self, content: bytes) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def _location(self, content: bytes) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         row = self._row(content)
-        return self._opened().offsets[row], self._opened().places[row]
+        return self._opened().offsets[row], self._opened().layouts[row]
 
     def _row(self, content: bytes) -> int:
         row = self._opened().find(content)
@@ -207,9 +207,9 @@ class FeatureStore:
         return row
 
     def _read(self, content: bytes) -> Tensor:
-        (start, scale_start), place = self._place(content)
+        (start, scale_start), layout = self._location(content)
         shape, dtype = self.shape(content), stored_type(self.recipe.dtype)
-        file = self._opened().files[int(place[0])]
+        file = self._opened().files[int(layout[0])]
         buffers = [self._shards.read(file, int(start), math.prod(shape) * dtype.itemsize)]
         if self.recipe.dtype == "int8":
             buffers.append(self._shards.read(file, int(scale_start), math.prod(shape[:2]) * torch.float32.itemsize))

@@ -138,5 +138,5 @@ def _cannot_read(clip: Clip, reason: str) -> str:
 
 def _describe(error: Exception) -> str:
     """Describe an error with the line that raised it, since its traceback ends here."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first_line(error)} ({PurePath(place.filename).name}:{place.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({PurePath(frame.filename).name}:{frame.lineno})"

@@ -172,13 +172,13 @@ class Collator:
         ]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
-        """Return ids, mask and positions, each (R, S), and places, by their names in a `Batch`."""
-        shape, places = self._layout(sequences)
+        """Return ids, mask and positions, each (R, S), and indices, by their names in a `Batch`."""
+        shape, starts = self._layout(sequences)
         ids = torch.full(shape, self.prompt.pad_id, dtype=torch.int64)
         attention, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         labels = torch.full_like(ids, IGNORED)
-        for sequence, (row, start) in zip(sequences, places, strict=True):
+        for sequence, (row, start) in zip(sequences, starts, strict=True):
             middle, end = start + len(sequence.prompt), start + len(sequence)  # prompt | caption
             ids[row, start:end] = torch.tensor([*sequence.prompt, *sequence.caption], dtype=torch.int64)
             attention[row, start:end] = 1
@@ -189,7 +189,7 @@ class Collator:
         return {
             "input_ids": ids,
             "attention_mask": attention,
-            **places_of(visual, labels if self.mode == "train" else None),
+            **flat_indices(visual, labels if self.mode == "train" else None),
             "position_ids": positions if self._is_packing else None,
         }
 
@@ -219,23 +219,20 @@ class ValidationCollator:
         return ValidationBatch(self.prompts(items), tuple(labelled), self.is_captioned)
 
 
-def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
+def flat_indices(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
     """Locate visual tokens and labels, by their names in a `Batch`.
 
     Args:
         visual_mask: bool (R, S), True where a projected visual token goes.
         labels: int64 (R, S), `IGNORED` where the loss skips a token, as at the start of a row; None for generation.
     """
-    found: dict[str, Any] = {
-        "visual_places": visual_mask.flatten().nonzero().flatten(),  # (R, S) -> (R * S,) -> (V of all clips,)
-        "targets": None,
-        "label_places": None,
-    }
-    if labels is not None:
-        flat = labels.flatten()  # (R, S) -> (R * S,)
-        places = (flat != IGNORED).nonzero().flatten()
-        found |= {"targets": flat[places], "label_places": places - 1}  # the hidden state before a token predicts it
-    return found
+    visual_indices = visual_mask.flatten().nonzero().flatten()  # (R, S) -> (R · S,) -> (V of all clips,)
+    if labels is None:
+        return {"visual_indices": visual_indices, "targets": None, "label_indices": None}
+    flat = labels.flatten()  # (R, S) -> (R · S,)
+    target_indices = (flat != IGNORED).nonzero().flatten()
+    # The hidden state in front of a token predicts it.
+    return {"visual_indices": visual_indices, "targets": flat[target_indices], "label_indices": target_indices - 1}
 
 
 def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:

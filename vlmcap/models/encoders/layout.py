@@ -273,7 +273,7 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
     # Image 0 is random, and image 1 + i differs from it in patch i.
     pixels = torch.randn(1, 3, _SIDE * patch, _SIDE * patch).repeat(1 + _SIDE**2, 1, 1, 1)
     for index in range(_SIDE**2):
-        rows, columns = (slice(place * patch, (place + 1) * patch) for place in divmod(index, _SIDE))
+        rows, columns = (slice(offset * patch, (offset + 1) * patch) for offset in divmod(index, _SIDE))
         pixels[1 + index, :, rows, columns] = torch.randn(3, patch, patch)
     tokens = run(tower, pixels)
     is_map = _call(tower, pixels[:1]).last_hidden_state.dim() == 4
@@ -306,8 +306,8 @@ def _check_time(config: Any, model_class: Any, patch: int, num_joined: int) -> N
 
 def _neighbours() -> Tensor:
     """Returns whether two patches touch, bool (P, P)."""
-    places = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE))
-    return (places[:, None] - places[None]).abs().amax(-1) <= 1
+    positions = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE))
+    return (positions[:, None] - positions[None]).abs().amax(-1) <= 1
 
 
 @torch.no_grad()

@@ -93,9 +93,9 @@ def unpack_experts(weight: Params4bit, dtype: torch.dtype, experts: Tensor | Non
         scale = dequantize_blockwise(state.absmax, state.state2)
     else:
         # Only the scales of these experts are unpacked: those of all experts would be half of a token's memory traffic.
-        own = state.absmax.view(num_experts, -1)[experts]  # (E · blocks,) -> (S, blocks)
-        places = experts[:, None] * own.shape[1] + torch.arange(own.shape[1], device=own.device)
-        scale = (state.state2.code[own.int()] * state.state2.absmax[places // SCALE_BLOCK]).flatten()
+        absmax = state.absmax.view(num_experts, -1)[experts]  # (E · blocks,) -> (S, blocks)
+        indices = experts[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=absmax.device)
+        scale = (state.state2.code[absmax.int()] * state.state2.absmax[indices // SCALE_BLOCK]).flatten()
         bits = bits.view(num_experts, -1)[experts].view(-1, 1)  # (E · bytes, 1) -> (S · bytes, 1)
     whole = torch.Size((num_experts if experts is None else len(experts), *shape))
     scale.add_(state.offset)

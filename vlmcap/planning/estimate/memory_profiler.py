@@ -287,8 +287,8 @@ class MemoryProfiler:
         captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which are fake here
-            places = batch.visual_mask.unsqueeze(-1)
-            inner.get_placeholder_mask = lambda *_, **__: (places, places)
+            mask = batch.visual_mask.unsqueeze(-1)
+            inner.get_placeholder_mask = lambda *_, **__: (mask, mask)
         caches: list[Any] = []  # keeps the keys and values alive to the end of the profile
 
         # 4. Profile a training step, or the prefill pass.

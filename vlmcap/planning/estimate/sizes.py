@@ -18,7 +18,7 @@ from vlmcap.assembly.base_checkpoints import encoder_configs, has_plugin_encoder
 from vlmcap.assembly.components import dtype_of
 from vlmcap.assembly.model import check_length
 from vlmcap.config import Config, MropeVlmConfig
-from vlmcap.data.loading.collate import places_of
+from vlmcap.data.loading.collate import flat_indices
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.decoding.engine import supports_native_engine
@@ -161,8 +161,8 @@ def download_bytes(config: Config) -> float:
             + _num_parameters(cached_meta_encoder(config))
             + _num_parameters(cached_meta_vlm(config).projector)
         )
-    missing = [part for part in encoder_configs(config) if not _is_downloaded(part, "encoder")]
-    vision = sum(_num_parameters(cached_meta_encoder(part)) for part in missing)
+    missing = [one for one in encoder_configs(config) if not _is_downloaded(one, "encoder")]
+    vision = sum(_num_parameters(cached_meta_encoder(one)) for one in missing)
     return 2.0 * (vision + (0 if _is_downloaded(config, "llm") else _num_language_parameters(config)))
 
 
@@ -240,7 +240,7 @@ def language_batch(
         clips=tuple(Clip(str(index), "", ("",)) for index in range(len(captions))),
         input_ids=ids,
         attention_mask=attention,
-        **places_of(visual, labels if is_labelled else None),
+        **flat_indices(visual, labels if is_labelled else None),
         num_visual=(sum(runs),) * len(captions),
         lengths=tuple(lengths),
         is_right_padded=is_labelled,

@@ -150,7 +150,7 @@ def _tokenizer_of(run: RunFolder, captions: Captions) -> Tokenizer:
     """Returns the tokenizer named in the prediction file, in the summary or in the configuration."""
     stated = captions.tokenizer or run.tokenizer
     name = stated.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
-    return get_tokenizer(name, normalize_fullwidth="full-width folded" in stated)
+    return get_tokenizer(name, normalize_fullwidth="full-width normalized" in stated)
 
 
 def _check_scores(run: RunFolder, split: str, metrics: Mapping[str, ClipMetric], *, is_new: bool) -> None:

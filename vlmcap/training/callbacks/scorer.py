@@ -183,9 +183,9 @@ def model_scores(
         device: Device of the models.
 
     Returns:
-        `siglip/cosine`, `siglip/probability` (0 to 1) and `siglip/cut_ratio` (share of sentences that the text tower
-        truncates), and `bertscore/precision`, `bertscore/recall`, `bertscore/f1` and `bertscore/cut_ratio` (share of
-        clips with a truncated text).
+        `siglip/cosine`, `siglip/probability` (0 to 1) and `siglip/truncated_ratio` (share of sentences that the text
+        tower truncates), and `bertscore/precision`, `bertscore/recall`, `bertscore/f1` and `bertscore/truncated_ratio`
+        (share of clips with a truncated text).
 
     Raises:
         UserError: A checkpoint cannot be loaded.
@@ -202,7 +202,7 @@ def model_scores(
         each_siglip = siglip.score(frames, texts)
         scores |= {
             f"siglip/{name}": _mean([getattr(one, name) for one in each_siglip])
-            for name in ("cosine", "probability", "cut_ratio")
+            for name in ("cosine", "probability", "truncated_ratio")
         }
         del siglip
     if config.bert_checkpoint is not None:
@@ -214,7 +214,7 @@ def model_scores(
         scores |= {
             f"bertscore/{name}": _mean([getattr(one, name) for one in each]) for name in ("precision", "recall", "f1")
         }
-        scores["bertscore/cut_ratio"] = _mean([float(one.is_truncated) for one in each])
+        scores["bertscore/truncated_ratio"] = _mean([float(one.is_truncated) for one in each])
     return scores
 
 
