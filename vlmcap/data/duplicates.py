@@ -23,7 +23,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
-    """Return one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
+    """Returns one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
     grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (F, 1, H, W)
     small = F.adaptive_avg_pool2d(grey, (8, 9))  # (F, 1, 8, 9)
     rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()  # (F, 1, 8, 8) -> (F, 64)
@@ -32,7 +32,7 @@ def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
 
 
 def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> list[list[int]]:
-    """Group clips that are near each other, directly or through other clips.
+    """Groups clips that are near each other, directly or through other clips.
 
     Args:
         hashes: uint64 (N, 3), the hashes of three frames of each clip.
@@ -62,7 +62,7 @@ def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
 
 
 def _near_pairs(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of indices whose hashes are near, several times if they agree in several bands."""
+    """Yields the pairs of indices whose hashes are near, several times if they agree in several bands."""
     bands = np.ascontiguousarray(hashes).view(np.uint16).reshape(len(hashes), -1)  # (N, 3) uint64 -> (N, 12) uint16
     for band in range(bands.shape[1]):
         # Sorting brings equal bands together; only clips within such a run are compared.

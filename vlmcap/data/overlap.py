@@ -13,7 +13,7 @@ from vlmcap.types import Clip
 
 
 def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | None:
-    """Describe in one sentence the videos whose content is in more than one split; None if there are none.
+    """Describes in one sentence the videos whose content is in more than one split; None if there are none.
 
     Contents are compared only where sizes are equal, so very little is read. Files in an object store are compared by
     their addresses.
@@ -50,7 +50,7 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
 
 
 def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
-    """Return a key that clips of equal content share: file sizes, or addresses where a size costs a request.
+    """Returns a key that clips of equal content share: file sizes, or addresses where a size costs a request.
 
     None if a file is unreadable.
     """
@@ -66,7 +66,7 @@ def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
 def _first_clip_by_content(
     clips: Sequence[Clip], keys: Sequence[tuple[Hashable, ...] | None], memo: Path
 ) -> dict[Hashable, Clip]:
-    """Map each content to the first of the clips that have it."""
+    """Maps each content to the first of the clips that have it."""
     is_remote = [key == (clip.frames or (clip.video,)) for clip, key in zip(clips, keys, strict=True)]
     hashes = iter(
         content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist()

@@ -76,7 +76,7 @@ class SiglipScorer:
         self.device, self.batch_size = device, batch_size
 
     def score(self, frames: Iterable[Sequence[Any]], captions: Sequence[str]) -> list[ImageTextScore]:
-        """Score each clip.
+        """Scores each clip.
 
         Args:
             frames: Frames of each clip, as uint8 arrays (H, W, 3) or PIL images; read one clip at a time.
@@ -182,7 +182,7 @@ class BertScorer:
     def score(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], *, idf: bool = False
     ) -> list[BertScore]:
-        """Score each clip against the reference with the highest F1.
+        """Scores each clip against the reference with the highest F1.
 
         Args:
             predictions: One text per clip.
@@ -230,7 +230,7 @@ class BertScorer:
             yield text, _Text(_unit(hidden[i].float().cpu()[kept[i]]), weight, num_tokens[i] > self.max_length)
 
     def _idf(self, references: Sequence[Sequence[str]]) -> dict[int, float]:
-        """Return token id to weight; the key -1 has the weight of tokens that are in no reference."""
+        """Returns token id to weight; the key -1 has the weight of tokens that are in no reference."""
         texts = [normalize(text) for refs in references for text in refs]
         frequencies: Counter[int] = Counter()
         for batch in _batches(texts, 256):

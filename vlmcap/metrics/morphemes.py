@@ -63,7 +63,7 @@ class Morpheme(NamedTuple):
 
 
 def analyze_many(texts: Sequence[str]) -> list[list[Morpheme]]:
-    """Split each text into morphemes after normalizing it; equal texts are analyzed one time and share one list.
+    """Splits each text into morphemes after normalizing it; equal texts are analyzed one time and share one list.
 
     Raises:
         UserError: mecab-ko is not installed.

@@ -101,7 +101,7 @@ def bootstrap(
     method: Literal["bca", "percentile"] = "bca",
     seed: int = 0,
 ) -> Interval:
-    """Compute the score with its bootstrap confidence interval over clips.
+    """Computes the score with its bootstrap confidence interval over clips.
 
     Args:
         metric: Statistics of the clips and the score of their sums.
@@ -129,7 +129,7 @@ def bootstrap(
 def paired_bootstrap(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
-    """Test the second run against the first by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
+    """Tests the second run against the first by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
 
     Both runs are scored on the same resamples, so that easy and hard clips cancel out. The p-value is two-sided: (1 +
     k) / (1 + resamples), where k resamples have a difference, with widened tails, at least as far from the observed one
@@ -172,7 +172,7 @@ def paired_bootstrap(
 
 
 def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
-    """Return the draws from which intervals of a score and of its differences are computed.
+    """Returns the draws from which intervals of a score and of its differences are computed.
 
     Args:
         metric: Statistics of the clips and the score of their sums.
@@ -191,7 +191,7 @@ def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
 def approximate_randomization(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0
 ) -> Comparison:
-    """Test the second run against the first by swapping captions (Riezler and Maxwell, ACL 2005 workshop on MT).
+    """Tests the second run against the first by swapping captions (Riezler and Maxwell, ACL 2005 workshop on MT).
 
     If the runs are equally good, it does not matter which run a caption comes from: the p-value is the share of random
     swaps that give a difference at least as large, of either sign. It assumes less about the clips than the bootstrap,
@@ -223,7 +223,7 @@ def approximate_randomization(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for multiple tests, so that the chance of any false claim stays below the level (Holm, 1979).
+    """Corrects p-values for multiple tests, so that the chance of any false claim stays below the level (Holm, 1979).
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none is below the previous one or above 1.
 
@@ -254,7 +254,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare_runs(
     runs: Mapping[str, ClipMetric], *, baseline: str, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Compare each other run with the baseline by `paired_bootstrap`, with Holm-corrected p-values.
+    """Compares each other run with the baseline by `paired_bootstrap`, with Holm-corrected p-values.
 
     Args:
         runs: Name to metric, all on the same clips in the same order.
@@ -281,7 +281,7 @@ def compare_runs(
 
 
 def check_resampling(*metrics: ClipMetric, resamples: int, confidence: float) -> None:
-    """Check that the numbers are in range and that the metrics have the same score and number of clips.
+    """Checks that the numbers are in range and that the metrics have the same score and number of clips.
 
     Raises:
         UserError: They do not, or there is no clip.
@@ -299,14 +299,14 @@ def check_resampling(*metrics: ClipMetric, resamples: int, confidence: float) ->
 
 
 def chunk_sizes(resamples: int, clips: int) -> Iterator[int]:
-    """Yield the numbers of resamples to draw at a time."""
+    """Yields the numbers of resamples to draw at a time."""
     size = max(1, _CHUNK_ELEMENTS // clips)
     for start in range(0, resamples, size):
         yield min(size, resamples - start)
 
 
 def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield sums over resampled clips, with the arrays concatenated, in chunks of resamples.
+    """Yields sums over resampled clips, with the arrays concatenated, in chunks of resamples.
 
     The clips are determined by the seed, the number of resamples and N.
     """
@@ -319,7 +319,7 @@ def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Itera
 
 
 def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMetric) -> Floats:
-    """Return the levels of the samples' quantiles at standard deviates, corrected for bias and skew.
+    """Returns the levels of the samples' quantiles at standard deviates, corrected for bias and skew.
 
     The bias is the share of resamples below the score, the skew the effect of leaving out a clip.
     """
@@ -335,12 +335,12 @@ def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMet
 
 
 def _student_deviates(levels: Floats, clips: int) -> Floats:
-    """Return the deviates of Student's t, scaled for a mean of `clips` clips whose spread is unknown."""
+    """Returns the deviates of Student's t, scaled for a mean of `clips` clips whose spread is unknown."""
     return stdtrit(clips - 1, levels) * math.sqrt(clips / (clips - 1)) if clips > 1 else ndtri(levels)
 
 
 def _widened(samples: Floats, score: float, clips: int, seed: int) -> Floats:
-    """Widen the samples about the score from normal tails to those of Student's t.
+    """Widens the samples about the score from normal tails to those of Student's t.
 
     The factors depend only on the sizes of the arguments and the seed, so that a difference of widened scores is the
     widened difference.

@@ -61,22 +61,22 @@ class ShardIndex:
     times_s: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0), np.float64))
 
     def find(self, content: bytes) -> int | None:
-        """Return the row of a clip, or None."""
+        """Returns the row of a clip, or None."""
         row = int(np.searchsorted(self.hashes, np.asarray(content, "S32")))
         return row if row < len(self.hashes) and self.hashes[row] == content else None
 
     def skipped(self) -> dict[bytes, str]:
-        """Return content hash to reason for the clips that could not be read."""
+        """Returns content hash to reason for the clips that could not be read."""
         return {content.encode(): reason for file in self.files for content, reason in file.skipped.items()}
 
     def lost(self) -> set[bytes]:
-        """Return the content hashes of skipped clips that may be retried, which no shard reports as broken for good."""
+        """Returns the hashes of skipped clips that may be retried, which no shard reports as broken for good."""
         known = [(file.skipped.keys(), set(file.lost)) for file in self.files]
         final = {content for skipped, lost in known for content in skipped - lost}
         return {content.encode() for _, lost in known for content in lost - final}
 
     def without(self, gone: set[str]) -> ShardIndex:
-        """Return the index without some shards."""
+        """Returns the index without some shards."""
         kept = [number for number, file in enumerate(self.files) if file.name not in gone]
         numbers = np.full(len(self.files), -1, np.int32)  # old number of a shard -> new number; -1 if it is gone
         numbers[kept] = np.arange(len(kept), dtype=np.int32)
@@ -89,7 +89,7 @@ class ShardIndex:
         )
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
-        """Return the index with more shards; a clip that is in several of them keeps its first place."""
+        """Returns the index with more shards; a clip that is in several of them keeps its first place."""
         # 1. Collect the entries of the new shards.
         files, hashes, offsets, layouts, checksums, times_s = list(self.files), [], [], [], [], []
         for file, shard in shards:
@@ -120,7 +120,7 @@ class ShardIndex:
 
 
 def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray[np.bool_]:
-    """Return which of `hashes` are in the sorted array."""
+    """Returns which of `hashes` are in the sorted array."""
     if not len(ordered):
         return np.zeros(len(hashes), bool)
     rows = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
@@ -129,7 +129,7 @@ def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray
 
 
 def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str | None = None) -> ShardIndex:
-    """Update an index to the current content of the folder; only headers of new shards are read.
+    """Updates an index to the current content of the folder; only headers of new shards are read.
 
     The same object is returned if nothing changed.
 
@@ -163,7 +163,7 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
 
 
 def _list(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return shard name to size and modification time."""
+    """Returns shard name to size and modification time."""
     present = {}
     try:
         with os.scandir(folder) as entries:
@@ -180,7 +180,7 @@ def _list(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def save(index: ShardIndex, folder: Path) -> None:
-    """Write the index next to its shards; it only saves time, so an unwritable folder is not an error."""
+    """Writes the index next to its shards; it only saves time, so an unwritable folder is not an error."""
     from safetensors.numpy import save_file
 
     tensors: dict[str, NDArray[Any]] = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets}
@@ -197,12 +197,12 @@ def save(index: ShardIndex, folder: Path) -> None:
 
 
 def load(folder: Path) -> ShardIndex:
-    """Map the index that was saved last; an empty one if there is none, or it is damaged."""
+    """Maps the index that was saved last; an empty one if there is none, or it is damaged."""
     return _load(folder) or ShardIndex()
 
 
 def is_intact(folder: Path) -> bool:
-    """Return whether the saved index is undamaged and its entries are in the shards at the stated positions.
+    """Returns whether the saved index is undamaged and its entries are in the shards at the stated positions.
 
     Only this check finds shards that were exchanged at equal size and time: the index compares size and time, and each
     shard by itself is valid.
@@ -251,7 +251,7 @@ def _load(folder: Path) -> ShardIndex | None:
 
 
 def _checksum(files: str, index: ShardIndex) -> int:
-    """Return the CRC-32 of an index; an index whose checksum differs is rebuilt from the shards."""
+    """Returns the CRC-32 of an index; an index whose checksum differs is rebuilt from the shards."""
     checksum = zlib.crc32(files.encode("utf-8", "surrogatepass"))
     for values in (index.hashes.view(np.uint8), index.offsets, index.layouts, index.checksums, index.times_s):
         checksum = zlib.crc32(np.ascontiguousarray(values).data.cast("B") if values.size else b"", checksum)
@@ -259,7 +259,7 @@ def _checksum(files: str, index: ShardIndex) -> int:
 
 
 def _mapped(file: BinaryIO, header: Header, name: str, dtype: type[Any], columns: int) -> NDArray[Any]:
-    """Map an array from the open file, not from its name, which another process may have given to a newer index."""
+    """Maps an array from the open file, not from its name, which another process may have given to a newer index."""
     tensor = header.tensors[name]
     if tensor.stop == tensor.start:
         return np.empty((tensor.shape[0], columns), dtype)

@@ -30,7 +30,7 @@ class Damage:
 
 
 def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
-    """Find and remove the damaged entries and files of all stores under `root`; runs create them again.
+    """Finds and removes the damaged entries and files of all stores under `root`; runs create them again.
 
     Programs that have a store open can continue: they keep their open files and find entries that have moved.
 

@@ -46,7 +46,7 @@ class _Named:
 
 
 def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
-    """Yield the clips of labels, sorted by path.
+    """Yields the clips of labels, sorted by path.
 
     The layout is `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
 
@@ -98,7 +98,7 @@ def _named(file: TreeFile) -> _Named:
 
 
 def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_Named, str, _Named | Skipped]]:
-    """Yield each label with its id and its clip, or with what is wrong, sorted by path."""
+    """Yields each label with its id and its clip, or with what is wrong, sorted by path."""
     clips_at = {key: _videos_first(group) for key, group in _grouped(media, "key").items()}
     labels_at = _grouped(labels, "key")
     # Files without a counterpart of the same path are compared by their stem alone.
@@ -142,7 +142,7 @@ def _grouped(files: Iterable[_Named], name: str) -> Mapping[str, list[_Named]]:
 
 
 def _videos_first(files: list[_Named]) -> list[_Named]:
-    """Return the videos among files of one name, as the pictures are then previews; the pictures if there are none."""
+    """Returns the videos among files of one name, as the pictures are then previews; the pictures if there are none."""
     videos = [file for file in files if PurePosixPath(file.file.path).suffix.lower() in VIDEO_ENDINGS]
     return videos or files
 

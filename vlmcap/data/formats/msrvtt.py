@@ -14,7 +14,7 @@ from vlmcap.types import Skipped
 
 
 def read_msrvtt(settings: MsrvttConfig, split: str | None = None) -> Entries:
-    """Yield a record for each video with all its sentences (`video_id`, `caption`), in the order of `videos`.
+    """Yields a record for each video with all its sentences (`video_id`, `caption`), in the order of `videos`.
 
     The group is the film that the video was taken from (`url`). `data.caption_key` is a path in a sentence,
     `data.category_key` one in a video.

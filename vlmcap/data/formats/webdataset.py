@@ -46,7 +46,7 @@ class _Sample:
 
 
 def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Entries:
-    """Yield a record for each sample, shard by shard; its id is the shard's path below the root and its basename.
+    """Yields a record for each sample, shard by shard; its id is the shard's path below the root and its basename.
 
     `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; a `{split}` in it stands
     for the split of a shard. The caption is at `data.caption_key` of the json member, or else it is the whole txt
@@ -59,7 +59,7 @@ def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Ent
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `{a,b}` and `{000..099}` into a list of patterns, in order; `{split}` is kept.
+    """Expands `{a,b}` and `{000..099}` into a list of patterns, in order; `{split}` is kept.
 
     Raises:
         UserError: Braces contain something else, or there are more than 100 000 patterns.
@@ -106,7 +106,7 @@ def _shard_entries(settings: WebdatasetConfig, shard: str, split: str) -> Entrie
 
 
 def _samples(settings: WebdatasetConfig, shard: str) -> Iterator[_Sample]:
-    """Return the samples of a shard in its order, without hidden members and those of other endings."""
+    """Returns the samples of a shard in its order, without hidden members and those of other endings."""
     try:
         members = list_members(shard)
     except MediaError as error:

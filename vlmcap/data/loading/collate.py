@@ -41,7 +41,7 @@ class PromptEncoder(Protocol):
         ...
 
     def encode_caption(self, text: str) -> list[int]:
-        """Return the tokens of a caption, without the end token."""
+        """Returns the tokens of a caption, without the end token."""
         ...
 
 
@@ -99,7 +99,7 @@ class Collator:
             raise ValueError(f"mode must be 'train' or 'generate', not '{self.mode}'")
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
-        """Collate the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
+        """Collates the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
         # 1. A sequence of token ids per clip; a clip without a caption has no loss and is skipped.
         skipped = [item for item in items if isinstance(item, Skipped)]
         sequences: list[_Sequence] = []
@@ -142,14 +142,14 @@ class Collator:
         return self.is_packed and self.mode == "train"
 
     def _caption_ids(self, clip: Clip) -> tuple[int, ...]:
-        """Return the untruncated target with its end token; empty for generation and if there is nothing to learn."""
+        """Returns the untruncated target with its end token; empty for generation and if there is nothing to learn."""
         if self.mode == "generate" or not clip.captions:
             return ()
         ids = self.prompt.encode_caption(clip.captions[0])
         return (*ids, self.prompt.end_id) if ids else ()
 
     def _prompt(self, grid_thw: GridTHW | None, times_s: FrameTimes | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Return the ids up to the caption, and which of them are placeholders."""
+        """Returns the ids up to the caption, and which of them are placeholders."""
         video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw, times_s)
         ids: list[int] = []
         is_visual: list[bool] = []
@@ -161,7 +161,7 @@ class Collator:
         return tuple(ids), tuple(is_visual)
 
     def _layout(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-        """Return (R, S), and the row and start of each clip."""
+        """Returns (R, S), and the row and start of each clip."""
         lengths = [len(sequence) for sequence in sequences]
         if self._is_packing and sequences:
             *starts, width = accumulate(lengths, initial=0)
@@ -172,7 +172,7 @@ class Collator:
         ]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
-        """Return ids, mask and positions, each (R, S), and indices, by their names in a `Batch`."""
+        """Returns ids, mask and positions, each (R, S), and indices, by their names in a `Batch`."""
         shape, starts = self._layout(sequences)
         ids = torch.full(shape, self.prompt.pad_id, dtype=torch.int64)
         attention, positions = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -211,7 +211,7 @@ class ValidationCollator:
     is_captioned: bool = True
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
-        """Collate the usable samples."""
+        """Collates the usable samples."""
         bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
         labelled = [
             self.labelled(bare[start : start + self.batch_size]) for start in range(0, len(bare), self.batch_size)
@@ -220,7 +220,7 @@ class ValidationCollator:
 
 
 def flat_indices(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
-    """Locate visual tokens and labels, by their names in a `Batch`.
+    """Locates visual tokens and labels, by their names in a `Batch`.
 
     Args:
         visual_mask: bool (R, S), True where a projected visual token goes.
@@ -236,7 +236,7 @@ def flat_indices(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
 
 
 def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:
-    """Stack tensors, (B, ...), padded with zeros to the largest; None if the samples have none."""
+    """Stacks tensors, (B, ...), padded with zeros to the largest; None if the samples have none."""
     present = [tensor for tensor in tensors if tensor is not None]
     assert len(present) in (0, len(tensors)), "a batch mixes decoded and cached clips"
     if not present:
