@@ -264,13 +264,13 @@ def to_config(node: DictConfig) -> Config:
                 check_kind(group, plain[group], composed.kind)
         check_native_components(plain)
         # 2. Hydra allows `+group.key=value` to add any key; merging plain values into the schema refuses unknown ones.
-        found = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    assert isinstance(found, Config)
-    return found
+    assert isinstance(config, Config)
+    return config
 
 
 def checked_config(node: DictConfig, overrides: Sequence[str]) -> Config:

@@ -61,8 +61,8 @@ class UniqueRunFolder(Callback):
 
 
 def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
-    found = OmegaConf.to_container(config.hydra[kind], resolve=False)
-    return isinstance(found, dict) and "${now:" in str(found["dir"])
+    settings = OmegaConf.to_container(config.hydra[kind], resolve=False)
+    return isinstance(settings, dict) and "${now:" in str(settings["dir"])
 
 
 def _is_first_process(config: DictConfig) -> bool:
@@ -247,6 +247,6 @@ def _remove_unused_folder() -> None:
         return
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    own = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
-    if folder.is_dir() and {child.name for child in folder.iterdir()} <= own:
+    written_by_hydra = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
+    if folder.is_dir() and {child.name for child in folder.iterdir()} <= written_by_hydra:
         shutil.rmtree(folder)

@@ -125,18 +125,18 @@ def verify(overrides: Sequence[str]) -> None:
         print(f"There are no features in {root}.")
         return
     with progress_reporter("verifying shards") as report:
-        found = verify_stores(root, report)
-    for damage in found:
+        damages = verify_stores(root, report)
+    for damage in damages:
         contents = f" (first {damage.contents[0]})" if damage.contents else ""
         kept = "" if damage.is_removed else "; it could not be removed because the folder is not writable"
         print(f"{damage.path}: {damage.reason}{contents}{kept}", file=sys.stderr)
-    if not found:
+    if not damages:
         print(f"All {grouped(sum(store.num_clips for store in stores))} clips in {root} match their checksums.")
         return
-    are_removed = all(damage.is_removed for damage in found)
+    are_removed = all(damage.is_removed for damage in damages)
     end = "they were removed, and the next run encodes them again" if are_removed else "not all could be removed"
-    num_clips = sum(len(damage.contents) for damage in found)
-    print(f"Damaged: {grouped(num_clips)} clips in {grouped(len(found))} files of {root}; {end}.")
+    num_clips = sum(len(damage.contents) for damage in damages)
+    print(f"Damaged: {grouped(num_clips)} clips in {grouped(len(damages))} files of {root}; {end}.")
     raise SystemExit(1)
 
 

@@ -178,8 +178,8 @@ def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
             without being set.
     """
     leaves = [leaf for leaf in _leaves("", run) if not that_follow or "follows" in leaf[2].metadata]
-    found = {path: _why_unread(run, path, owner, known) for path, owner, known in leaves}
-    return {path: why.format(key=path) for path, why in found.items() if why is not None}
+    reasons = {path: _why_unread(run, path, owner, known) for path, owner, known in leaves}
+    return {path: why.format(key=path) for path, why in reasons.items() if why is not None}
 
 
 def _why_unread(run: Run, path: str, owner: Any, known: Field[Any]) -> str | None:

@@ -115,14 +115,14 @@ def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, l
         for index, clip in enumerate(clips):
             for caption in set(clip.captions):
                 positions[hash(caption)].append((split, index))
-    found: dict[str, list[Entry]] = defaultdict(list)
+    entries: dict[str, list[Entry]] = defaultdict(list)
     for key, same in positions.items():
         for split, index in same if len(same) > 1 else ():
             clip = splits[split][index]
             for caption in {caption for caption in clip.captions if hash(caption) == key}:
-                found[caption].append(Entry(split, clip.id, clip.video))
+                entries[caption].append(Entry(split, clip.id, clip.video))
     # Texts are compared again here, as different captions may have the same hash.
-    return sorted(((text, same) for text, same in found.items() if len(same) > 1), key=lambda item: -len(item[1]))
+    return sorted(((text, same) for text, same in entries.items() if len(same) > 1), key=lambda item: -len(item[1]))
 
 
 def read_videos(

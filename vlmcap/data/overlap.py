@@ -25,13 +25,14 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
     # 1. Find the sizes that occur in more than one split.
     keys = {split: [_cheap_key(clip) for clip in clips] for split, clips in splits.items()}
     first_split: dict[Hashable, str] = {}
-    shared = {key for split, own in keys.items() for key in own if key and first_split.setdefault(key, split) != split}
+    pairs = ((split, key) for split, split_keys in keys.items() for key in split_keys if key)
+    shared = {key for split, key in pairs if first_split.setdefault(key, split) != split}
     # 2. Hash the content of the clips with these sizes.
     contents = {}
-    for split, own in keys.items():
-        chosen = [position for position, key in enumerate(own) if key in shared]
+    for split, split_keys in keys.items():
+        chosen = [position for position, key in enumerate(split_keys) if key in shared]
         contents[split] = _first_clip_by_content(
-            [splits[split][position] for position in chosen], [own[position] for position in chosen], memo
+            [splits[split][position] for position in chosen], [split_keys[position] for position in chosen], memo
         )
     # 3. Count the contents that each pair of splits has in common.
     counts, first = [], ""
@@ -71,8 +72,8 @@ def _first_clip_by_content(
     hashes = iter(
         content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist()
     )
-    found: dict[Hashable, Clip] = {}
+    first_clip: dict[Hashable, Clip] = {}
     for clip, key, is_address in zip(clips, keys, is_remote, strict=True):
-        found.setdefault(key if is_address else next(hashes), clip)
-    found.pop(UNREADABLE, None)
-    return found
+        first_clip.setdefault(key if is_address else next(hashes), clip)
+    first_clip.pop(UNREADABLE, None)
+    return first_clip

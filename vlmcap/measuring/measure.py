@@ -154,8 +154,8 @@ class Comparison:
             "process_gib": {"planned": round(PROCESS_BYTES / GIB, 3), "measured": round(measured.process_gib, 3)},
             "context_gib": {"planned": plan.device.context_gib, "measured": round(measured.context_gib, 3)},
             **{
-                name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
-                for name, (planned, found) in seconds.items()
+                name: {"planned": round(planned, 5), "measured": round(actual, 5), "ratio": round(ratios[name], 3)}
+                for name, (planned, actual) in seconds.items()
             },
             "tokens_per_s": round(self.tokens_per_s, 2),
             "caption_tokens": measured.num_new,
@@ -330,8 +330,8 @@ def show_comparison(comparison: Comparison) -> None:
         "training": (plan.training_gib, comparison.training_gib),
         "generation": (plan.generation_gib, comparison.generation_gib),
     }
-    for name, (expected, found) in memory.items():
-        table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
+    for name, (expected, actual) in memory.items():
+        table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{actual:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
     for name, moment, use in (
         ("training", plan.training, measured.training),
         ("generation", plan.generation, measured.generation),
@@ -347,8 +347,8 @@ def show_comparison(comparison: Comparison) -> None:
     # 2. Times.
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
-    for name, (label, expected, found) in rows.items():
-        table.add_row(label, duration(expected), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
+    for name, (label, expected, actual) in rows.items():
+        table.add_row(label, duration(expected), duration(actual), f"{ratios[f'seconds_per_{name}']:.2f}")
     console.print(table)
     # 3. Whether later plans use the figures, and the deviation in one sentence.
     if comparison.why_not_kept:

@@ -126,10 +126,10 @@ def ending_ids(captions: Sequence[Sequence[int]]) -> list[int]:
     wanted_ends = [half + index * (longest - half) // len(captions) for index in range(len(captions))]
     # An end token must not stop another caption early: it occurs in none of them before the end that is wanted there.
     before_ends = {token for caption, end in zip(captions, wanted_ends, strict=True) for token in caption[:end]}
-    found = []
+    end_ids = []
     for caption, end in zip(captions, wanted_ends, strict=True):
-        found += [token for token in caption[end:] if token not in before_ends][:1]
-    return found
+        end_ids += [token for token in caption[end:] if token not in before_ends][:1]
+    return end_ids
 
 
 class _Clock(L.Callback):

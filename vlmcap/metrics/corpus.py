@@ -250,8 +250,8 @@ def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> d
     for index, category in enumerate(categories):
         clips.setdefault(category, []).append(index)
     return {
-        category: corpus_scores(statistics.take(found)) | {"clips": float(len(found))}
-        for category, found in clips.items()
+        category: corpus_scores(statistics.take(indices)) | {"clips": float(len(indices))}
+        for category, indices in clips.items()
     }
 
 

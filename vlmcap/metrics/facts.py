@@ -260,8 +260,8 @@ def _other_clip_accuracy(predicted: _Values, stated: _Values) -> float:
     if pairs == 0:
         return math.nan
     # The products of counts include each clip's own pair, which is no pair of two clips.
-    own = sum(p == s for p, s in zip(predicted, stated, strict=True) if s is not None)
-    return (sum(predicted_counts[value] * count for value, count in stated_counts.items()) - own) / pairs
+    same_clip = sum(p == s for p, s in zip(predicted, stated, strict=True) if s is not None)
+    return (sum(predicted_counts[value] * count for value, count in stated_counts.items()) - same_clip) / pairs
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -85,11 +85,11 @@ class Resampled(NamedTuple):
     """One score on resampled clips, shape (R,) each.
 
     Attributes:
-        own: Draws whose quantiles are the BCa interval of the score.
+        single: Draws whose quantiles are the BCa interval of the score.
         paired: Draws that, minus those of another score on the same resamples, give the interval of the difference.
     """
 
-    own: Floats
+    single: Floats
     paired: Floats
 
 
@@ -121,7 +121,7 @@ def bootstrap(
         raise UserError(f"Unknown interval {method!r}; choose percentile or bca.")
     check_resampling(metric, resamples=resamples, confidence=confidence)
     samples = np.concatenate([metric.score(sums) for sums in resampled_sums([metric.values], resamples, seed)])
-    draws = samples if method == "percentile" else resampled(metric, samples, seed).own
+    draws = samples if method == "percentile" else resampled(metric, samples, seed).single
     low, high = _interval_ends(draws, confidence)
     return Interval(metric.corpus_score(), low, high, confidence)
 
@@ -182,10 +182,10 @@ def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
     clips, score = len(metric.values), metric.corpus_score()
     positions = np.clip(np.linspace(0, 1, len(samples)), 0.5 / len(samples), 1 - 0.5 / len(samples))
     levels = _bca_levels(_student_deviates(positions, clips), samples, score, metric)
-    own = np.empty_like(samples)
+    draws = np.empty_like(samples)
     # As many draws, at the positions of the resamples.
-    own[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)
-    return Resampled(own, _widened(samples, score, clips, seed))
+    draws[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)
+    return Resampled(draws, _widened(samples, score, clips, seed))
 
 
 def approximate_randomization(
@@ -272,11 +272,11 @@ def compare_runs(
     if baseline not in runs:
         raise UserError(f"There is no run {baseline!r} to compare with; choose one of {', '.join(runs)}.")
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    found = {name: paired_bootstrap(runs[baseline], run, **options) for name, run in runs.items() if name != baseline}
-    corrected = holm([comparison.p_value for comparison in found.values()])
+    tests = {name: paired_bootstrap(runs[baseline], run, **options) for name, run in runs.items() if name != baseline}
+    corrected = holm([comparison.p_value for comparison in tests.values()])
     return {
         name: Comparison(c.difference, c.low, c.high, c.p_value, adjusted)
-        for (name, c), adjusted in zip(found.items(), corrected, strict=True)
+        for (name, c), adjusted in zip(tests.items(), corrected, strict=True)
     }
 
 

@@ -84,10 +84,10 @@ def _evaluate(
     name: str, metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float | list[float]:
     try:
-        found = metric(list(predictions), [list(texts) for texts in references])
-        if not isinstance(found, Iterable):
-            return float(found)
-        values = [float(value) for value in found]
+        result = metric(list(predictions), [list(texts) for texts in references])
+        if not isinstance(result, Iterable):
+            return float(result)
+        values = [float(value) for value in result]
     except Exception as error:  # the user's function may raise anything
         raise UserError(
             f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); fix it, or remove its plugin"

@@ -155,8 +155,8 @@ class VideoCaptioner(nn.Module):
             clips = [clip for clip, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
             index = on_device(clips, features.device)
-            own = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> F and P of these clips
-            tokens |= dict(zip(clips, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
+            selected = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> F and P of these clips
+            tokens |= dict(zip(clips, self.projector(selected, grid=(height, width), prompt=prompt), strict=True))
         return torch.cat([tokens[clip] for clip in range(len(batch))])
 
     def merge(self, batch: Batch, visual: Tensor) -> Tensor:
@@ -360,10 +360,10 @@ class VideoCaptioner(nn.Module):
             batch = batch.to(self.device)
             with torch.inference_mode(), autocast(self.device, self.autocast_dtype):  # as in Lightning's test loop
                 texts = self.generate(batch) if len(batch) else []
-            found: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
-            found |= {skipped.clip.id: skipped for skipped in batch.skipped}
-            for index in sorted(found, key=int):
-                yield paths[int(index)], found[index]
+            captions: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
+            captions |= {skipped.clip.id: skipped for skipped in batch.skipped}
+            for index in sorted(captions, key=int):
+                yield paths[int(index)], captions[index]
 
 
 def _print(text: str) -> None:

@@ -150,8 +150,8 @@ def fullest_batch(config: Config, memory_profiler: MemoryProfiler, captions: Cap
 def _scores(config: Config, memory_profiler: MemoryProfiler) -> tuple[dict[str, ProfiledStage], list[str]]:
     """Returns the models of scores by name, and the settings whose models are not known on this machine."""
     profiles = memory_profiler.scores()
-    stages = {key.partition("_")[0]: ProfiledStage(key, found) for key, found in profiles.items() if found is not None}
-    return stages, [f"evaluation.{key}" for key, found in profiles.items() if found is None]
+    stages = {key.partition("_")[0]: ProfiledStage(key, stage) for key, stage in profiles.items() if stage is not None}
+    return stages, [f"evaluation.{key}" for key, stage in profiles.items() if stage is None]
 
 
 def _training_moment(

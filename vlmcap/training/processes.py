@@ -112,13 +112,13 @@ def launch_command(config: Config) -> list[str]:
     folder = Path(config.paths.output_dir).resolve()
     kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(_REPLACED)]
     # All processes share one folder, in which Hydra writes for the first process alone.
-    own = [
+    added = [
         f"paths.output_dir={quoted(folder)}",
         f"hydra.run.dir={quoted(folder)}",
         "hydra.output_subdir=null",
         "hydra/job_logging=stdout",
     ]
-    return [*script, *kept, *own]
+    return [*script, *kept, *added]
 
 
 def _program_command() -> list[str]:

@@ -36,9 +36,9 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
             uses the dtype of the weights. The projector stays in float32.
     """
     # 1. Take the weights out of the model, so that `fully_shard` allocates nothing.
-    found = _strip_to_meta(captioner)
-    weights: dict[str, Any] = {**found} if dist.get_rank() == 0 else {}
-    del found
+    stripped = _strip_to_meta(captioner)
+    weights: dict[str, Any] = {**stripped} if dist.get_rank() == 0 else {}
+    del stripped
     # 2. Divide the model into units, the inner ones first.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False

@@ -140,13 +140,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the optimiser state in the layout of a single process; every process must call this method."""
         plain = getattr(optimizer, "optimizer", optimizer)
-        found: dict[str, Any] = plain.state_dict()
-        return found | {
+        full: dict[str, Any] = plain.state_dict()
+        return full | {
             "state": {
                 index: {
                     name: gather_full(value) if isinstance(value, Tensor) else value for name, value in state.items()
                 }
-                for index, state in found["state"].items()
+                for index, state in full["state"].items()
             }
         }
 

@@ -153,8 +153,8 @@ def video_errors(name: str) -> Iterator[None]:
 def _reading_errors() -> tuple[type[Exception], ...]:
     """Returns the exceptions that bad files raise; those of PyAV only if it was imported to open a video."""
     av: Any = sys.modules.get("av")
-    own = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
-    return own if av is None else (av.FFmpegError, *own)
+    errors = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
+    return errors if av is None else (av.FFmpegError, *errors)
 
 
 def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream:

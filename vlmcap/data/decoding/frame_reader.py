@@ -253,8 +253,8 @@ class FrameReader:
             return
         keys = self._keys_until(moment)
         for back in _KEYS_BACK:
-            if back <= len(keys) and (found := self._find_key(keys[-back])) is not None:
-                yield found
+            if back <= len(keys) and (from_key := self._find_key(keys[-back])) is not None:
+                yield from_key
 
     def _find_key(self, key: KeyPacket) -> Iterator[Packet[VideoStream]] | None:
         """Returns the packets from `key` on, or None if no seek leads to it."""

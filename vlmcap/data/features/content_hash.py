@@ -87,8 +87,8 @@ def _file_hashes(clips: Sequence[Clip], cache: _HashCache, pool: ThreadPoolExecu
     """Returns a record for the address of each file of some clips, and caches the new ones."""
     addresses = list(dict.fromkeys(address for clip in clips for address in clip.frames or (clip.video,)))
     names = [_absolute_address(address) for address in addresses]
-    found = cache.find(names)
-    before = [found.get(name) for name in names]
+    cached = cache.find(names)
+    before = [cached.get(name) for name in names]
     # Files whose size and version are those in the cache are not read.
     now = list(pool.map(_hash_file, addresses, before))
     cache.add(
@@ -158,7 +158,7 @@ class _HashCache:
 
     def find(self, addresses: Iterable[str]) -> dict[str, _HashRecord]:
         """Returns the cached records of some files."""
-        found: dict[str, _HashRecord] = {}
+        records: dict[str, _HashRecord] = {}
         names = list(addresses)
         for start in range(0, len(names), 500):  # SQLite limits the number of values in a statement
             if self._connection is None:
@@ -168,14 +168,14 @@ class _HashCache:
             query = f"SELECT address, size, version, hash, checksum FROM hashes WHERE address IN ({marks})"
             try:
                 rows = self._connection.execute(query, chunk).fetchall()
-                found |= {
+                records |= {
                     address: tuple(known)
                     for address, *known, checksum in rows
                     if checksum == _checksum(address, *known)
                 }
             except sqlite3.Error as error:
                 self._reset(error)
-        return found
+        return records
 
     def add(self, rows: Sequence[tuple[str, int, str, str]]) -> None:
         """Caches the records of some files."""

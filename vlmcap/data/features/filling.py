@@ -163,10 +163,10 @@ class _Filling:
         return [_Chunk(hashlib.sha256(self.hashes[part].tobytes()).hexdigest()[:24], part) for part in slices]
 
     def _missing(self, chunk: _Chunk) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = chunk.positions[
+        positions: NDArray[np.int64] = chunk.positions[
             self.store.missing(self.hashes[chunk.positions], retry_lost=self.retry_lost)
         ]
-        return found
+        return positions
 
     def _is_incomplete(self, chunk: _Chunk) -> bool:
         self._left[chunk.name] = len(self._missing(chunk))

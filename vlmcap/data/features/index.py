@@ -124,8 +124,8 @@ def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray
     if not len(ordered):
         return np.zeros(len(hashes), bool)
     rows = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
-    found: NDArray[np.bool_] = ordered[rows] == hashes
-    return found
+    is_present: NDArray[np.bool_] = ordered[rows] == hashes
+    return is_present
 
 
 def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str | None = None) -> ShardIndex:
@@ -146,7 +146,7 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
     for name in broken.keys() - present.keys():
         del broken[name]
     # 2. Read the headers of new shards.
-    found = []
+    new = []
     for name in sorted(present.keys() - (known.keys() - gone) - broken.keys()):
         try:
             shard = read_shard(folder / name)
@@ -157,9 +157,9 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
         except FileNotFoundError:  # evicted since the folder was listed
             continue
         else:
-            found.append((ShardFile(name, *present[name], shard.dtype, shard.skipped, shard.lost, shard.errors), shard))
+            new.append((ShardFile(name, *present[name], shard.dtype, shard.skipped, shard.lost, shard.errors), shard))
     index = index.without(gone) if gone else index
-    return index.with_shards(found) if found else index
+    return index.with_shards(new) if new else index
 
 
 def _list(folder: Path) -> dict[str, tuple[int, int]]:

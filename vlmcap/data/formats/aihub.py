@@ -63,16 +63,16 @@ def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
     """
     labels: list[_Named] = []
     media: list[_Named] = []
-    for found in list_files(settings.root, "follow" if settings.allow_outside else "refuse"):
-        if isinstance(found, Skipped):
-            if split is None or split_in_path(f"{found.clip.id}/")[0] in ("", standard_split(split)):
-                yield found
+    for file in list_files(settings.root, "follow" if settings.allow_outside else "refuse"):
+        if isinstance(file, Skipped):
+            if split is None or split_in_path(f"{file.clip.id}/")[0] in ("", standard_split(split)):
+                yield file
             continue
-        ending = PurePosixPath(found.path).suffix.lower()
+        ending = PurePosixPath(file.path).suffix.lower()
         if ending == ".json":
-            labels.append(_named(found))
+            labels.append(_named(file))
         elif ending in VIDEO_ENDINGS or ending in IMAGE_ENDINGS:
-            media.append(_named(found))
+            media.append(_named(file))
     if not labels:
         raise UserError(
             f"{settings.root} contains {len(media)} clips but no labels (.json); set data.root to the folder that "
@@ -157,9 +157,7 @@ def _read_label(label: _Named, clip_id: str, video: str, settings: AihubConfig) 
         return skip(clip_id, f"the label {name} is not JSON ({error}); repair or remove it", video)
     captions = captions_at(content, settings.caption_key)
     if not captions.texts:
-        found = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
-        return skip(
-            clip_id, f"the label {name} has {found}; set data.caption_key, or repair or remove the label", video
-        )
+        why = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
+        return skip(clip_id, f"the label {name} has {why}; set data.caption_key, or repair or remove the label", video)
     category = text_at(content, settings.category_key) if settings.category_key else ""
     return Record(Clip(clip_id, video, captions.texts, category), label.split, num_empty=captions.num_empty)

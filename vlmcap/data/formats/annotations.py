@@ -31,14 +31,14 @@ def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tup
     pattern = settings.annotations or ""
     if "{split}" not in pattern:
         return [("", address) for address in annotation_files(settings)]
-    found: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for name in dict.fromkeys([*SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
-            if found.setdefault(address, name) != name:
+            if split_of.setdefault(address, name) != name:
                 raise UserError(
-                    f"data.annotations={pattern}: {address} could belong to {found[address]} or to {name}; rename it"
+                    f"data.annotations={pattern}: {address} could belong to {split_of[address]} or to {name}; rename it"
                 )
-    wanted = [(name, address) for address, name in found.items() if split in (None, name)]
+    wanted = [(name, address) for address, name in split_of.items() if split in (None, name)]
     if not wanted:
         # Raises an error that lists the existing files, if there is no file at all.
         annotation_files(replace(settings, annotations=pattern.replace("{split}", split or "train")))
@@ -84,9 +84,9 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
     Raises:
         UserError: There is no such list.
     """
-    found = content if key is None else content.get(key) if isinstance(content, dict) else None
-    if isinstance(found, list):
-        return found
+    entries = content if key is None else content.get(key) if isinstance(content, dict) else None
+    if isinstance(entries, list):
+        return entries
     wanted = "a list of entries" if key is None else f"an object with a list '{key}'"
     raise UserError(
         f"data.annotations: {address} contains {_describe(content)} instead of {wanted}; name another file, or choose "

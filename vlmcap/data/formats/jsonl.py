@@ -116,7 +116,7 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
     except OutsideRootError as error:
         raise _BadLineError(str(error)) from error
     keys = (settings.caption_key, "captions")
-    captions = next((found for key in keys if (found := captions_at(content, key)).texts), None)
+    captions = next((at_key for key in keys if (at_key := captions_at(content, key)).texts), None)
     if captions is None:
         raise _BadLineError(
             f"there is no caption at data.caption_key={settings.caption_key} or "
@@ -135,8 +135,8 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
 def _media_names(content: dict[str, Any]) -> list[str]:
     keys = [key for key in _MEDIA_KEYS if key in content]
     if len(keys) != 1:
-        found = " and ".join(keys) or f"none of them, but {', '.join(map(str, content))}"
-        raise _BadLineError(f"a line must have one of video, image and frames, but this one has {found}")
+        stated = " and ".join(keys) or f"none of them, but {', '.join(map(str, content))}"
+        raise _BadLineError(f"a line must have one of video, image and frames, but this one has {stated}")
     value = content[keys[0]]
     names = value if keys[0] == "frames" else [value]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):

@@ -35,8 +35,8 @@ def value_at(label: Any, key: str) -> Any:
             return label[key]
         words = key.split(".")
         names = (".".join(words[:count]) for count in range(len(words) - 1, 0, -1))
-        found = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
-        return next((value for value in found if value is not None), None)
+        values = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
+        return next((value for value in values if value is not None), None)
     first, _, rest = key.partition(".")
     if isinstance(label, list) and first.isdecimal() and int(first) < len(label):
         return value_at(label[int(first)], rest) if rest else label[int(first)]
@@ -66,8 +66,8 @@ def why_no_caption(label: Any, *keys: str) -> str:
         there = " (the text there is empty, or has only invisible characters)"
     else:
         there = f" (there is {_KINDS.get(type(value), 'an object')})"
-    found = describe_keys(label)
-    return f"{there}, {'and' if found == _NO_TEXT else 'but'} {found}"
+    description = describe_keys(label)
+    return f"{there}, {'and' if description == _NO_TEXT else 'but'} {description}"
 
 
 def _is_texts(value: list[Any]) -> bool:

@@ -127,12 +127,12 @@ class CaptionDataModule(L.LightningDataModule):
     ) -> DataLoader[Any]:
         """Returns each clip once over all ranks; ranks may differ by one clip, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
-        own = range(rank, len(clips), world_size)
+        indices = range(rank, len(clips), world_size)
         # A batch keeps a GPU busy for minutes, so each worker prefetches only one; the frames of a large batch take
         # gigabytes.
         prefetch = 1 if self.data.num_workers else None
         options = self._loader_options(clips, collator, batch_size)
-        return DataLoader(sampler=own, batch_size=batch_size, prefetch_factor=prefetch, **options)
+        return DataLoader(sampler=indices, batch_size=batch_size, prefetch_factor=prefetch, **options)
 
     def _loader_options(
         self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], num_clips: int

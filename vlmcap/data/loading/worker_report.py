@@ -182,8 +182,8 @@ class WorkerWatch:
         return f"no batch came from the data workers for {seconds:.0f} s{reading}: {cause}"
 
     def _describe_death(self, pids: list[int], signal_name: str | None) -> str:
-        found = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]
-        clips = {clip.video: clip for clip in found if clip is not None}
+        being_read = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]
+        clips = {clip.video: clip for clip in being_read if clip is not None}
         how = f" (signal {signal_name.strip()})" if signal_name else ""
         which = f", process {', '.join(map(str, pids))}," if pids else ""
         who = f"a data worker{which} died{how}"

@@ -51,13 +51,13 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
         if re.search(r"[%?#]", relative):  # a server may decode %2e%2e to ..
             raise OutsideRootError(f"{name!r} contains %, ? or #, which have a meaning in a URL; rename the file")
         return f"{settings.root.rstrip('/')}/{relative}"
-    found = _local_file(settings, relative) or _archive_member(settings, relative, "/".join(parts))
-    if found is None:
+    address = _local_file(settings, relative) or _archive_member(settings, relative, "/".join(parts))
+    if address is None:
         broken = [archive.error for archive in _archives(settings) if archive.error]
         raise OutsideRootError(
             f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else "")
         )
-    return found
+    return address
 
 
 def annotation_files(settings: AnnotatedConfig) -> list[str]:
@@ -79,15 +79,15 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
         except OutsideRootError as error:
             raise UserError(f"data.annotations: {error}") from error
     try:
-        found = sorted(_matching(settings, pattern))
+        addresses = sorted(_matching(settings, pattern))
     except MediaError as error:
         raise UserError(f"data.root={root}: {error}") from error
-    if not found:
+    if not addresses:
         raise UserError(
             f"data.annotations={settings.annotations} is not a file below data.root={root}; "
             f"{_describe_root(root, pattern)}"
         )
-    return found
+    return addresses
 
 
 def real_address(address: str) -> str:
@@ -181,13 +181,13 @@ def _archive_member(settings: AnnotatedConfig, relative: str, name: str) -> str 
     ]
     # A member may have its path below the archive's folder, its path below the root, or its name in the annotations.
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
-        found = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
-        if len(found) > 1:
+        addresses = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
+        if len(addresses) > 1:
             raise OutsideRootError(
-                f"{found[0]} and {found[1]} have the same name; set data.media to the archive to use"
+                f"{addresses[0]} and {addresses[1]} have the same name; set data.media to the archive to use"
             )
-        if found:
-            return found[0]
+        if addresses:
+            return addresses[0]
     return None
 
 

@@ -160,9 +160,9 @@ def list_files(pattern: str) -> list[str]:
         system, name = _file_system(pattern)
         base = str(system._strip_protocol(folder))
         infos: Mapping[str, Mapping[str, Any]] = system.glob(name, detail=True)
-        found = sorted(str(match) for match, info in infos.items() if info.get("type", "file") == "file")
+        files = sorted(str(match) for match, info in infos.items() if info.get("type", "file") == "file")
         prefix = f"{folder}/" if folder else ""
-        return [prefix + match.removeprefix(base).lstrip("/") for match in found]
+        return [prefix + match.removeprefix(base).lstrip("/") for match in files]
 
 
 def _stat_local(path: str) -> MediaStat:

@@ -184,8 +184,8 @@ def archives_below(root: str, outside: Outside = "skip") -> tuple[Archive, ...]:
 
 @lru_cache(maxsize=8)
 def _archives_below(root: str, outside: Outside, version: tuple[int, ...]) -> tuple[Archive, ...]:
-    found = [path for path in walk(root, outside) if is_archive(path)]
-    return tuple(_archive(path, os.path.splitext(Path(path).relative_to(root).as_posix())[0]) for path in found)
+    paths = [path for path in walk(root, outside) if is_archive(path)]
+    return tuple(_archive(path, os.path.splitext(Path(path).relative_to(root).as_posix())[0]) for path in paths)
 
 
 def _archive(path: str, folder: str) -> Archive:

@@ -125,9 +125,9 @@ def penalised(logits: Tensor, ids: Tensor, counts: Tensor, penalty: float) -> Te
     """
     is_used = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
     used = torch.where(is_used, ids, ids[:, :1])  # the first token replaces those not written yet
-    found = logits.gather(1, used)
-    lowered = torch.where(found < 0, found * penalty, found / penalty)
-    return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, found))
+    used_logits = logits.gather(1, used)
+    lowered = torch.where(used_logits < 0, used_logits * penalty, used_logits / penalty)
+    return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, used_logits))
 
 
 def without_repeats(logits: Tensor, ids: Tensor, counts: Tensor, size: int) -> Tensor:

@@ -205,18 +205,18 @@ class FusedExperts(nn.Module):
         if top_k_index.numel() < self.num_experts:
             # Few pairs: one matrix per pair.
             rows = hidden_states[:, None].expand(-1, top_k, -1).flatten(0, 1)  # (N, H) -> (S, H)
-            found = self._run(rows[:, None], top_k_index.flatten(), None).unflatten(0, (-1, top_k)).squeeze(2)
+            outputs = self._run(rows[:, None], top_k_index.flatten(), None).unflatten(0, (-1, top_k)).squeeze(2)
         elif num_tokens <= _DENSE_TOKENS and waits_for_groups(device, dtype) and not torch.is_grad_enabled():
             # Few tokens without a grouped kernel: all tokens go through all experts.
             every = self._run(hidden_states.expand(self.num_experts, -1, -1), None, None)  # (E, N, H)
-            found = every[top_k_index, torch.arange(num_tokens, device=device)[:, None]]
+            outputs = every[top_k_index, torch.arange(num_tokens, device=device)[:, None]]
         else:
             # Many tokens: pairs are sorted by expert for a grouped product.
             chosen, order = top_k_index.flatten().sort(stable=True)
             experts = torch.arange(self.num_experts, device=device)
             offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
-            found = self._run(hidden_states[order // top_k], None, offsets)[order.argsort()].unflatten(0, (-1, top_k))
-        return (found * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)  # (N, K, H) -> (N, H)
+            outputs = self._run(hidden_states[order // top_k], None, offsets)[order.argsort()].unflatten(0, (-1, top_k))
+        return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)  # (N, K, H) -> (N, H)
 
     def _run(self, rows: Tensor, experts: Tensor | None, offsets: Tensor | None) -> Tensor:
         """Runs experts on rows in the layout of `_product`.
@@ -292,8 +292,8 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
     """
     from bitsandbytes.nn import Params4bit
 
-    found = list(stock_experts(model))
-    for name, module in found:
+    experts = list(stock_experts(model))
+    for name, module in experts:
         weights: list[Any] = [getattr(module, matrix) for matrix in MATRICES]
         if to_pack and any(weight[0].numel() % BLOCK for weight in weights):
             raise UserError(
@@ -304,7 +304,7 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
         model.set_submodule(
             name, FusedExperts(weights[0], weights[1], cast(nn.Module, module.act_fn)).train(module.training)
         )
-    return len(found)
+    return len(experts)
 
 
 def fused_experts(model: nn.Module) -> list[FusedExperts]:

@@ -261,13 +261,13 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: An adapter is missing, unexpected or of another shape.
     """
-    own = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
+    adapters = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
     names = {name: name.removeprefix("captioner.").removeprefix("llm.") for name in weights if "lora_" in name}
     saved = {short: weights[name] for name, short in names.items() if not short.startswith(("encoder.", "projector."))}
-    for name in sorted(own.keys() ^ saved.keys()):
+    for name in sorted(adapters.keys() ^ saved.keys()):
         problem = "has no place in the model" if name in saved else "is missing in the checkpoint"
         raise UserError(f"adapter {name} {problem}; set tuning.lora and llm.checkpoint to those of the run")
-    for name, tensor in own.items():
+    for name, tensor in adapters.items():
         if tensor.shape != saved[name].shape:
             raise UserError(
                 f"adapter {name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}; set "
@@ -287,9 +287,9 @@ def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> N
         for name, tensor in weights.items()
         if name.startswith("captioner.llm.")
     }
-    own = model.state_dict()
+    state = model.state_dict()
     for name, tensor in saved.items():
-        if name not in own or own[name].shape != tensor.shape:
+        if name not in state or state[name].shape != tensor.shape:
             raise UserError(
                 f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; set llm.checkpoint to "
                 "that of the run"

@@ -101,7 +101,7 @@ def _print_hardware(cells: Sequence[Cell], console: Console) -> None:
         style="bold",
     )
     rows, columns = _distinct(cell.encoder for cell in cells), _distinct(cell.llm for cell in cells)
-    found = {(cell.encoder, cell.llm): cell for cell in cells}
+    cell_of = {(cell.encoder, cell.llm): cell for cell in cells}
     first = max(map(len, rows))
     widths = {llm: 1 + max(len(piece) for piece in (*head(llm), "✗100.0")) for llm in columns}
     for block in _blocks(columns, widths, console.width - first):
@@ -113,7 +113,7 @@ def _print_hardware(cells: Sequence[Cell], console: Console) -> None:
         for encoder in rows:
             text = Text(encoder.ljust(first))
             for llm in block:
-                text.append(*_styled(found[encoder, llm], widths[llm]))
+                text.append(*_styled(cell_of[encoder, llm], widths[llm]))
             console.print(text)
         console.print()
 

@@ -234,7 +234,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
         [prediction.clip.captions for prediction in predictions],
     )
     each = score_each(texts, references, tokenizer=tokenizer)
-    each = [scores | own for scores, own in zip(each, user_scores_each(texts, references), strict=True)]
+    each = [scores | user_scores for scores, user_scores in zip(each, user_scores_each(texts, references), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for prediction, scores in zip(predictions, each, strict=True):

@@ -288,13 +288,13 @@ def write_components(folder: Path, config: Config, weights: Mapping[str, Tensor]
     beside.mkdir()
     for component in EXPORT_COMPONENTS:
         prefix = f"captioner.{component}."
-        found = {
+        component_weights = {
             name.removeprefix(prefix): tensor.contiguous()
             for name, tensor in weights.items()
             if name.startswith(prefix)
         }
-        if found:
-            save_file(found, beside / f"{component}.safetensors")
+        if component_weights:
+            save_file(component_weights, beside / f"{component}.safetensors")
     write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
     (beside / EXPORT_ORIGIN).write_text(json.dumps(origin, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
