@@ -90,7 +90,7 @@ def keys(schema: type, prefix: str) -> Iterator[Key]:
 
 def comments(schema: type) -> dict[str, str]:
     """Returns the comment behind or above each field by its name, including inherited fields."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for owner in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
         lines = inspect.getsource(owner).splitlines()
         tree = ast.parse(inspect.cleandoc("\n".join(lines))).body[0]
@@ -101,8 +101,8 @@ def comments(schema: type) -> dict[str, str]:
                 and isinstance(node.target, ast.Name)
                 and (text := _comment(lines, node))
             ):
-                found[node.target.id] = text
-    return found
+                texts[node.target.id] = text
+    return texts
 
 
 def _comment(lines: Sequence[str], node: ast.AnnAssign) -> str:

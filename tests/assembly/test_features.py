@@ -290,7 +290,7 @@ def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun
     clips = assembly.features.clips["train"]
     grids, times_s = zip(*assembly.features.layouts(clips), strict=True)
     assert grids == ((4, 2, 2),) * 6, "the clips have four frames"
-    assert all(len(own) == 4 for own in times_s)
+    assert all(len(clip_times) == 4 for clip_times in times_s)
 
 
 @pytest.mark.parametrize("batching", thinned(["by_length", "packed"], lambda batching: batching == "packed"))

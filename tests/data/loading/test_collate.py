@@ -162,13 +162,13 @@ def test_packed_clips_stand_one_behind_another(is_cached: bool) -> None:
     assert (len(batch), rows.position_ids) == (3, None)
     assert batch.clips == rows.clips
     # Each is what the rows hold without their padding, in their order, which is that of the visual tokens.
-    for own, padded in (
+    for features, padded in (
         (batch.input_ids, rows.input_ids),
         (batch.labels, rows.labels),
         (batch.visual_mask, rows.visual_mask),
     ):
-        assert own.shape == (1, int(real.sum()))
-        assert torch.equal(own[0], padded[real])
+        assert features.shape == (1, int(real.sum()))
+        assert torch.equal(features[0], padded[real])
     assert batch.attention_mask.all()
     assert batch.position_ids[0].tolist() == [place for length in real.sum(1).tolist() for place in range(length)]
     assert batch.num_label_tokens == rows.num_label_tokens

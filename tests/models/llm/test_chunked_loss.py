@@ -216,11 +216,11 @@ def test_float16_gradients_do_not_vanish_in_a_large_vocabulary(factor: float) ->
     weight = (torch.randn(50_000, 32, generator=generator) * 0.3).half()
     labels = torch.randint(0, 50_000, (6,), generator=generator)
     expected = exact_gradient(hidden, weight, labels)
-    own = hidden.clone().requires_grad_()
-    (chunked_cross_entropy(own, weight, labels, 4) * factor).backward()
-    assert own.grad is not None
-    assert own.grad.isfinite().all()
-    assert float((own.grad.double() / factor - expected).norm()) <= 3e-3 * float(expected.norm())
+    leaf = hidden.clone().requires_grad_()
+    (chunked_cross_entropy(leaf, weight, labels, 4) * factor).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert float((leaf.grad.double() / factor - expected).norm()) <= 3e-3 * float(expected.norm())
 
 
 def test_the_gradient_is_scaled_by_what_comes_after() -> None:

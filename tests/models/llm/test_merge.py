@@ -241,7 +241,7 @@ def num_products(model: nn.Module) -> int:
     """Counts the linear layers that run for a token."""
     calls: list[nn.Module] = []
     handles = [
-        module.register_forward_hook(lambda own, *_: calls.append(own))
+        module.register_forward_hook(lambda layer, *_: calls.append(layer))
         for module in model.modules()
         if type(module) is nn.Linear
     ]
