@@ -43,7 +43,7 @@ class Features:
         store: Store that holds the features.
         clips: Clips of each split.
         hashes: Content hashes of the clips of each split, in their order; they are the keys of the store.
-        memo: File that caches the hashes of media files.
+        hash_file: File that caches the hashes of media files.
         pool_size: Patches per side that were averaged before storing; None if the encoder's features are stored.
         second: Features of the second of two joined encoders.
         join_grids: Patch grids of both encoders.
@@ -52,36 +52,36 @@ class Features:
     store: FeatureStore
     clips: Mapping[str, Sequence[Clip]]
     hashes: Mapping[str, NDArray[np.bytes_]]
-    memo: Path
+    hash_file: Path
     pool_size: int | None = None
     second: Features | None = None
     join_grids: tuple[tuple[int, int], tuple[int, int]] | None = None
 
-    def hashes_of(self, chosen: Sequence[Clip]) -> NDArray[np.bytes_]:
+    def hashes_of(self, clips: Sequence[Clip]) -> NDArray[np.bytes_]:
         """Returns the content hashes of a full split, or of any of its clips."""
         from vlmcap.data.features.content_hash import content_hashes
 
-        split = next((split for split, members in self.clips.items() if members is chosen), None)
-        return content_hashes(chosen, self.memo) if split is None else self.hashes[split]
+        split = next((split for split, members in self.clips.items() if members is clips), None)
+        return content_hashes(clips, self.hash_file) if split is None else self.hashes[split]
 
-    def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
+    def dataset(self, clips: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         """Builds a data set of the features of a full split, or of any of its clips."""
         from vlmcap.assembly.joined_features import JoinedFeatureDataset
         from vlmcap.data.features.feature_dataset import FeatureDataset, PooledFeatureDataset
 
-        hashes = self.hashes_of(chosen)
+        hashes = self.hashes_of(clips)
         if self.second is not None and self.join_grids is not None:
-            first, second = (FeatureDataset(chosen, hashes, store) for store in (self.store, self.second.store))
+            first, second = (FeatureDataset(clips, hashes, store) for store in (self.store, self.second.store))
             return JoinedFeatureDataset(first, second, self.join_grids)
         if self.pool_size is None:
-            return FeatureDataset(chosen, hashes, self.store)
-        return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
+            return FeatureDataset(clips, hashes, self.store)
+        return PooledFeatureDataset(clips, hashes, self.store, self.pool_size)
 
-    def layouts(self, chosen: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
+    def layouts(self, clips: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
         """Yields size in patches (None for the encoder's grid) and times of each clip; both None without features."""
         from vlmcap.data.features.feature_dataset import pooled_grid
 
-        for content in self.hashes_of(chosen):
+        for content in self.hashes_of(clips):
             name = bytes(content)
             grid, times_s = (
                 (self.store.grid_thw(name), self.store.times_s(name)) if name in self.store else (None, None)
@@ -116,13 +116,13 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
         _is_worthwhile(one, store, clips) for one, store in zip(plans, stores, strict=True)
     ):
         return None
-    memo = hash_memo(config)
-    hashes = hash_clips(clips, memo)
+    hash_file = hash_cache(config)
+    hashes = hash_clips(clips, hash_file)
     for one, store in zip(plans, stores, strict=True):
         fill_store(one, store, clips, hashes)
     if config.cache.max_gib is not None:
         prune(stores[0].root, round(config.cache.max_gib * 2**30), keep=[store.key for store in stores])
-    features = [Features(store, clips, hashes, memo, config.pool_size) for store in stores]
+    features = [Features(store, clips, hashes, hash_file, config.pool_size) for store in stores]
     if len(features) == 1:
         return features[0]
     return dataclasses.replace(features[0], second=features[1], join_grids=cast(Any, plan.meta_encoder).grids)
@@ -154,7 +154,7 @@ def features_folder(config: Config) -> Path:
     return Path(config.paths.cache_dir) / "features"
 
 
-def hash_memo(config: Config) -> Path:
+def hash_cache(config: Config) -> Path:
     """Returns the file that caches the content hashes of media."""
     return Path(config.paths.cache_dir) / "content.sqlite"
 
@@ -188,7 +188,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     )
 
 
-def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDArray[np.bytes_]]:
+def hash_clips(clips: Mapping[str, Sequence[Clip]], hash_file: Path) -> dict[str, NDArray[np.bytes_]]:
     """Returns the content hashes of the clips of each split."""
     from vlmcap.data.features.content_hash import content_hashes
     from vlmcap.terminal import progress_reporter
@@ -196,18 +196,18 @@ def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDA
     hashes = {}
     for split, members in clips.items():
         with progress_reporter(f"hashing the {split} split", silent_s=_SILENT_S) as report:
-            hashes[split] = content_hashes(members, memo, report)
+            hashes[split] = content_hashes(members, hash_file, report)
     return hashes
 
 
-def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
+def warn_about_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
     """Warns about captions that were left out, videos in several splits, and too little shared memory for workers."""
     from vlmcap.data.loading.shared_memory import shared_memory_problem
     from vlmcap.data.overlap import describe_overlap
 
     note = clips.note if isinstance(clips, Splits) else ""
     problem = shared_memory_problem() if config.data.num_workers else None
-    overlap = None if config.trainer.overfit else describe_overlap(clips, hash_memo(config))
+    overlap = None if config.trainer.overfit else describe_overlap(clips, hash_cache(config))
     for sentence in (note, overlap, problem):
         if sentence:
             print(f"Warning: {sentence}", file=sys.stderr, flush=True)

@@ -116,9 +116,11 @@ def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDA
     folder = _folder(config, group)
     prompt = load_prompt_of(config, folder)
     sha256 = fingerprint(folder, getattr(config, group).checkpoint, has_weights=False).sha256
-    memo = Path(config.paths.cache_dir) / "manifests"
+    manifests = Path(config.paths.cache_dir) / "manifests"
     fingerprinted = f"{sha256}:{prompt.caption_lead}"
-    return [caption_lengths(clips, prompt.encode_caption, folder=memo, fingerprint=fingerprinted) for clips in splits]
+    return [
+        caption_lengths(clips, prompt.encode_caption, folder=manifests, fingerprint=fingerprinted) for clips in splits
+    ]
 
 
 def _with_licenses(config: Config) -> Config:

@@ -17,7 +17,7 @@ from vlmcap.assembly.base_checkpoints import locate_base_checkpoints
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.components import device_of, load_encoder
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
-from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store, plans_of
+from vlmcap.assembly.features import features_folder, fill_store, hash_cache, hash_clips, open_store, plans_of
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
@@ -68,7 +68,7 @@ def build(overrides: Sequence[str]) -> None:
     clips = load_splits(config, (), tuple(Split))
     base_checkpoints = locate_base_checkpoints(config, is_encoder_only=True)
     meta_encoder = load_encoder(config, base_checkpoints.folders, is_meta=True)
-    hashes = hash_clips(clips, hash_memo(config))
+    hashes = hash_clips(clips, hash_cache(config))
     for plan in plans_of(FeaturePlan(config, base_checkpoints, meta_encoder, grid_of_frames(config, meta_encoder))):
         store = open_store(plan)
         fill_store(plan, store, clips, hashes)

@@ -53,7 +53,8 @@ def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
     # Union-find: `parent` leads from each hash to the root of its group.
     parent = np.arange(len(distinct))
     for first, second in _near_pairs(distinct, max_distance):
-        _join(parent, first, second)
+        low, high = sorted((_root(parent, first), _root(parent, second)))
+        parent[high] = low
     roots = np.array([_root(parent, index) for index in range(len(distinct))], dtype=np.int64)[inverse.reshape(-1)]
     groups: dict[int, list[int]] = {}
     for clip, root in enumerate(roots.tolist()):
@@ -89,8 +90,3 @@ def _root(parent: NDArray[np.int64], index: int) -> int:
         parent[index] = parent[parent[index]]  # halves the path for later calls
         index = int(parent[index])
     return index
-
-
-def _join(parent: NDArray[np.int64], first: int, second: int) -> None:
-    low, high = sorted((_root(parent, first), _root(parent, second)))
-    parent[high] = low

@@ -12,7 +12,7 @@ from vlmcap.data.media.storage import local_file
 from vlmcap.types import Clip
 
 
-def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | None:
+def describe_overlap(splits: Mapping[str, Sequence[Clip]], hash_file: Path) -> str | None:
     """Describes in one sentence the videos whose content is in more than one split; None if there are none.
 
     Contents are compared only where sizes are equal, so very little is read. Files in an object store are compared by
@@ -20,7 +20,7 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
 
     Args:
         splits: Split name to clips.
-        memo: File of known hashes, as for `content_hashes`.
+        hash_file: File of known hashes, as for `content_hashes`.
     """
     # 1. Find the sizes that occur in more than one split.
     keys = {split: [_cheap_key(clip) for clip in clips] for split, clips in splits.items()}
@@ -32,7 +32,7 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
     for split, split_keys in keys.items():
         chosen = [position for position, key in enumerate(split_keys) if key in shared]
         contents[split] = _first_clip_by_content(
-            [splits[split][position] for position in chosen], [split_keys[position] for position in chosen], memo
+            [splits[split][position] for position in chosen], [split_keys[position] for position in chosen], hash_file
         )
     # 3. Count the contents that each pair of splits has in common.
     counts, first = [], ""
@@ -65,12 +65,12 @@ def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
 
 
 def _first_clip_by_content(
-    clips: Sequence[Clip], keys: Sequence[tuple[Hashable, ...] | None], memo: Path
+    clips: Sequence[Clip], keys: Sequence[tuple[Hashable, ...] | None], hash_file: Path
 ) -> dict[Hashable, Clip]:
     """Maps each content to the first of the clips that have it."""
     is_remote = [key == (clip.frames or (clip.video,)) for clip, key in zip(clips, keys, strict=True)]
     hashes = iter(
-        content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist()
+        content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], hash_file).tolist()
     )
     first_clip: dict[Hashable, Clip] = {}
     for clip, key, is_address in zip(clips, keys, is_remote, strict=True):

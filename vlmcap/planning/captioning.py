@@ -82,7 +82,7 @@ def plan_captions(
     config: Config,
     device: DeviceInfo,
     memory_profiler: MemoryProfiler,
-    steps: Sequence[ProfiledStage],
+    stages: Sequence[ProfiledStage],
     lengths: CaptionLengths,
     scores: Mapping[str, ProfiledStage],
 ) -> CaptionPlan:
@@ -92,12 +92,12 @@ def plan_captions(
         config: Run configuration.
         device: Device that it runs on.
         memory_profiler: Memory profiler of the configuration.
-        steps: Stages of a training step, whose weights stay on the GPU.
+        stages: Stages of a training step, whose weights stay on the GPU.
         lengths: Lengths of captions.
         scores: Score name to the stage of its model.
     """
     plans = [
-        _CaptionPlanner(config, device, memory_profiler, steps, lengths, scores, is_merged).largest()
+        _CaptionPlanner(config, device, memory_profiler, stages, lengths, scores, is_merged).largest()
         for is_merged in ways_to_merge(config)
     ]
     fitting = [plan for plan in plans if _fits(plan.moment, device, 1.0)]
@@ -128,7 +128,7 @@ class _CaptionPlanner:
     config: Config
     device: DeviceInfo
     memory_profiler: MemoryProfiler
-    steps: Sequence[ProfiledStage]
+    stages: Sequence[ProfiledStage]
     lengths: CaptionLengths
     scores: Mapping[str, ProfiledStage]
     is_merged: bool
@@ -199,10 +199,10 @@ class _CaptionPlanner:
         is_repeated = not self.device.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, memory_profiler)
         # Clips that are captioned later wait on the GPU.
-        held = {name: size * self.num_clips(slots)} | kept_between_steps(self.steps, config.optim.kind.value)
+        held = {name: size * self.num_clips(slots)} | kept_between_steps(self.stages, config.optim.kind.value)
         prompt = self.prompt(slots).memory
         held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(
-            self.steps[-1].memory.weights.values()
+            self.stages[-1].memory.weights.values()
         )
         work = Captioning(
             prefill=prompt,
@@ -216,11 +216,11 @@ class _CaptionPlanner:
             / memory_profiler.depth,
             is_reserved=is_native,
         )
-        stages = [
+        generation_stages = [
             *stages_in_front(config, memory_profiler, min(slots, MAX_ENCODED_CLIPS) if is_native else slots),
-            self.steps[-1],
+            self.stages[-1],
         ]
-        moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))
+        moment = generation_peak(generation_stages, held, work, self.scores, unused_share=unused_share(config))
         return scale_activations(moment, self.device.activation_ratio)
 
     def token(self, slots: int) -> TokenWork:

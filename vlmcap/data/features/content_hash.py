@@ -36,7 +36,7 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def content_hashes(
-    clips: Sequence[Clip], memo: Path, progress: Callable[[int, int], None] | None = None
+    clips: Sequence[Clip], hash_file: Path, progress: Callable[[int, int], None] | None = None
 ) -> NDArray[np.bytes_]:
     """Returns 32 hexadecimal digits for the media of each clip, S32 (N,); zeros where a file cannot be read.
 
@@ -44,12 +44,12 @@ def content_hashes(
 
     Args:
         clips: N clips; the hash of a clip of several images is the hash of their hashes.
-        memo: SQLite file that caches hashes by address, size and version; processes may share it. If it cannot be used,
-            all files are read again, which only costs time.
+        hash_file: SQLite file that caches hashes by address, size and version; processes may share it. If it cannot be
+            used, all files are read again, which only costs time.
         progress: Callback `(done, N)` on clips.
     """
     hashes = np.full(len(clips), UNREADABLE, "S32")
-    with _HashCache(memo) as known, ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with _HashCache(hash_file) as known, ThreadPoolExecutor(_NUM_THREADS) as pool:
         for start in range(0, len(clips), _BATCH_SIZE):
             block = [clips[position] for position in range(start, min(start + _BATCH_SIZE, len(clips)))]
             now = _file_hashes(block, known, pool)

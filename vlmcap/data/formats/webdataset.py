@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
-from typing import Any
 
 from vlmcap.config import WebdatasetConfig
 from vlmcap.data.formats.annotations import annotation_sources, checked
@@ -128,7 +127,8 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
         return skip(sample.id, f"the sample has no video or image, only {', '.join(sample.members)}")
     try:
         # The caption is in the json member, or else the whole txt member.
-        label = _read_label(sample)
+        file = sample.members.get("json")
+        label = None if file is None else json.loads(read_text(file, _MAX_LABEL_BYTES))
         captions = captions_at(label, settings.caption_key)
         if not captions.texts and "txt" in sample.members:
             text = normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))
@@ -148,7 +148,3 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
         )
     category = text_at(label, settings.category_key) if settings.category_key else ""
     return Record(Clip(sample.id, video, captions.texts, category), split, num_empty=captions.num_empty)
-
-
-def _read_label(sample: _Sample) -> Any:
-    return json.loads(read_text(sample.members["json"], _MAX_LABEL_BYTES)) if "json" in sample.members else None
