@@ -25,7 +25,7 @@ def set_cuda_variables() -> None:
 
 
 def usable_processors() -> int:
-    """The processors that this process may run on: fewer than the machine has under taskset, Slurm or in containers."""
+    """Returns the number of processors that this process may use: under Slurm or in a container not all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

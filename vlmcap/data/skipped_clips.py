@@ -133,7 +133,7 @@ def _key_of(line: bytes) -> bytes | None:
 
 
 def _key(name: str, video: str) -> bytes:
-    """Ids are unique within a split only, so the video belongs to the key."""
+    """Returns a hash of id and video, as ids are unique within a split only."""
     return hashlib.blake2b(f"{name}\0{video}".encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
 
 

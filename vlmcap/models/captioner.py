@@ -198,7 +198,7 @@ class VideoCaptioner(nn.Module):
         return embeddings
 
     def _loss_chunk_size(self, num_labels: int) -> int | None:
-        """Number of labels whose logits are computed at a time; None for all, by the model's own forward pass."""
+        """Returns how many labels have their logits computed at a time; None for all, by the model's forward pass."""
         model: Any = base_model(self.llm)
         if self.loss_chunk_bytes is None or not can_chunk(model):
             return None

@@ -187,7 +187,7 @@ class FeatureStore:
             self.refresh()
 
     def layouts(self) -> NDArray[np.int32]:
-        """int32 (N, 7), one row per clip with features: number of the shard, F, P, Dv, and size in patches or zeros."""
+        """Returns int32 (N, 7) of all clips: number of the shard, F, P, Dv, and size in patches or zeros."""
         return self._opened().layouts
 
     def _opened(self) -> indices.ShardIndex:
