@@ -68,11 +68,11 @@ def register_schemas() -> None:
 def _following(schema_class: type) -> DictConfig:
     """Returns a dataclass as a node with its defaults, or with references for fields that follow other keys."""
     node = OmegaConf.structured(schema_class)
-    for known in fields(schema_class):
-        if source := known.metadata.get("follows"):
-            OmegaConf.update(node, known.name, source)
-        elif is_dataclass(default := cast(Any, known.default_factory)):
-            node[known.name] = _following(cast(type, default))
+    for field in fields(schema_class):
+        if source := field.metadata.get("follows"):
+            OmegaConf.update(node, field.name, source)
+        elif is_dataclass(default := cast(Any, field.default_factory)):
+            node[field.name] = _following(cast(type, default))
     return cast(DictConfig, node)
 
 
