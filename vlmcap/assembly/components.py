@@ -96,11 +96,9 @@ def tower_attention(config: Config) -> str:
 
     # Plans and tables build encoders for GPUs that this machine may not have.
     device = device_of(config) if torch.cuda.is_available() else "cpu"
-    return (
-        choose_attention("auto", device, dtype_of(config.hardware.precision))
-        if config.hardware.attention == "auto"
-        else "sdpa"
-    )
+    if config.hardware.attention == "auto":
+        return choose_attention("auto", device, dtype_of(config.hardware.precision))
+    return "sdpa"
 
 
 def max_patches(config: Config) -> int:

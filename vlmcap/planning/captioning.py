@@ -289,12 +289,9 @@ def stages_in_front(config: Config, memory_profiler: MemoryProfiler, num_clips: 
 
 def clip_bytes(config: Config, memory_profiler: MemoryProfiler) -> tuple[str, float]:
     """Returns the name and the bytes of what a clip is on the GPU before the first stage."""
-    is_cached = config.cache.enabled is True
-    return (
-        ("stored features", cached_bytes(memory_profiler))
-        if is_cached
-        else ("frames", float(memory_profiler.sizes.frame_bytes))
-    )
+    if config.cache.enabled is True:
+        return "stored features", cached_bytes(memory_profiler)
+    return "frames", float(memory_profiler.sizes.frame_bytes)
 
 
 def feature_values(memory_profiler: MemoryProfiler) -> float:
@@ -330,8 +327,6 @@ def unused_share(config: Config) -> float:
 
 def packed_bytes(config: Config, stage: ProfiledStage) -> float:
     """Returns the bytes of 4-bit weights."""
-    return (
-        stage.memory.weights.get("quantisation state", 0.0) * 32
-        if config.llm.quantization is Quantization["4bit"]
-        else 0.0
-    )
+    if config.llm.quantization is Quantization["4bit"]:
+        return stage.memory.weights.get("quantisation state", 0.0) * 32
+    return 0.0

@@ -172,11 +172,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _shard_state(value: Any, parameter: Tensor) -> Any:
-    return (
-        as_sharded_like(value, parameter)
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
-        else value
-    )
+    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+        return as_sharded_like(value, parameter)
+    return value
 
 
 def _launcher(strategy: Any) -> JobLauncher | None:

@@ -42,11 +42,9 @@ class Cell:
     @property
     def peak_gib(self) -> float | None:
         """Peak of training and generation."""
-        return (
-            None
-            if self.training_gib is None or self.generation_gib is None
-            else max(self.training_gib, self.generation_gib)
-        )
+        if self.training_gib is None or self.generation_gib is None:
+            return None
+        return max(self.training_gib, self.generation_gib)
 
     @property
     def fits(self) -> bool:

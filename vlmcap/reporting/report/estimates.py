@@ -112,9 +112,8 @@ class Estimator:
             for run in runs:
                 if run.samples is None:
                     return None
-                term = (
-                    weight / len(runs) * (run.samples.paired if is_difference else run.samples.single)
-                )  # (resamples,)
+                draws = run.samples.paired if is_difference else run.samples.single  # (resamples,)
+                term = weight / len(runs) * draws
                 total = term if total is None else total + term
         return total
 
