@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.files import new_folder
 from vlmcap.models.llm.experts import is_router, merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
 
@@ -34,37 +33,6 @@ _COPIED = (
 )
 
 
-def merge_adapters(
-    base_folder: Path,
-    weights: Mapping[str, Tensor],
-    output: Path,
-    *,
-    adapt: Callable[[nn.Module], nn.Module],
-    dtype: torch.dtype = torch.bfloat16,
-) -> float:
-    """Merges adapters into their base checkpoint and writes the result, completely or not at all.
-
-    Args:
-        base_folder: Unquantised base checkpoint of the adapters, in Hugging Face layout.
-        weights: Adapters by name, such as the state of a checkpoint; other tensors are ignored.
-        output: New folder for the merged model in Hugging Face layout, with the tokenizer of the base checkpoint.
-        adapt: Adds adapters to the base checkpoint as in training, such as `add_lora` with the run's settings.
-        dtype: Dtype of the merged weights.
-
-    Returns:
-        The relative difference of logits from `merge`.
-
-    Raises:
-        UserError: The output exists, the adapters do not fit, or the merged model gives other logits.
-    """
-    if output.exists():
-        raise UserError(f"{output} already exists; name a new folder for the merged model")
-    merged, difference = merged_model(base_folder, weights, adapt=adapt, dtype=dtype)
-    with new_folder(output) as partial:
-        save_merged(merged, base_folder, partial)
-    return difference
-
-
 def merged_model(
     base_folder: Path,
     weights: Mapping[str, Tensor],
@@ -79,9 +47,11 @@ def merged_model(
     Memory holds one copy of the weights, as adapters are merged in place.
 
     Args:
-        base_folder: As for `merge_adapters`.
-        weights: As for `merge_adapters`, or trained weights of the language model itself.
-        adapt: As for `merge_adapters`; None without adapters.
+        base_folder: Unquantised base checkpoint of the adapters, in Hugging Face layout.
+        weights: Adapters by name, such as the state of a checkpoint, or trained weights of the language model itself;
+            other tensors are ignored.
+        adapt: Adds adapters to the base checkpoint as in training, such as `add_lora` with the run's settings; None
+            without adapters.
         dtype: Dtype of the merged weights.
         device: Device of the merge, such as "cuda:0"; it must have room for the model.
         progress: Callback `(merged_layers, total_layers)`.
@@ -90,7 +60,7 @@ def merged_model(
         The model on the CPU, and the relative difference of logits from `merge`, 0 without adapters.
 
     Raises:
-        UserError: As for `merge_adapters`.
+        UserError: The adapters do not fit, or the merged model gives other logits.
     """
     load_device = "cpu" if adapt is None else device
     model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=load_device)
