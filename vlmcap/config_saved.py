@@ -163,7 +163,7 @@ def _refuse_training_keys(plain: Mapping[str, Any], values: Mapping[str, Any]) -
 
 
 def _is_choice(chosen: DictConfig, saved: Any) -> bool:
-    """Whether a full group is the group of the checkpoint."""
+    """Returns whether a full group is the group of the checkpoint."""
     key = next((name for name in ("name", "kind", "strategy") if name in chosen), None)
     return key is not None and isinstance(saved, Mapping) and to_plain(chosen[key]) == saved.get(key)
 

@@ -133,7 +133,7 @@ def storage_problem(error: BaseException, folder: str | Path | None = None) -> s
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or host memory ran out, in the error or in its causes."""
+    """Returns whether GPU or host memory ran out, in the error or in its causes."""
     messages = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # the first by bitsandbytes
     return (
         type(error).__name__ == "OutOfMemoryError"

@@ -110,7 +110,7 @@ def _make(path: Path) -> tuple[Path, int]:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Whether this process has acquired the lock; None if there are no locks."""
+    """Returns whether this process has acquired the lock; None if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -30,7 +30,7 @@ def usable_processors() -> int:
 
 
 def has_expandable_segments() -> bool:
-    """Whether a run of this process uses expandable segments of the CUDA allocator."""
+    """Returns whether a run of this process uses expandable segments of the CUDA allocator."""
     chosen = [os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ]
     return not chosen or any("expandable_segments:true" in value.lower() for value in chosen)
 

@@ -316,7 +316,7 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
 def _is_closed(text: str) -> bool:
-    """Whether the text is a complete list, dictionary or call of one of Hydra's functions."""
+    """Returns whether the text is a complete list, dictionary or call of one of Hydra's functions."""
     opened = _OPENED.match(text)
     if opened is None:
         return False

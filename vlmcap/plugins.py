@@ -235,5 +235,5 @@ def check_plugins(saved: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def is_foreign(component: Any) -> bool:
-    """Whether a class or function is defined outside of this package."""
+    """Returns whether a class or function is defined outside of this package."""
     return bool(component.__module__.partition(".")[0] != "vlmcap")

@@ -66,7 +66,7 @@ def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
 
 
 def _is_first_process(config: DictConfig) -> bool:
-    """Whether this process is the first or only one of its run."""
+    """Returns whether this process is the first or only one of its run."""
     names = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
     is_alone = config.hardware.devices * config.trainer.num_nodes == 1
     return is_alone or all(os.environ.get(name, "0") in ("", "0") for name in names)
@@ -225,7 +225,7 @@ def _fail_job(error: Exception, sentence: str) -> NoReturn:
 
 
 def is_sweep() -> bool:
-    """Whether this is a job of a sweep, not the program that starts the jobs."""
+    """Returns whether this is a job of a sweep, not the program that starts the jobs."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

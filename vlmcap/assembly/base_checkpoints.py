@@ -80,5 +80,5 @@ def vision_component(config: Config) -> str:
 
 
 def has_plugin_encoder(config: Config) -> bool:
-    """Whether the encoder comes from a plugin."""
+    """Returns whether the encoder comes from a plugin."""
     return maker_of("encoder", config.encoder.kind) is not None

@@ -175,7 +175,7 @@ def lora_of(config: Config) -> LoraConfig:
 
 
 def uses_expert_adapters(config: Config) -> bool:
-    """Whether the experts of the language model have adapters."""
+    """Returns whether the experts of the language model have adapters."""
     return config.tuning.use_lora and lora_of(config).use_experts
 
 

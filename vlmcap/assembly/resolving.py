@@ -84,7 +84,7 @@ def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Co
 
 
 def _is_korean(splits: Sequence[Sequence[Clip]]) -> bool:
-    """Whether captions are mainly Hangul, by a sample that is spread over each split."""
+    """Returns whether captions are mainly Hangul, by a sample that is spread over each split."""
     from vlmcap.data.text import is_mainly_hangul
 
     chosen = (clips[index] for clips in splits for index in range(0, len(clips), max(1, len(clips) // _NUM_READ)))

@@ -50,7 +50,7 @@ class _Job:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination of facts is kept from training; camera motion does not count."""
+    """Returns whether this combination of facts is kept from training; camera motion does not count."""
     facts = asdict(scene)
     facts.pop("camera")
     return hashlib.sha256("|".join(facts.values()).encode()).digest()[0] % _HELD_OUT == 0

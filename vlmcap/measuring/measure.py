@@ -304,7 +304,7 @@ def _activation_gib(moment: Moment) -> float:
 
 
 def is_too_small(plan: Plan) -> bool:
-    """Whether a plan is too small to be representative of others."""
+    """Returns whether a plan is too small to be representative of others."""
     return plan.weights_gib < _LEAST_WEIGHTS_GIB or _activation_gib(plan.training) < _LEAST_GIB
 
 

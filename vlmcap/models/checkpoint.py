@@ -111,7 +111,7 @@ def locate_description(
 
 
 def is_present(checkpoint: str, revision: str | None, tensor_filter: str | None = None) -> bool:
-    """Whether a checkpoint is completely on this machine; the hub is not asked.
+    """Returns whether a checkpoint is completely on this machine; the hub is not asked.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.

@@ -242,7 +242,7 @@ class _CaptionPlanner:
 
 
 def is_captured(config: Config) -> bool:
-    """Whether decoding steps are CUDA graphs, as far as the configuration decides.
+    """Returns whether decoding steps are CUDA graphs, as far as the configuration decides.
 
     See `vlmcap.models.decoding.graphs`.
     """

@@ -113,7 +113,7 @@ def check_monitored_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -
 
 
 def _compares_clips(metric: str) -> bool:
-    """Whether a metric needs two clips: CIDEr for its document frequencies, swapped scores for the exchange."""
+    """Returns whether a metric needs two clips: CIDEr for its document frequencies, swapped scores for the exchange."""
     words = metric.split("/")[1:]
     return words in (["cider"], ["cider_d"]) or words[0] in ("swapped", "permuted", "visual_reliance")
 

@@ -331,7 +331,7 @@ class CaptioningModule(L.LightningModule):
         }
 
     def _is_validated(self, epoch: int) -> bool:
-        """Whether the loop validates after an epoch."""
+        """Returns whether the loop validates after an epoch."""
         return self.trainer.enable_validation and (epoch + 1) % (self.trainer.check_val_every_n_epoch or 1) == 0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -50,12 +50,12 @@ def local_rank() -> int:
 
 
 def is_main(config: Config) -> bool:
-    """Whether this is the process that writes and prints."""
+    """Returns whether this is the process that writes and prints."""
     return process_rank(config) == 0
 
 
 def receives_weights(config: Config) -> bool:
-    """Whether this process loads no weights, because it receives its shards from the first process."""
+    """Returns whether this process loads no weights, because it receives its shards from the first process."""
     return config.trainer.strategy is Strategy.fsdp2 and not is_main(config)
 
 

@@ -73,7 +73,7 @@ def native_engine_obstacle(llm: nn.Module) -> str:
 
 
 def supports_native_engine(config: Any, generation_config: Any) -> bool:
-    """Whether `greedy_ids` can decode a language model, judged by its configuration without weights.
+    """Returns whether `greedy_ids` can decode a language model, judged by its configuration without weights.
 
     Args:
         config: transformers' configuration of the language model.

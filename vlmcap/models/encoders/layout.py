@@ -312,7 +312,7 @@ def _neighbours() -> Tensor:
 
 @torch.no_grad()
 def _has_patches(tower: Any, size: int, patch: int, first: int, **arguments: Any) -> bool:
-    """Whether an image of another size gives the expected number of patches."""
+    """Returns whether an image of another size gives the expected number of patches."""
     known = _run(tower, torch.zeros(1, 3, _SIDE * patch, _SIDE * patch)).shape[1] - _SIDE**2
     try:
         num_tokens = _run(tower, torch.zeros(1, 3, size, size), **arguments).shape[1]

@@ -70,7 +70,7 @@ def pack_experts(weight: Tensor) -> Params4bit:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether the weights are packed 4-bit numbers with a quantisation state."""
+    """Returns whether the weights are packed 4-bit numbers with a quantisation state."""
     return weight.dtype == torch.uint8 and getattr(weight, "quant_state", None) is not None
 
 
@@ -133,7 +133,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch lacks a kernel for grouped products, so that the host waits for group sizes and loops.
+    """Returns whether PyTorch lacks a kernel for grouped products, so that the host waits for group sizes and loops.
 
     Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel supports bfloat16 on compute capabilities 9
     and 10.
@@ -250,7 +250,7 @@ class FusedExperts(nn.Module):
         return output + (_product(low, up.transpose(1, 2), offsets) * self.lora_scale).to(output.dtype)
 
     def _is_frozen(self, name: str) -> bool:
-        """Whether autograd saves nothing for a product with these matrices."""
+        """Returns whether autograd saves nothing for a product with these matrices."""
         return is_packed(getattr(self, name))
 
     def _unpack(self, name: str, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
@@ -313,7 +313,7 @@ def fused_experts(model: nn.Module) -> list[FusedExperts]:
 
 
 def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a module is a router, judged by its class, or by its name and number of outputs."""
+    """Returns whether a module is a router, judged by its class, or by its name and number of outputs."""
     if "router" in type(module).__name__.lower():
         return True
     config: Any = getattr(model, "config", None)

@@ -214,7 +214,7 @@ def _adapted_layers(llm: nn.Module) -> list[Any]:
 
 
 def is_mergeable(layer: Any) -> bool:
-    """Whether adapters can be added to the base weights of a layer: they are neither quantised nor sharded."""
+    """Returns whether adapters can be added to the base weights of a layer: they are neither quantised nor sharded."""
     weight = layer.get_base_layer().weight
     return weight.is_floating_point() and not hasattr(weight, "quant_state") and not _is_sharded(layer)
 

@@ -129,7 +129,7 @@ def key_value_bytes(config: Config) -> float:
 
 
 def uses_native_decoding(config: Config) -> bool:
-    """Whether the native engine decodes the captions, as far as it can be decided without weights."""
+    """Returns whether the native engine decodes the captions, as far as it can be decided without weights."""
     has_plain_inputs = not isinstance(config.model, MropeVlmConfig)
     return (
         config.evaluation.use_continuous_batching
@@ -167,7 +167,7 @@ def download_bytes(config: Config) -> float:
 
 
 def _is_downloaded(config: Config, component: str) -> bool:
-    """Whether nothing of a component is left to download; the demo makes its own."""
+    """Returns whether nothing of a component is left to download; the demo makes its own."""
     settings = getattr(config, component)
     is_made = settings.checkpoint in (TINY, *TINY_ENCODERS)
     return is_made or is_present(settings.checkpoint, settings.revision, VISION if component == "encoder" else None)

@@ -120,7 +120,7 @@ class Trial(Protocol):
         """Reports the objective at a step."""
 
     def should_prune(self) -> bool:
-        """Whether the run should stop, because other trials were better at the last reported step."""
+        """Returns whether the run should stop, because other trials were better at the last reported step."""
 
 
 class TrialPruning(L.Callback):

@@ -167,7 +167,7 @@ class VisualReliance:
 
 
 def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
-    """Whether the mean drop is small, and within what chance gives for a model that ignores the video.
+    """Returns whether the mean drop is small, and within what chance gives for a model that ignores the video.
 
     Args:
         own: N scores with the own videos, N at least 2.

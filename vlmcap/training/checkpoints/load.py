@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_export(path: Path) -> bool:
-    """Whether `vlmcap export` wrote the folder."""
+    """Returns whether `vlmcap export` wrote the folder."""
     return (path / EXPORT_FOLDER / EXPORT_CONFIG).is_file()
 
 
