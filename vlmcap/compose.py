@@ -133,9 +133,8 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
     hydra_node = node.pop("hydra")
     name_components(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
-        node.paths.output_dir = (
-            str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
-        )
+        is_missing = OmegaConf.is_missing(hydra_node.run, "dir")
+        node.paths.output_dir = "outputs" if is_missing else str(hydra_node.run.dir)
     return node
 
 

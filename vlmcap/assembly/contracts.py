@@ -293,10 +293,8 @@ class _EncoderContracts:
 def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
     from vlmcap.metrics.user_metrics import user_scores
 
-    texts, references = (
-        ["파도가 치는 바다.", "", "산 위의 구름."],
-        [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]],
-    )
+    texts = ["파도가 치는 바다.", "", "산 위의 구름."]
+    references = [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
 
     def check_value() -> None:
         score = user_scores(texts, references)[name]

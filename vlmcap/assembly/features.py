@@ -165,10 +165,8 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     from vlmcap.data.features.recipe import Recipe
 
     config = plan.config
-    base, transform = (
-        plan.base_checkpoints.fingerprints[vision_component(config)],
-        cast(Any, plan.meta_encoder.transform),
-    )
+    base = plan.base_checkpoints.fingerprints[vision_component(config)]
+    transform = cast(Any, plan.meta_encoder.transform)
     plugin = plugins_of(config).get("encoder")
     code = json.dumps([base.sha256, plugin, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(

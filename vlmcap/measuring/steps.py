@@ -138,13 +138,11 @@ class _Clock(L.Callback):
     def __init__(
         self, captioner: VideoCaptioner, num_micro: int, num_new: int, meter: MemoryMeter, report: Callable[[str], None]
     ) -> None:
-        self.captioner, self.num_micro, self.num_new, self.meter, self.report = (
-            captioner,
-            num_micro,
-            num_new,
-            meter,
-            report,
-        )
+        self.captioner = captioner
+        self.num_micro = num_micro
+        self.num_new = num_new
+        self.meter = meter
+        self.report = report
         self.micro_s: list[float] = []  # forward and backward passes of timed steps
         self.optimizer_s: list[float] = []
         self.training = PeakMemory()

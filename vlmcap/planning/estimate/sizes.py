@@ -224,11 +224,9 @@ def language_batch(
     shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
     starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
     ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    attention, visual, labels = (
-        torch.zeros_like(ids),
-        torch.zeros(shape, dtype=torch.bool),
-        torch.full_like(ids, IGNORED),
-    )
+    attention = torch.zeros_like(ids)
+    visual = torch.zeros(shape, dtype=torch.bool)
+    labels = torch.full_like(ids, IGNORED)
     for index, length in enumerate(lengths):
         row, start = (0 if is_packed else index), starts[index]
         visual[row, start : start + len(prompt)] = is_visual

@@ -153,10 +153,8 @@ def draw_grid(cells: Sequence[Cell], file: Path) -> None:
     from matplotlib.figure import Figure  # not needed for the table on the terminal
 
     profiles = list(dict.fromkeys(cell.hardware for cell in cells))
-    encoders, llms = (
-        list(dict.fromkeys(cell.encoder for cell in cells)),
-        list(dict.fromkeys(cell.llm for cell in cells)),
-    )
+    encoders = list(dict.fromkeys(cell.encoder for cell in cells))
+    llms = list(dict.fromkeys(cell.llm for cell in cells))
     height = 0.32 * len(encoders) + 1.5
     figure = Figure(figsize=(2.2 + 0.62 * len(llms), height * len(profiles)), layout="constrained")
     for index, hardware in enumerate(profiles):

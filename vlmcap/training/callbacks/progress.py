@@ -181,11 +181,9 @@ class RunProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the run."""
         self._schedule = LineClock(self._clock)
-        self._started, self._first_step, self._logged_step = (
-            time.perf_counter(),
-            trainer.global_step,
-            trainer.global_step,
-        )
+        self._started = time.perf_counter()
+        self._first_step = trainer.global_step
+        self._logged_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int

@@ -100,10 +100,8 @@ class CaptionScorer:
         Returns:
             Scores by name.
         """
-        texts, references = (
-            [prediction.text for prediction in predictions],
-            [prediction.clip.captions for prediction in predictions],
-        )
+        texts = [prediction.text for prediction in predictions]
+        references = [prediction.clip.captions for prediction in predictions]
         scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(
             texts, references
         )
@@ -134,10 +132,8 @@ class CaptionScorer:
         categories = [prediction.clip.category for prediction in predictions]
         if not any(categories):
             return {}
-        texts, references = (
-            [prediction.text for prediction in predictions],
-            [prediction.clip.captions for prediction in predictions],
-        )
+        texts = [prediction.text for prediction in predictions]
+        references = [prediction.clip.captions for prediction in predictions]
         groups = score_by_category(texts, references, categories, tokenizer=self.tokenizer)
         return {
             f"category/{'(none)' if name == '' else name}/{key}": category_scores[key]
@@ -229,10 +225,8 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     Clips with a category also have the key `category`. The file is written atomically.
     """
     named = describe_tokenizer(tokenizer)
-    texts, references = (
-        [prediction.text for prediction in predictions],
-        [prediction.clip.captions for prediction in predictions],
-    )
+    texts = [prediction.text for prediction in predictions]
+    references = [prediction.clip.captions for prediction in predictions]
     each = score_each(texts, references, tokenizer=tokenizer)
     each = [scores | user_scores for scores, user_scores in zip(each, user_scores_each(texts, references), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)

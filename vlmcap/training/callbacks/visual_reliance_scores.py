@@ -204,10 +204,8 @@ def compare(
         for name, group in kept.items():
             predictions = [Prediction(clips[index], one.text or "") for index, one in zip(indices, group, strict=True)]
             scores[name] |= scorer.score(predictions, metrics=("cider",))
-            texts, references = (
-                [prediction.text for prediction in predictions],
-                [prediction.clip.captions for prediction in predictions],
-            )
+            texts = [prediction.text for prediction in predictions]
+            references = [prediction.clip.captions for prediction in predictions]
             ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
     return VisualReliance(
         tuple(clips[index] for index in indices), tuple(clips[order[index]] for index in indices), kept, ciders, scores

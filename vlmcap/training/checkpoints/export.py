@@ -313,11 +313,9 @@ def _add_transformers4_keys(file: Path) -> None:
 
 def _write_generation(folder: Path, config: Config, base: Path) -> None:
     """Writes generation settings that stop at the end of captions and decode like the evaluation of the run."""
-    file, prompt, settings = (
-        folder / "generation_config.json",
-        load_prompt_of(config, base),
-        generation_settings(config),
-    )
+    file = folder / "generation_config.json"
+    prompt = load_prompt_of(config, base)
+    settings = generation_settings(config)
     values = json.loads(file.read_text(encoding="utf-8"))
     values = {name: value for name, value in values.items() if name not in _SAMPLING}
     chosen = {name: value for name, value in settings.as_arguments().items() if value is not None}
