@@ -102,9 +102,8 @@ class CaptionScorer:
         """
         texts = [prediction.text for prediction in predictions]
         references = [prediction.clip.captions for prediction in predictions]
-        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(
-            texts, references
-        )
+        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics)
+        scores |= user_scores(texts, references)
         if metrics is None:
             words = content_scores(texts, references, self.synonyms)
             scores |= {
@@ -113,7 +112,7 @@ class CaptionScorer:
         if self.lexicon is not None:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
         if metrics is None:
-            scores |= self._by_category(predictions)
+            scores |= self._by_category(texts, references, [prediction.clip.category for prediction in predictions])
             with fastest_kernels():  # scores may use operations without a deterministic kernel
                 scores |= model_scores(
                     self.config, [prediction.clip.video for prediction in predictions], texts, references, device=device
@@ -128,12 +127,11 @@ class CaptionScorer:
         backend = self.config.backend.value
         return score_with(backend, texts, references, tokenizer=self.tokenizer, metrics=metrics, synonyms=self.synonyms)
 
-    def _by_category(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        categories = [prediction.clip.category for prediction in predictions]
+    def _by_category(
+        self, texts: Sequence[str], references: Sequence[Sequence[str]], categories: Sequence[str]
+    ) -> dict[str, float]:
         if not any(categories):
             return {}
-        texts = [prediction.text for prediction in predictions]
-        references = [prediction.clip.captions for prediction in predictions]
         groups = score_by_category(texts, references, categories, tokenizer=self.tokenizer)
         return {
             f"category/{'(none)' if name == '' else name}/{key}": category_scores[key]
