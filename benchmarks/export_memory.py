@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from vlmcap.config import LoraConfig
+from vlmcap.files import new_folder
 from vlmcap.models.llm.adapt import add_lora
-from vlmcap.models.llm.merge import merged_model, new_folder, save_merged
+from vlmcap.models.llm.merge import merged_model, save_merged
 
 SIZES: dict[str, Any] = {
     "vocab_size": 151936,

@@ -145,7 +145,7 @@ def tiny_config(tiny_cache: Path) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[[Config], Run]:
-    """Build the objects of a run from a configuration, for `run.trainer.fit(run.module, datamodule=run.data)`."""
+    """Builds the objects of a run from a configuration, for `run.trainer.fit(run.module, datamodule=run.data)`."""
     import lightning as L
 
     from tests.assembling import assembled

@@ -24,6 +24,7 @@ LONG_FILES: dict[str, str] = {
     "tests/test_compose.py": "one function, composition, over every file of conf/",
     "vlmcap/data/features/shards.py": "one file format: its header, its reader and its writer",
 }
+IMPERATIVE = re.compile(r'"""(?:Add|Build|Check|Compute|Load|Make|Raise|Read|Return|Write|Yield) [a-z`]')
 SKIPPED = {"outputs", "multirun", "wandb", "build", "dist", "data"}  # at the top, and the hidden ones
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/~$}-])/(?:home|root|work|Users|mnt|media|opt|srv|scratch|workspace|nfs)/\w|\b[A-Z]:\\\w"
@@ -103,6 +104,12 @@ def test_functions_are_short() -> None:
 )
 def test_a_long_function_is_caught(source: str, found: list[tuple[str, int]]) -> None:
     assert list(long_functions(source)) == found
+
+
+def test_docstrings_describe_in_the_third_person() -> None:
+    lines = [(f, line.strip()) for f in program_files() for line in f.read_text(encoding="utf-8").splitlines()]
+    wrong = [f"{f.relative_to(ROOT)}: {line}" for f, line in lines if IMPERATIVE.match(line)]
+    assert not wrong, 'write "Returns …" in place of "Return …":\n' + "\n".join(wrong)
 
 
 def test_long_files_were_looked_at() -> None:

@@ -77,7 +77,7 @@ def start(checkout: Path, target: str = "venv", pretend: str = "") -> subprocess
 
 
 def make(checkout: Path, target: str = "venv", pretend: str = "") -> tuple[int, str, str]:
-    """Exit code, standard output and standard error."""
+    """Exits code, standard output and standard error."""
     process = start(checkout, target, pretend)
     out, err = process.communicate(timeout=30)
     return process.returncode, out, err

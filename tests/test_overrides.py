@@ -125,8 +125,8 @@ def test_a_key_of_another_program_names_one_of_ours(key: str) -> None:
     known, groups = {*_paths(Config)}, {"data", "optim", "encoder", "llm", "projector", "launcher", "sweep", "debug"}
     assert key not in known or key.startswith("llm.suggested.")  # which files have, and nobody types
     instead = HINTS[key][0]
-    for own in instead.split():
-        assert own.partition("=")[0] in known | groups
+    for override in instead.split():
+        assert override.partition("=")[0] in known | groups
     hint = foreign_key(key if "=" in key else f"{key}=7")
     assert (instead if not instead.endswith("=") else f"{instead}7") in hint
 

@@ -71,8 +71,8 @@ found = {
 def environment(*folders: Path) -> dict[str, str]:
     """Of a program that finds modules in these folders, and no plugin by a variable."""
     path = os.pathsep.join(map(str, (*folders, Path(__file__).parents[1])))
-    own = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE}
-    return own | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    environment = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE}
+    return environment | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
 def test_a_wheel_is_planned_trained_exported_and_loaded(tmp_path: Path) -> None:

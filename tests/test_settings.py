@@ -173,10 +173,10 @@ def foreign_keys() -> list[tuple[str, str]]:
     """Every key that some kind of a group has and the default one has not."""
     found = []
     for group, kinds in SCHEMAS.items():
-        own = {known.name for known in dataclasses.fields(getattr(DEFAULT, group))}
+        common = {known.name for known in dataclasses.fields(getattr(DEFAULT, group))}
         found += [
             (group, name)
-            for name in sorted({known.name for kind in kinds.values() for known in dataclasses.fields(kind)} - own)
+            for name in sorted({known.name for kind in kinds.values() for known in dataclasses.fields(kind)} - common)
         ]
     return found
 

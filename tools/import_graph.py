@@ -86,12 +86,12 @@ def read_imports(module: str, source: str, modules: set[str], *, is_package: boo
         is_package: Whether the file is an `__init__.py`, whose relative imports start at the package itself.
     """
     package = module if is_package else module.rpartition(".")[0]
-    found = [
+    imports = [
         Import(module, target, kind, getattr(node, "lineno", 0))
         for node, kind in statements(ast.parse(source))
         for target in targets(node, package, modules)
     ]
-    return sorted(set(found), key=lambda i: (i.line, i.target))
+    return sorted(set(imports), key=lambda i: (i.line, i.target))
 
 
 def graph_of(imports: Iterable[Import]) -> dict[str, set[str]]:

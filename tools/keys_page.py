@@ -78,19 +78,19 @@ def keys(schema: type, prefix: str) -> Iterator[Key]:
         prefix: Prefix of each key, such as "tuning.lora."; may be empty.
     """
     hints, texts = get_type_hints(schema), comments(schema)
-    for known in fields(schema):
-        path, kind = f"{prefix}{known.name}", hints[known.name]
+    for field in fields(schema):
+        path, kind = f"{prefix}{field.name}", hints[field.name]
         if is_dataclass(kind):
-            yield from _nested_keys(known, kind, f"{path}.")
+            yield from _nested_keys(field, kind, f"{path}.")
             continue
-        settings = [f"{prefix}{setting}" for setting in known.metadata.get("setting", "").split()]
+        settings = [f"{prefix}{setting}" for setting in field.metadata.get("setting", "").split()]
         note = f"only with `{' '.join(settings)}`" if settings else ""
-        yield Key(path, _type(kind), _default(known), "; ".join(filter(None, (texts.get(known.name, ""), note))))
+        yield Key(path, _type(kind), _default(field), "; ".join(filter(None, (texts.get(field.name, ""), note))))
 
 
 def comments(schema: type) -> dict[str, str]:
     """Returns the comment behind or above each field by its name, including inherited fields."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for owner in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
         lines = inspect.getsource(owner).splitlines()
         tree = ast.parse(inspect.cleandoc("\n".join(lines))).body[0]
@@ -101,8 +101,8 @@ def comments(schema: type) -> dict[str, str]:
                 and isinstance(node.target, ast.Name)
                 and (text := _comment(lines, node))
             ):
-                found[node.target.id] = text
-    return found
+                texts[node.target.id] = text
+    return texts
 
 
 def _comment(lines: Sequence[str], node: ast.AnnAssign) -> str:
@@ -118,9 +118,9 @@ def _comment(lines: Sequence[str], node: ast.AnnAssign) -> str:
     return " ".join(above)
 
 
-def _nested_keys(known: Field[Any], kind: type, prefix: str) -> Iterator[Key]:
+def _nested_keys(field: Field[Any], kind: type, prefix: str) -> Iterator[Key]:
     """Yields the keys of a nested dataclass, with the defaults of the field that holds it."""
-    default = known.default_factory() if known.default_factory is not NO_DEFAULT else kind()
+    default = field.default_factory() if field.default_factory is not NO_DEFAULT else kind()
     for key in keys(kind, prefix):
         value = getattr(default, key.path.removeprefix(prefix), NO_DEFAULT)
         has_value = value is not NO_DEFAULT and "→" not in key.default and "required" not in key.default
@@ -169,13 +169,13 @@ def _type(kind: Any) -> str:
     }[kind]
 
 
-def _default(known: Field[Any]) -> str:
-    if source := known.metadata.get("follows"):
+def _default(field: Field[Any]) -> str:
+    if source := field.metadata.get("follows"):
         single = re.fullmatch(r"\$\{([\w.]+)\}", source)
         return f"→ `{single.group(1) if single else source}`"
-    if known.default_factory is not NO_DEFAULT:
-        return _shown(known.default_factory())
-    return _shown(known.default)
+    if field.default_factory is not NO_DEFAULT:
+        return _shown(field.default_factory())
+    return _shown(field.default)
 
 
 def _shown(value: Any) -> str:

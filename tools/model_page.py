@@ -112,17 +112,17 @@ def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
 
     If a name was recorded more than once, the largest error counts.
     """
-    found: dict[str, dict[str, str | float]] = {}
+    errors: dict[str, dict[str, str | float]] = {}
     for case in ElementTree.parse(file).iter("testcase"):
         for recorded in case.iter("property"):
             name, error = recorded.attrib["name"], recorded.attrib["value"]
             key = name.removeprefix("parity:")
-            if key != name and float(error) >= found.get(key, {"error": -1.0})["error"]:  # type: ignore[operator]
-                found[key] = {
+            if key != name and float(error) >= errors.get(key, {"error": -1.0})["error"]:  # type: ignore[operator]
+                errors[key] = {
                     "test": f"{case.attrib['file']}::{case.attrib['name'].partition('[')[0]}",
                     "error": float(error),
                 }
-    return dict(sorted(found.items()))
+    return dict(sorted(errors.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,17 +94,17 @@ def page(measured: Mapping[str, Any]) -> str:
     return f"{HEAD}{table}\n{captions}{COMBINATIONS_HEAD}{combinations}{FOOT}"
 
 
-def _combination(gpu: Gpu, found: Mapping[str, Any], date: str) -> list[str]:
+def _combination(gpu: Gpu, measured: Mapping[str, Any], date: str) -> list[str]:
     """Returns the row of a combination: each verified cell has its value, its command and its date."""
     parity = "<br>".join(
         f"{part}: {f'{error:.0e}' if error is not None else 'property tests'} (`pytest {PARITY_TESTS[part]}`)"
-        for part, error in found["parity"].items()
+        for part, error in measured["parity"].items()
     )
     return [
         gpu.name,
-        f"`python train.py experiment={gpu.experiment} data.root=data/aihub`<br>{found['parts']}",
+        f"`python train.py experiment={gpu.experiment} data.root=data/aihub`<br>{measured['parts']}",
         f"{parity}<br>{date}",
-        f"{found['size']}<br>`vlmcap plan experiment={gpu.experiment}`<br>{date}",
+        f"{measured['size']}<br>`vlmcap plan experiment={gpu.experiment}`<br>{date}",
         "not yet",
         "not yet",
     ]
@@ -160,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     if chosen.measured:
-        found = read_rows(chosen.measured) | {"combinations": measure_combinations(chosen.measured)}
-        MEASURED.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        measured = read_rows(chosen.measured) | {"combinations": measure_combinations(chosen.measured)}
+        MEASURED.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     text = page(json.loads(MEASURED.read_text(encoding="utf-8")))
     return write_or_check(PAGE, text, "verified_page", is_check=chosen.check)
 

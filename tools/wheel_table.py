@@ -81,9 +81,9 @@ def main() -> None:
     missing: dict[tuple[str, str], list[str]] = {cell: [] for cell in accepted}
     for name, version in pins:
         print(f"asking for {name} {version}", file=sys.stderr)
-        found = index.wheel_tags(name, version)
+        published = index.wheel_tags(name, version)
         for cell, tags in accepted.items():
-            if not tags & found:
+            if not tags & published:
                 missing[cell].append(name)
     print(f"Without a wheel, of {len(pins)} packages with compiled code:\n")
     print("| | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |")

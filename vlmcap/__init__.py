@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def load(checkpoint: str | Path, **overrides: Any) -> VideoCaptioner:
-    """A captioner from a checkpoint that train.py wrote: `vlmcap.load(path).caption(["clip.mp4"])`.
+    """Loads a captioner from a checkpoint that train.py wrote: `vlmcap.load(path).caption(["clip.mp4"])`.
 
     Args:
         checkpoint: File of a run, or folder of `vlmcap export`.

@@ -68,11 +68,11 @@ def register_schemas() -> None:
 def _following(schema_class: type) -> DictConfig:
     """Returns a dataclass as a node with its defaults, or with references for fields that follow other keys."""
     node = OmegaConf.structured(schema_class)
-    for known in fields(schema_class):
-        if source := known.metadata.get("follows"):
-            OmegaConf.update(node, known.name, source)
-        elif is_dataclass(default := cast(Any, known.default_factory)):
-            node[known.name] = _following(cast(type, default))
+    for field in fields(schema_class):
+        if source := field.metadata.get("follows"):
+            OmegaConf.update(node, field.name, source)
+        elif is_dataclass(default := cast(Any, field.default_factory)):
+            node[field.name] = _following(cast(type, default))
     return cast(DictConfig, node)
 
 
@@ -133,9 +133,8 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
     hydra_node = node.pop("hydra")
     name_components(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
-        node.paths.output_dir = (
-            str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
-        )
+        is_missing = OmegaConf.is_missing(hydra_node.run, "dir")
+        node.paths.output_dir = "outputs" if is_missing else str(hydra_node.run.dir)
     return node
 
 
@@ -264,13 +263,13 @@ def to_config(node: DictConfig) -> Config:
                 check_kind(group, plain[group], composed.kind)
         check_native_components(plain)
         # 2. Hydra allows `+group.key=value` to add any key; merging plain values into the schema refuses unknown ones.
-        found = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    assert isinstance(found, Config)
-    return found
+    assert isinstance(config, Config)
+    return config
 
 
 def checked_config(node: DictConfig, overrides: Sequence[str]) -> Config:

@@ -49,8 +49,8 @@ def explain(error: Exception) -> str:
 
 def _reason(text: str) -> str:
     """Returns the error of a function such as `range()`; errors of the parser itself would not help a user."""
-    found = re.search(r"while evaluating '.*': (.*)", text)
-    return f" ({found.group(1)})" if found else ""
+    match = re.search(r"while evaluating '.*': (.*)", text)
+    return f" ({match.group(1)})" if match else ""
 
 
 def _unknown_key(key: str) -> str:
@@ -69,8 +69,8 @@ def _kind_of(group: str, choice: str) -> str:
     file = config_file(f"{group}/{choice}")
     if not file.is_file():
         return choice
-    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", file.read_text(), re.MULTILINE)
-    return "" if found is None else found.group(1) if found.group(2) else _kind_of(group, found.group(1))
+    match = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", file.read_text(), re.MULTILINE)
+    return "" if match is None else match.group(1) if match.group(2) else _kind_of(group, match.group(1))
 
 
 def _nearest(key: str) -> str:

@@ -40,8 +40,8 @@ def use_config_dir(folder: str | None) -> None:
 
 def config_dirs() -> list[Path]:
     """Returns the folders of YAML files, the user's first."""
-    own = os.environ.get(CONFIG_DIR_VARIABLE)
-    return [*([Path(own)] if own else []), Path(config_dir())]
+    user_dir = os.environ.get(CONFIG_DIR_VARIABLE)
+    return [*([Path(user_dir)] if user_dir else []), Path(config_dir())]
 
 
 def config_file(name: str) -> Path:

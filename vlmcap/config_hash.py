@@ -82,13 +82,13 @@ def _tuning(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
     if type(tuning) not in _NATIVE_TUNINGS:
         return plain
     stages = {name: asdict(stage) for name, stage in tuning.stages.items() if stage.epochs}
-    found: dict[str, Any] = {"stages": stages, "encoder": tuning.encoder_tuning.name}
+    values: dict[str, Any] = {"stages": stages, "encoder": tuning.encoder_tuning.name}
     is_adapted = tuning.encoder_tuning is EncoderTuning.lora or any(
         stage["adapter_lr"] > 0 for stage in stages.values()
     )
     if is_adapted and isinstance(tuning, EncoderTuningConfig):
-        found["lora"] = plain["lora"] | {"target_modules": sorted(tuning.lora.target_modules.split(","))}
-    return found
+        values["lora"] = plain["lora"] | {"target_modules": sorted(tuning.lora.target_modules.split(","))}
+    return values
 
 
 def _normalized(value: Any, name: str = "") -> Any:

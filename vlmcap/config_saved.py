@@ -96,13 +96,13 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
 
 def loosened(overrides: Sequence[str]) -> list[str]:
     """Allows keys of any kind in overrides, because only the checkpoint determines the kind of a group."""
-    found = []
+    changed = []
     for override in overrides:
         key = key_of(override)
         group, dot, _ = key.partition(".")
         is_open = bool(dot) and group in SCHEMAS and override.startswith(key)
-        found.append(f"++{override}" if is_open else override)
-    return found
+        changed.append(f"++{override}" if is_open else override)
+    return changed
 
 
 def _values(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -147,23 +147,23 @@ def _refuse_training_keys(plain: Mapping[str, Any], values: Mapping[str, Any]) -
     """Raises a `UserError` for a key that only training reads, unless it has the value of the checkpoint."""
     is_train_split = getattr(values.get("data.split"), "name", values.get("data.split")) == Split.train.name
     for key, value in values.items():
-        found = next((known for known in _TRAINING_ONLY if _is_within(key, known)), None)
+        training_key = next((known for known in _TRAINING_ONLY if _is_within(key, known)), None)
         is_read = key.startswith((*_READ, *_READ_OF_LORA)) or (key == "data.max_clips" and is_train_split)
-        if found is None or is_read:
+        if training_key is None or is_read:
             continue
         saved = _at(plain, key)
         is_kept = "." in key or key in plain
         if (is_kept and to_plain(value) == saved) or (isinstance(value, DictConfig) and _is_choice(value, saved)):
             continue
         typed = key if isinstance(value, DictConfig) or value is None else f"{key}={as_text(value)}"
-        instead = f"{_TRAINING_ONLY[found]}, or " if _TRAINING_ONLY[found] else ""
+        instead = f"{_TRAINING_ONLY[training_key]}, or " if _TRAINING_ONLY[training_key] else ""
         raise UserError(
             f"{typed} has no effect on a checkpoint, because only training reads it; {instead}leave {key} out"
         )
 
 
 def _is_choice(chosen: DictConfig, saved: Any) -> bool:
-    """Whether a full group is the group of the checkpoint."""
+    """Returns whether a full group is the group of the checkpoint."""
     key = next((name for name in ("name", "kind", "strategy") if name in chosen), None)
     return key is not None and isinstance(saved, Mapping) and to_plain(chosen[key]) == saved.get(key)
 

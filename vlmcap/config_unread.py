@@ -68,7 +68,7 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
     there = [
         one
         for one in followers
-        if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}
+        if one.partition(".")[2] in {field.name for field in fields(getattr(config, one.partition(".")[0]))}
     ]
     if there and there[0] in places:
         why = unread[there[0]].replace(there[0], key)
@@ -98,14 +98,14 @@ def _places(values: Any, text: str, prefix: str = "") -> Iterator[str]:
 @cache
 def _followers() -> dict[str, list[str]]:
     """Returns, for each key of `_SOURCES`, the keys that follow it in any kind of their group."""
-    found: dict[str, list[str]] = {key: [] for key in _SOURCES}
+    followers: dict[str, list[str]] = {key: [] for key in _SOURCES}
     for group, kind in get_type_hints(Config).items():
         for schema in SCHEMAS.get(group, {"": kind}).values():
-            for known in fields(schema) if is_dataclass(schema) else ():
-                source = known.metadata.get("follows", "")[2:-1]
-                if source in found and f"{group}.{known.name}" not in found[source]:
-                    found[source].append(f"{group}.{known.name}")
-    return found
+            for field in fields(schema) if is_dataclass(schema) else ():
+                source = field.metadata.get("follows", "")[2:-1]
+                if source in followers and f"{group}.{field.name}" not in followers[source]:
+                    followers[source].append(f"{group}.{field.name}")
+    return followers
 
 
 def check_single_run(overrides: Sequence[str], config: Config) -> None:

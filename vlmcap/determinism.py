@@ -74,10 +74,8 @@ def fastest_kernels() -> Iterator[None]:
 def _mode(is_active: bool) -> Iterator[None]:
     import torch
 
-    was_active, was_lenient = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    was_active = torch.are_deterministic_algorithms_enabled()
+    was_lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(is_active)
     try:
         yield

@@ -133,9 +133,11 @@ def storage_problem(error: BaseException, folder: str | Path | None = None) -> s
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or host memory ran out, in the error or in its causes."""
-    text = str(error)
-    found = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    """Returns whether GPU or host memory ran out, in the error or in its causes."""
     messages = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # the first by bitsandbytes
-    found = found or (isinstance(error, RuntimeError) and any(message in text for message in messages))
-    return found or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
+        or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    )

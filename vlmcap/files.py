@@ -110,7 +110,7 @@ def _make(path: Path) -> tuple[Path, int]:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Whether this process has acquired the lock; None if there are no locks."""
+    """Returns whether this process has acquired the lock; None if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,7 +121,7 @@ def _try_lock(descriptor: int) -> bool | None:
 
 
 def _remove_if_dead(folder: Path, *, is_here: bool) -> None:
-    changed = max(place.stat().st_mtime for place in (folder, *folder.iterdir()))
+    changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     is_stale = time.time() - changed > _STALE_S
     if not (folder / _LOCK).exists():  # another process is creating or removing it
         if is_stale:

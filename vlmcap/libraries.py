@@ -25,12 +25,12 @@ def set_cuda_variables() -> None:
 
 
 def usable_processors() -> int:
-    """The processors that this process may run on: fewer than the machine has under taskset, Slurm or in containers."""
+    """Returns the number of processors that this process may use: under Slurm or in a container not all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_expandable_segments() -> bool:
-    """Whether a run of this process uses expandable segments of the CUDA allocator."""
+    """Returns whether a run of this process uses expandable segments of the CUDA allocator."""
     chosen = [os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ]
     return not chosen or any("expandable_segments:true" in value.lower() for value in chosen)
 

@@ -48,7 +48,7 @@ def process_name() -> str:
 
 
 def is_here(name: str) -> bool:
-    """Whether a `process_name` belongs to this machine."""
+    """Returns whether a `process_name` belongs to this machine."""
     return name.partition("-")[0] == machine_name()
 
 

@@ -171,12 +171,12 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
                 f"{key}={value} is the name of no component; choose one that `python train.py --help` lists, or leave "
                 f"{key} out"
             )
-    found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
-    for argument, text in zip(arguments, found, strict=True):
+    texts = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
+    for argument, text in zip(arguments, texts, strict=True):
         override = _parsed(text)
         if not is_sweep and override is not None and override.is_sweep_override():
             raise UserError(_several_values(argument, override, command))
-    return found
+    return texts
 
 
 def key_of(override: str) -> str:
@@ -296,7 +296,7 @@ def _in_grammar(override: str, *, is_sweep: bool) -> str:
 
 def _elements(text: str, element: Callable[[str], str]) -> list[str]:
     """Splits text at commas outside of quotes, brackets and calls, and applies `element` to what cannot be parsed."""
-    pieces, found = text.split(","), []
+    pieces, elements = text.split(","), []
     start = 0
     while start < len(pieces):
         ends = range(start + 1, len(pieces) + 1)
@@ -306,9 +306,9 @@ def _elements(text: str, element: Callable[[str], str]) -> list[str]:
             if _is_value(element_text := ",".join(pieces[start:end])) or _is_closed(element_text)
         )
         end, chosen = next(one, (start + 1, pieces[start]))
-        found.append(chosen if _is_value(chosen) else element(chosen) if chosen.strip() else "")
+        elements.append(chosen if _is_value(chosen) else element(chosen) if chosen.strip() else "")
         start = end
-    return found
+    return elements
 
 
 _OPENED = re.compile(r"\s*(\[|\{|(?:choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool)\()")
@@ -316,7 +316,7 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
 def _is_closed(text: str) -> bool:
-    """Whether the text is a complete list, dictionary or call of one of Hydra's functions."""
+    """Returns whether the text is a complete list, dictionary or call of one of Hydra's functions."""
     opened = _OPENED.match(text)
     if opened is None:
         return False

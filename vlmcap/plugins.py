@@ -225,15 +225,15 @@ def check_plugins(saved: Mapping[str, Mapping[str, str]]) -> None:
                 else f"install {name} {wanted}"
             )
             raise UserError(f"the checkpoint has {group}={kind} of the plugin {name}, which is not loaded; {hint}")
-        found = origin(MAKERS[group][kind])
-        if found["version"] != wanted:
+        loaded = origin(MAKERS[group][kind])
+        if loaded["version"] != wanted:
             print(
-                f"Warning: {group}={kind} was trained with {name} {wanted[:19]}, but {found['name']} "
-                f"{found['version'][:19]} is loaded.",
+                f"Warning: {group}={kind} was trained with {name} {wanted[:19]}, but {loaded['name']} "
+                f"{loaded['version'][:19]} is loaded.",
                 file=sys.stderr,
             )
 
 
 def is_foreign(component: Any) -> bool:
-    """Whether a class or function is defined outside of this package."""
+    """Returns whether a class or function is defined outside of this package."""
     return bool(component.__module__.partition(".")[0] != "vlmcap")

@@ -61,12 +61,12 @@ class UniqueRunFolder(Callback):
 
 
 def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
-    found = OmegaConf.to_container(config.hydra[kind], resolve=False)
-    return isinstance(found, dict) and "${now:" in str(found["dir"])
+    settings = OmegaConf.to_container(config.hydra[kind], resolve=False)
+    return isinstance(settings, dict) and "${now:" in str(settings["dir"])
 
 
 def _is_first_process(config: DictConfig) -> bool:
-    """Whether this process is the first or only one of its run."""
+    """Returns whether this process is the first or only one of its run."""
     names = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
     is_alone = config.hardware.devices * config.trainer.num_nodes == 1
     return is_alone or all(os.environ.get(name, "0") in ("", "0") for name in names)
@@ -225,7 +225,7 @@ def _fail_job(error: Exception, sentence: str) -> NoReturn:
 
 
 def is_sweep() -> bool:
-    """Whether this is a job of a sweep, not the program that starts the jobs."""
+    """Returns whether this is a job of a sweep, not the program that starts the jobs."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -247,6 +247,6 @@ def _remove_unused_folder() -> None:
         return
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    own = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
-    if folder.is_dir() and {child.name for child in folder.iterdir()} <= own:
+    written_by_hydra = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
+    if folder.is_dir() and {child.name for child in folder.iterdir()} <= written_by_hydra:
         shutil.rmtree(folder)

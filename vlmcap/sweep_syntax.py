@@ -64,10 +64,10 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
             else:
                 hint = "give a list such as 1e-4,2e-4 or range(start,stop,step), or set sweep=optuna"
                 raise UserError(f"{override.input_line} has no values to try one by one; {hint}")
-    empty = next((key for key, found in values.items() if not found), None)
+    empty = next((key for key, tried in values.items() if not tried), None)
     if empty is not None:
         raise UserError(f"{empty} has no values to try, because glob() finds none or a range is empty; give it values")
-    return list(itertools.product(*values.values())), [key for key, found in values.items() if len(found) > 1]
+    return list(itertools.product(*values.values())), [key for key, tried in values.items() if len(tried) > 1]
 
 
 def _experiment_params(overrides: Sequence[str], parser: OverridesParser) -> list[str]:

@@ -42,7 +42,7 @@ class LineClock:
         return max(0.0, self._due - self._clock())
 
     def is_due(self) -> bool:
-        """Whether a line is due; if so, schedules the next one after a longer interval."""
+        """Returns whether a line is due; if so, schedules the next one after a longer interval."""
         if self.seconds_left > 0:
             return False
         self._interval_s = min(2 * self._interval_s, _MAX_INTERVAL_S)
@@ -115,12 +115,12 @@ class WorkLines:
 
 
 def draws_bars() -> bool:
-    """Whether progress is shown as bars, on a terminal or in a notebook, and not as lines in a log."""
+    """Returns whether progress is shown as bars, on a terminal or in a notebook, and not as lines in a log."""
     return sys.stderr.isatty() or is_notebook()
 
 
 def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook that shows its output."""
+    """Returns whether this process is the kernel of a notebook that shows its output."""
     streams = sys.modules.get("ipykernel.iostream")
     return streams is not None and isinstance(sys.stderr, streams.OutStream)
 

@@ -95,21 +95,21 @@ class Sample:
 class Batch:
     """A batch of B clips in R rows; ids, labels and masks share one length S, the visual placeholders included.
 
-    Positions are stored as places, indices row · S + column into the flattened rows, and counts as Python ints. Masks
+    Positions are stored as indices, row · S + column, into the flattened rows, and counts as Python ints. Masks
     would have to be counted on the device, which the host would wait for.
 
     Each clip has its own row, R = B, unless the batch is packed: then one row, R = 1, holds all clips without padding.
     Frames, features and sizes are always indexed by clip, in the order of the rows.
 
     Attributes:
-        clips: The B clips, in the order of rows and of places in a row.
+        clips: The B clips, in the order of rows and of positions in a row.
         input_ids: int64 (R, S), with the padding id at placeholders.
         attention_mask: int64 (R, S), 1 on real tokens, 0 on padding.
-        visual_places: int64 (sum of V,), places of the projected visual tokens, clip after clip.
+        visual_indices: int64 (sum of V,), indices of the projected visual tokens, clip after clip.
         num_visual: V of each clip.
         lengths: Number of real tokens of each clip.
         targets: int64 (T,), the tokens of the loss: the caption and its end token; None for generation.
-        label_places: int64 (T,), places of the preceding tokens, which predict the targets; None for generation.
+        label_indices: int64 (T,), indices of the preceding tokens, which predict the targets; None for generation.
         frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) if grids vary, or None.
         features: (B, F, P, Dv) or None.
         grid_thw: Size of each clip if sizes vary; frames and features are then zero-padded at the end of F and P.
@@ -123,11 +123,11 @@ class Batch:
     clips: tuple[Clip, ...]
     input_ids: Tensor
     attention_mask: Tensor
-    visual_places: Tensor
+    visual_indices: Tensor
     num_visual: tuple[int, ...]
     lengths: tuple[int, ...]
     targets: Tensor | None
-    label_places: Tensor | None
+    label_indices: Tensor | None
     frames: Tensor | None = None
     features: Tensor | None = None
     grid_thw: tuple[GridTHW, ...] | None = None
@@ -154,15 +154,15 @@ class Batch:
     def visual_mask(self) -> Tensor:
         """Mask of visual tokens, bool (R, S)."""
         flat = self.input_ids.new_zeros(self.input_ids.numel())
-        return flat.index_fill(0, self.visual_places, 1).view(self.input_ids.shape).bool()  # (R · S,) -> (R, S)
+        return flat.index_fill(0, self.visual_indices, 1).view(self.input_ids.shape).bool()  # (R · S,) -> (R, S)
 
     @property
     def labels(self) -> Tensor | None:
         """Labels, int64 (R, S), -100 outside the caption and its end token; None for generation."""
-        if self.targets is None or self.label_places is None:
+        if self.targets is None or self.label_indices is None:
             return None
         flat = self.input_ids.new_full((self.input_ids.numel(),), IGNORED)
-        return flat.index_copy(0, self.label_places + 1, self.targets).view(self.input_ids.shape)  # (R · S,) -> (R, S)
+        return flat.index_copy(0, self.label_indices + 1, self.targets).view(self.input_ids.shape)  # (R · S,) -> (R, S)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """Returns the batch with its tensors on `device`; Lightning cannot move the fields of a frozen dataclass."""
@@ -180,18 +180,18 @@ class Batch:
         changed: dict[str, Any] = {
             name: select_entries(value, indices) for name in _BATCHED if (value := getattr(self, name)) is not None
         }
-        by_clip, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
-        # A clip that moves from row `old` to row `new` moves its places by whole rows.
-        places = torch.cat([by_clip[old] + (new - old) * width for new, old in enumerate(indices)])
+        by_clip, width = self.visual_indices.split(self.num_visual), self.input_ids.shape[1]
+        # A clip that moves from row `old` to row `new` moves its indices by whole rows.
+        visual_indices = torch.cat([by_clip[old] + (new - old) * width for new, old in enumerate(indices)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[index] for index in indices)
         times_s = tuple(self.times_s[index] for index in indices) if self.times_s else ()
         clips = tuple(self.clips[index] for index in indices)
         changed |= {name: tuple(getattr(self, name)[index] for index in indices) for name in ("num_visual", "lengths")}
-        changed |= {"visual_places": places, "clips": clips, "grid_thw": grids, "times_s": times_s}
+        changed |= {"visual_indices": visual_indices, "clips": clips, "grid_thw": grids, "times_s": times_s}
         return replace(self, **changed, skipped=(), num_truncated=0)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = (*_BATCHED, "visual_places", "targets", "label_places", "position_ids")
+        names = (*_BATCHED, "visual_indices", "targets", "label_indices", "position_ids")
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **changed)
 

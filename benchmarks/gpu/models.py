@@ -141,7 +141,7 @@ def prepare(place: Place, name: str, tiny: Sequence[str] = ()) -> Prepared:
     """
     found = planned(place, name, tiny)
     require_gpu(place, found.plan.peak_gib, found.config.hardware.precision)
-    captioner = random_captioner(found.config, has_encoder=True, say=say)
+    captioner = random_captioner(found.config, has_encoder=True, report=say)
     return Prepared(found.config, found.whole, found.plan, found.sizes, captioner)
 
 

@@ -26,8 +26,8 @@ def page(machine: dict[str, Any], rows: Sequence[Row], titles: dict[str, str]) -
         _summary(names, rows, titles),
     ]
     for name in names:
-        own = [row for row in rows if row.check == name and not row.is_end]
-        bounded, others = [row for row in own if _is_bounded(row)], [row for row in own if not _is_bounded(row)]
+        shown = [row for row in rows if row.check == name and not row.is_end]
+        bounded, others = [row for row in shown if _is_bounded(row)], [row for row in shown if not _is_bounded(row)]
         sections += [f"## {name}", titles[name]]
         sections += [_bounded(bounded)] if bounded else []
         sections += _pivots(others)
@@ -46,9 +46,9 @@ def _machine(machine: dict[str, Any]) -> str:
 def _summary(names: Sequence[str], rows: Sequence[Row], titles: dict[str, str]) -> str:
     lines = []
     for name in names:
-        own = [row for row in rows if row.check == name]
-        end = next((row for row in own if row.is_end), None)
-        bounded = [row for row in own if row.limit and row.verdict != "rehearsed"]
+        shown = [row for row in rows if row.check == name]
+        end = next((row for row in shown if row.is_end), None)
+        bounded = [row for row in shown if row.limit and row.verdict != "rehearsed"]
         count = f"{sum(row.verdict == 'pass' for row in bounded)} of {len(bounded)}" if bounded else "–"
         seconds = short(end.value) if end else "–"
         lines.append(
@@ -68,13 +68,13 @@ def _pivots(rows: Sequence[Row]) -> list[str]:
     """Returns tables of figures without bounds, which are for comparison; cases with a common measure share a table."""
     groups: list[list[Row]] = []
     for case in dict.fromkeys(row.case for row in rows):
-        own = [row for row in rows if row.case == case]
-        measures = {row.measure for row in own}
+        shown = [row for row in rows if row.case == case]
+        measures = {row.measure for row in shown}
         group = next((group for group in groups if measures & {row.measure for row in group}), None)
         if group is None:
-            groups.append(own)
+            groups.append(shown)
         else:
-            group += own
+            group += shown
     return [_pivot(group) for group in groups]
 
 

@@ -27,7 +27,7 @@ from benchmarks.gpu.models import (
 )
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
-from vlmcap.measuring.memory_use import MemoryUse, PeakMemory
+from vlmcap.measuring.memory_use import MemoryMeter, PeakMemory
 from vlmcap.measuring.steps import batch_loader
 from vlmcap.models.decoding.engine import native_engine_obstacle
 from vlmcap.models.llm.adapt import base_model
@@ -118,7 +118,7 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
     rng = random.Random(prepared.config.seed)
     longest = [index < WARM or index >= WARM + COUNTED for index in range(WARM + COUNTED + TIMED)]
     batches = [training_batch(prepared, rng, is_longest=is_longest) for is_longest in longest]
-    use = MemoryUse(place.device)
+    use = MemoryMeter(place.device)
     watch = Watch(place, use, prepared, prepared.plan.eval_batch_size)
     with watching_host() as host:
         trainer, module = training(prepared, place, [watch], len(batches), ACCUMULATED)
@@ -156,7 +156,7 @@ class Watch(L.Callback):
         per_token: Launches of `PROFILED` tokens.
     """
 
-    def __init__(self, place: Place, use: MemoryUse, prepared: Prepared, num_slots: int) -> None:
+    def __init__(self, place: Place, use: MemoryMeter, prepared: Prepared, num_slots: int) -> None:
         self.place, self.use, self.prepared, self.num_slots = place, use, prepared, num_slots
         self.waits = Waits(place.device)
         self.micro_s = 0.0

@@ -73,10 +73,10 @@ def measure(draw: Draw, truth: float, clips: int, seed: int) -> dict[str, float]
         columns = np.column_stack([metric.values, values**2])
         sums = np.concatenate([*resampled_sums([columns], RESAMPLES, trial)])
         samples = metric.score(sums[:, :2])
-        own, paired = resampled(metric, samples, trial)
+        single, paired = resampled(metric, samples, trial)
         draws = {
             "percentile": samples,
-            "bca": own,
+            "bca": single,
             "paired": paired,
             "studentised": studentised(values, samples, sums[:, 2] / clips),
         }

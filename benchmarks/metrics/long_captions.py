@@ -93,9 +93,9 @@ def show_difference(first: ClipStatistics, second: ClipStatistics, num_clips: in
     rows = range(num_clips)
     one, other = clip_metrics(first.take(rows)), clip_metrics(second.take(rows))
     for name in ("bleu_4", "cider", "rouge_l"):
-        own, change = bootstrap(one[name]), paired_bootstrap(one[name], other[name])
+        interval, change = bootstrap(one[name]), paired_bootstrap(one[name], other[name])
         print(
-            f"{num_clips:5}  {name:8} {own.score:7.4f} [{own.low:.4f}, {own.high:.4f}]   "
+            f"{num_clips:5}  {name:8} {interval.score:7.4f} [{interval.low:.4f}, {interval.high:.4f}]   "
             f"{change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]  p = {change.p_value:.3f}"
         )
 

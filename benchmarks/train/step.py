@@ -191,7 +191,7 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 def difference(row: dict[str, Any], base: dict[str, Any]) -> float:
     """Returns the largest relative difference of the losses of all steps."""
-    return max(abs(own - other) / other for own, other in zip(row["losses"], base["losses"], strict=True))
+    return max(abs(loss - other) / other for loss, other in zip(row["losses"], base["losses"], strict=True))
 
 
 if __name__ == "__main__":

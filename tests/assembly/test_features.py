@@ -21,6 +21,7 @@ from tests.thinned import thinned
 from vlmcap.assembly import features as features_module
 from vlmcap.assembly import model as model_module
 from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.components import load_encoder
 from vlmcap.assembly.model import Assembly
 from vlmcap.compose import compose, from_plain, to_config
 from vlmcap.config import Config, Split
@@ -69,13 +70,14 @@ def assembled(config: Config) -> Assembly:
 
 
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, loading an encoder is an error."""
+    """From here on, loading an encoder's weights is an error."""
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("the encoder was loaded")
+    def meta_only(*arguments: Any, is_meta: bool = False) -> VisionEncoder:
+        assert is_meta, "the encoder was loaded"
+        return load_encoder(*arguments, is_meta=True)
 
-    monkeypatch.setattr(features_module, "load_encoder", refuse)
-    monkeypatch.setattr(model_module, "load_encoder", refuse)
+    monkeypatch.setattr(features_module, "load_encoder", meta_only)
+    monkeypatch.setattr(model_module, "load_encoder", meta_only)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +290,7 @@ def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun
     clips = assembly.features.clips["train"]
     grids, times_s = zip(*assembly.features.layouts(clips), strict=True)
     assert grids == ((4, 2, 2),) * 6, "the clips have four frames"
-    assert all(len(own) == 4 for own in times_s)
+    assert all(len(clip_times) == 4 for clip_times in times_s)
 
 
 @pytest.mark.parametrize("batching", thinned(["by_length", "packed"], lambda batching: batching == "packed"))

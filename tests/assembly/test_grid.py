@@ -120,7 +120,7 @@ def text_config(name: str) -> Any:
 
 
 def cell_config(encoder: str, projector: str, llm: str) -> Config:
-    """Put together by parts; what one part reads of another is put right."""
+    """Puts together by parts; what one part reads of another is put right."""
     found = parts()
     chosen, language = found.projectors[projector], found.llms[llm]
     reads_reducer = isinstance(chosen, LinearConfig)

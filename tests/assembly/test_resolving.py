@@ -35,7 +35,7 @@ def left(real_path: list[str]) -> Callable[..., Config]:
 def needed(config: Config, *splits: Split) -> int:
     """The limit by another way: every caption encoded."""
     prompt = load_prompt(Path(config.llm.checkpoint), LlmConfig(prompt="?"))
-    clips = [clip for own in load_splits(config, splits).values() for clip in own]
+    clips = [clip for members in load_splits(config, splits).values() for clip in members]
     return token_limit(max(len(prompt.encode_caption(clip.captions[0])) + 1 for clip in clips))
 
 

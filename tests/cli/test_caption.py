@@ -100,8 +100,8 @@ def test_files_and_folders(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_videos([tmp_path / "notes.txt", tmp_path])
-    names = [os.path.relpath(path, tmp_path) for path in found.videos]
+    inputs = find_videos([tmp_path / "notes.txt", tmp_path])
+    names = [os.path.relpath(path, tmp_path) for path in inputs.videos]
     assert names == [
         "notes.txt",
         "a.MKV",
@@ -152,8 +152,8 @@ def test_linked_folders_are_followed_once_and_circles_are_not(tmp_path: Path, ca
     for name in ("first", "second"):
         (root / name).symlink_to(outside)
     (outside / "back").symlink_to(root)
-    found = find_videos([root])
-    assert [os.path.relpath(path, root) for path in found.videos] == ["a/a.mp4", "b/b.mp4", "first/outside.mp4"]
+    inputs = find_videos([root])
+    assert [os.path.relpath(path, root) for path in inputs.videos] == ["a/a.mp4", "b/b.mp4", "first/outside.mp4"]
     only_linked = tmp_path / "only"
     only_linked.mkdir()
     (only_linked / "clips").symlink_to(outside)

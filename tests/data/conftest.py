@@ -19,7 +19,7 @@ Frames = NDArray[np.uint8]
 
 
 def moving_frames(num_frames: int, height: int = 48, width: int = 64) -> Frames:
-    """Return uint8 (T, H, W, 3): a gradient with a bright bar that moves, so neighbouring frames differ clearly."""
+    """Returns uint8 (T, H, W, 3): a gradient with a bright bar that moves, so neighbouring frames differ clearly."""
     y, x = np.mgrid[:height, :width]
     background = np.stack([x * 255 // width, y * 255 // height, (x + y) * 120 // (height + width)], axis=-1)
     frames = np.repeat(background[None], num_frames, axis=0)

@@ -194,7 +194,7 @@ def _edited(content: bytes, edit: Edit, rng: random.Random) -> bytes:
 
 
 def _set_at(box: bytes, offset: int, value: int, size: int) -> Edit:
-    """Write a number `offset` bytes behind the name of every such box."""
+    """Writes a number `offset` bytes behind the name of every such box."""
 
     def edit(content: bytearray, _: random.Random) -> None:
         place = content.find(box)

@@ -128,7 +128,7 @@ def plain_loss(folders: dict[str, Path], projector: dict[str, Tensor], question:
         tokens = torch.nn.functional.layer_norm(
             tokens, (4 * 384,), projector["before.norm.weight"], projector["before.norm.bias"]
         )
-        tokens = tokens + projector["before.position.frame"][0] + projector["before.position.place"][0]
+        tokens = tokens + projector["before.position.frame"][0] + projector["before.position.patch"][0]
         for layer in (0, 2):
             prefix = f"projection.layers.{layer}"
             tokens = torch.nn.functional.linear(tokens, projector[f"{prefix}.weight"], projector[f"{prefix}.bias"])

@@ -115,10 +115,10 @@ def _check(func: Any, args: Any, tensors: list[Tensor]) -> None:
     name = _name(func)
     if name in ("copy_", "_to_copy"):
         return
-    own = [value for value in tensors if not isinstance(value, ClaimedTensor)]
+    unclaimed = [value for value in tensors if not isinstance(value, ClaimedTensor)]
     if name in ("index", "index_put", "index_put_", "_index_put_impl_") and isinstance(args[0], ClaimedTensor):
-        own = [value for value in own if not any(value is index for index in args[1])]
-    refused = [value for value in own if value.ndim or name.rstrip("_") in _TAKES_NO_SCALARS]
+        unclaimed = [value for value in unclaimed if not any(value is index for index in args[1])]
+    refused = [value for value in unclaimed if value.ndim or name.rstrip("_") in _TAKES_NO_SCALARS]
     if (
         name in ("cat", "stack", "index_put") and torch._C._current_graph_task_id() != -1
     ):  # zeros for a missing gradient, which the core made
@@ -216,7 +216,7 @@ def _pad_sequence(sequences: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The core makes its result by the device that it sees."""
     if not isinstance(sequences[0], ClaimedTensor):
         return torch._C._nn.pad_sequence(sequences, *args, **kwargs)
-    return ClaimedTensor(torch._C._nn.pad_sequence([own.held for own in sequences], *args, **kwargs))
+    return ClaimedTensor(torch._C._nn.pad_sequence([sequence.held for sequence in sequences], *args, **kwargs))
 
 
 _MOVES: dict[Any, Callable[..., Any]] = {

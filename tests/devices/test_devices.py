@@ -84,8 +84,8 @@ def overrides_of(
 ) -> Callable[[list[str]], list[str]]:
     """A function from the overrides of a case to those of a tiny run on real clips."""
 
-    def make(own: list[str]) -> list[str]:
-        chosen = dict(override.split("=", 1) for override in own)
+    def make(overrides: list[str]) -> list[str]:
+        chosen = dict(override.split("=", 1) for override in overrides)
         both = [
             f"data.root={aihub_root}",
             f"paths.output_dir={tmp_path / 'run'}",
@@ -95,17 +95,17 @@ def overrides_of(
         both += [] if "data.max_tokens_per_batch" in chosen else ["data.batch_size=2"]
         if "model" in chosen:
             kind = chosen["model"].rsplit("_", 1)[0]
-            own = [*own, f"model.checkpoint={qwen_folders[kind]}", "encoder.max_patches=16"]
+            overrides = [*overrides, f"model.checkpoint={qwen_folders[kind]}", "encoder.max_patches=16"]
         else:
             family = FAMILIES.get(chosen.get("encoder", ""), "siglip")
             folder = naflex.folder if family == "siglip2_naflex" else checkpoints[family].folder
             language = moe_folder if "llm" in chosen else llm_folder
             parts = ["encoder=siglip2", "llm=qwen3_8b", "projector=mlp"]
-            own = [*(part for part in parts if part.split("=")[0] not in chosen), *own]
-            own += [f"encoder.checkpoint={folder}", f"llm.checkpoint={language}"]
+            overrides = [*(part for part in parts if part.split("=")[0] not in chosen), *overrides]
+            overrides += [f"encoder.checkpoint={folder}", f"llm.checkpoint={language}"]
             plain = {"projector.frame_stack": "1", "projector.reducer": "none", "projector.temporal": "none"}
-            own += [f"{key}={value}" for key, value in plain.items() if key not in chosen]
-        return [*both, *own, "llm.max_caption_tokens=64", f"llm.max_new_tokens={NEW_TOKENS}", "monitor=val/cider"]
+            overrides += [f"{key}={value}" for key, value in plain.items() if key not in chosen]
+        return [*both, *overrides, "llm.max_caption_tokens=64", f"llm.max_new_tokens={NEW_TOKENS}", "monitor=val/cider"]
 
     return make
 

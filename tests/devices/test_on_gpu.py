@@ -74,8 +74,8 @@ def test_loss_gradients_and_captions_are_those_of_the_cpu(
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    own = CASES[name][0] if name in CASES else []
-    run = make_run(compose(overrides_of([*own, "evaluation.tokenizer=whitespace"])))  # which needs no mecab-ko
+    overrides = CASES[name][0] if name in CASES else []
+    run = make_run(compose(overrides_of([*overrides, "evaluation.tokenizer=whitespace"])))  # which needs no mecab-ko
     captioner = run.module.captioner
     expected, reference = step_and_captions(run, torch.device("cpu"), Counter()), gradients_of(run)
     for parameter in captioner.parameters():

@@ -18,7 +18,7 @@ from vlmcap.measuring import measure as measure_module
 from vlmcap.measuring.measure import Comparison, measure
 from vlmcap.measuring.memory_use import PeakMemory
 from vlmcap.measuring.random_components import fill_random, quantize_meta, with_blocks
-from vlmcap.measuring.steps import Measured
+from vlmcap.measuring.steps import Measurement
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.experts import fused_experts
 from vlmcap.planning.captioning import TokenWork, token_seconds
@@ -109,7 +109,7 @@ def test_the_calibrated_plan_of_a_token_is_what_was_measured(
     token_s = token_seconds(work, plan.device)
     plan = dataclasses.replace(plan, token_bytes=token_bytes, token_s=token_s, is_captured=is_captured)
     use = PeakMemory(plan.training_gib, plan.training_gib)
-    measured = Measured(use, use, 0.0, plan.clip_s, ratio * token_s, 8)
+    measured = Measurement(use, use, 0.0, plan.clip_s, ratio * token_s, 8)
     gpu = Comparison(plan, measured, "GPU", 8.0, None).calibration().on(plan.device)
     assert token_seconds(work, gpu) == pytest.approx(ratio * token_s)
 

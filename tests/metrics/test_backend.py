@@ -39,9 +39,9 @@ def test_the_reference_package_really_runs(monkeypatch: pytest.MonkeyPatch) -> N
     assert {name: scores[name] for name in COCO_METRICS} == dict(
         zip(COCO_METRICS, (0.1, 0.2, 0.3, 0.4, 5.0, 0.6), strict=True)
     )
-    own = score_captions(PREDICTIONS, REFERENCES, tokenizer="char")
-    assert {name: scores[name] for name in own if name not in COCO_METRICS} == pytest.approx(
-        {name: own[name] for name in own if name not in COCO_METRICS}
+    native = score_captions(PREDICTIONS, REFERENCES, tokenizer="char")
+    assert {name: scores[name] for name in native if name not in COCO_METRICS} == pytest.approx(
+        {name: native[name] for name in native if name not in COCO_METRICS}
     ), "CIDEr without the penalty is ours"
 
 

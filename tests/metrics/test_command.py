@@ -210,4 +210,4 @@ def test_width_and_synonyms_are_options(tmp_path: Path, capsys: pytest.CaptureFi
     names = ("--metrics", "bleu_1,content_recall")
     assert run(capsys, path, *names)["content_recall"] < 1
     assert run(capsys, path, *names, "--synonyms", same)["content_recall"] > run(capsys, path, *names)["content_recall"]
-    assert run(capsys, path, *names, "--fold-width")["bleu_1"] > run(capsys, path, *names)["bleu_1"]
+    assert run(capsys, path, *names, "--normalize-fullwidth")["bleu_1"] > run(capsys, path, *names)["bleu_1"]

@@ -112,7 +112,7 @@ def test_siglip_equals_the_models_own_logits(siglip: str) -> None:
     assert score.cosine == pytest.approx(float(cosines.mean()), abs=1e-5)
     assert score.probability == pytest.approx(float(logits.sigmoid().mean()), abs=1e-5)
     assert -1 <= score.cosine <= 1
-    assert score.cut_ratio == 0
+    assert score.truncated_ratio == 0
 
 
 @pytest.mark.parametrize("family", ["siglip", "naflex"])
@@ -141,7 +141,7 @@ def test_checkpoints_in_half_precision_are_scored_in_float32(siglip: str, bert: 
 
 def test_a_sentence_that_is_cut_is_counted(siglip: str) -> None:
     caption = f"산 이 보인다 . {'바다 ' * 20}."
-    assert SiglipScorer(siglip).score(make_frames()[:1], [caption])[0].cut_ratio == 0.5
+    assert SiglipScorer(siglip).score(make_frames()[:1], [caption])[0].truncated_ratio == 0.5
 
 
 def test_an_empty_caption_fits_nothing(siglip: str) -> None:
@@ -244,8 +244,8 @@ def test_an_evaluation_has_them_where_checkpoints_are_named(siglip: str, bert: s
     )
     scores = model_scores(config, videos, CAPTIONS, REFERENCES)
     assert list(scores) == [
-        *(f"siglip/{name}" for name in ("cosine", "probability", "cut_ratio")),
-        *(f"bertscore/{name}" for name in ("precision", "recall", "f1", "cut_ratio")),
+        *(f"siglip/{name}" for name in ("cosine", "probability", "truncated_ratio")),
+        *(f"bertscore/{name}" for name in ("precision", "recall", "f1", "truncated_ratio")),
     ]
     expected = [score.f1 for score in BertScorer(bert, layer=1).score(CAPTIONS, REFERENCES, idf=True)]
     assert scores["bertscore/f1"] == pytest.approx(sum(expected) / 3)

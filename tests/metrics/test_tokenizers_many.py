@@ -36,7 +36,7 @@ def test_many_texts_get_the_tokens_of_each(name: str, workers: int | None) -> No
     assert tokenizer.tokenize_many([], workers) == []
 
 
-def test_workers_fold_width_as_their_tokenizer_does() -> None:
+def test_workers_normalize_fullwidth_as_their_tokenizer_does() -> None:
     texts = ["３ｋｍ 앞", "ＫＢＳ！"]
     tokenizer = get_tokenizer("mecab_ko", normalize_fullwidth=True)
     assert (
@@ -96,7 +96,7 @@ def test_full_width_forms_are_folded_on_request_only() -> None:
     assert normalize(text) == "３ｋｍ （ＢＢＣ）！～"
     assert normalize(text, normalize_fullwidth=True) == "3km (BBC)!~"
     plain, folded = get_tokenizer("ptb"), get_tokenizer("ptb", normalize_fullwidth=True)
-    assert folded.version == f"{plain.version}, full-width folded"
+    assert folded.version == f"{plain.version}, full-width normalized"
     assert folded(text) == plain("3km (BBC)!~") != plain(text)
     assert not plain.normalize_fullwidth
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
-from vlmcap.data.loading.collate import Collator, places_of
+from vlmcap.data.loading.collate import Collator, flat_indices
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -67,7 +67,7 @@ def padded_left(batch: Batch, pad_id: int, width: int) -> Batch:
         batch,
         input_ids=pad(batch.input_ids, pad_id),
         attention_mask=pad(batch.attention_mask, 0),
-        **places_of(pad(batch.visual_mask, 0), None),
+        **flat_indices(pad(batch.visual_mask, 0), None),
     )
 
 

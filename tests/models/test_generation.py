@@ -237,7 +237,7 @@ def test_merged_adapters_write_the_same(captioner: VideoCaptioner, engine: Engin
     captioner.generation = dataclasses.replace(captioner.generation, is_merged=True)
     seen: set[bool] = set()
     layer: Any = next(module for module in captioner.llm.modules() if hasattr(module, "merged_adapters"))
-    hook = layer.register_forward_hook(lambda own, *_: seen.add(own.merged))
+    hook = layer.register_forward_hook(lambda lora, *_: seen.add(lora.merged))
     assert ids_of(captioner, batch) == expected
     hook.remove()
     assert seen == {True}

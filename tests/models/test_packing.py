@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
-from vlmcap.data.loading.collate import Collator, places_of
+from vlmcap.data.loading.collate import Collator, flat_indices
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -110,14 +110,14 @@ def loss_and_gradients(captioner: VideoCaptioner, batch: Batch) -> tuple[float, 
 def assert_alike(captioner: VideoCaptioner, items: list[Sample]) -> None:
     rows, packed = (collate(captioner, items, is_packed=is_packed) for is_packed in (False, True))
     assert packed.input_ids.shape == (1, int(rows.attention_mask.sum()))
-    (loss, count, gradients), (own_loss, own_count, own_gradients) = (
+    (loss, count, gradients), (packed_loss, packed_count, packed_gradients) = (
         loss_and_gradients(captioner, batch) for batch in (rows, packed)
     )
-    assert own_count == count == packed.num_label_tokens
-    assert own_loss == pytest.approx(loss, rel=1e-6)
+    assert packed_count == count == packed.num_label_tokens
+    assert packed_loss == pytest.approx(loss, rel=1e-6)
     assert len(gradients) > 10
-    for own, expected in zip(own_gradients, gradients, strict=True):
-        assert float((own - expected).norm()) <= 5e-6 * float(expected.norm())
+    for gradient, expected in zip(packed_gradients, gradients, strict=True):
+        assert float((gradient - expected).norm()) <= 5e-6 * float(expected.norm())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -145,7 +145,9 @@ def test_no_clip_sees_another(kind: str, make: Make) -> None:
     batch.features.requires_grad_()
     owner = (batch.position_ids == 0).cumsum(1) - 1
     for clip in range(len(items)):
-        only = dataclasses.replace(batch, **places_of(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100)))
+        only = dataclasses.replace(
+            batch, **flat_indices(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100))
+        )
         loss, count = captioner(only)
         assert count > 0
         (gradient,) = torch.autograd.grad(loss, batch.features)
@@ -198,9 +200,9 @@ def test_nothing_of_the_clip_before_predicts_a_first_token(make: Make) -> None:
     items = [dataclasses.replace(item, grid_thw=None) for item in samples(3)]
     rows, packed = (Collator(bare, 0, 200, is_packed=is_packed)(items) for is_packed in (False, True))
     assert rows.num_label_tokens == packed.num_label_tokens == packed.input_ids.shape[1] - 3
-    (loss, count), (own_loss, own_count) = captioner(rows), captioner(packed)
-    assert own_count == count == packed.num_label_tokens
-    assert own_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    (loss, count), (packed_loss, packed_count) = captioner(rows), captioner(packed)
+    assert packed_count == count == packed.num_label_tokens
+    assert packed_loss.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_all_offered_language_models_can_be_packed(tmp_path: Path) -> None:

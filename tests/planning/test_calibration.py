@@ -96,9 +96,9 @@ def test_only_plans_of_that_gpu_use_it(
 
 
 def test_one_of_a_gpu_without_a_profile_is_used_on_that_gpu_only() -> None:
-    own = dataclasses.replace(L4, device_name="NVIDIA GeForce RTX 4090", memory_gib=23.5)
-    assert choose_calibration([L4, own], "l4", own.device_name, "l4") == own
-    assert choose_calibration([own], "l4") is None
+    measured_here = dataclasses.replace(L4, device_name="NVIDIA GeForce RTX 4090", memory_gib=23.5)
+    assert choose_calibration([L4, measured_here], "l4", measured_here.device_name, "l4") == measured_here
+    assert choose_calibration([measured_here], "l4") is None
 
 
 @pytest.mark.parametrize(

@@ -85,15 +85,15 @@ def test_the_plan_counts_those_copies_and_beams() -> None:
         "data.eval_batch_size=8",
         "llm.max_new_tokens=4000",
     ]
-    own, beams = planned(*base), planned(*base, "evaluation.num_beams=4", "data.eval_batch_size=2")
+    native, beams = planned(*base), planned(*base, "evaluation.num_beams=4", "data.eval_batch_size=2")
     assert uses_native_decoding(compose(["data.root=unset", *base]))
     assert not uses_native_decoding(compose(["data.root=unset", *base, "evaluation.engine=hf"]))
     assert not uses_native_decoding(compose(["data.root=unset", "model=qwen3_vl_8b", "hardware=l4"]))
-    cache = 2 * 36 * 8 * 128 * 2 * 8 * (own.num_visual + 32 + 4000)
-    for plan in (own, beams):  # eight rows each
+    cache = 2 * 36 * 8 * 128 * 2 * 8 * (native.num_visual + 32 + 4000)
+    for plan in (native, beams):  # eight rows each
         assert plan.generation.sizes["keys and values"] == cache
     assert beams.generation.sizes["one block's copy of them"] == pytest.approx(cache / 36)
-    assert "one block's copy of them" not in own.generation.sizes, "it is there from the first prompt on"
+    assert "one block's copy of them" not in native.generation.sizes, "it is there from the first prompt on"
     old = planned(*base, "hardware=t4", "data.eval_batch_size=8")
     assert old.generation.sizes["one block's copy of them"] == pytest.approx(
         old.generation.sizes["keys and values"] * 4 / 36

@@ -69,12 +69,12 @@ def test_encoders_are_compared(
 ) -> None:
     first, second = checkpoints["clip"], tmp_path / "other"
     second.symlink_to(first.folder)
-    own = [
+    given = [
         f"encoder.checkpoint={first.folder},{second}",
         *(o for o in overrides(first, tmp_path) if "checkpoint" not in o),
     ]
     out = tmp_path / "out"
-    cli.main(["spectrum", *own, "--images", *map(str, images), "--output", str(out)])
+    cli.main(["spectrum", *given, "--images", *map(str, images), "--output", str(out)])
     record = json.loads((out / "spectrum.json").read_text(encoding="utf-8"))
     one, two = record.values()
     assert one == two, "the same weights"
@@ -89,6 +89,6 @@ def test_encoders_are_compared(
 
 
 def test_clips_of_the_data_are_looked_at(checkpoints: dict[str, Checkpoint], aihub_root: Path, tmp_path: Path) -> None:
-    own = [*overrides(checkpoints["dinov3"], tmp_path), "data=aihub", f"data.root={aihub_root}", "data.num_frames=2"]
-    found = measure_encoder("own", compose(own), SpectrumSettings(2, 10, has_layers=False, images=()))
+    given = [*overrides(checkpoints["dinov3"], tmp_path), "data=aihub", f"data.root={aihub_root}", "data.num_frames=2"]
+    found = measure_encoder("own", compose(given), SpectrumSettings(2, 10, has_layers=False, images=()))
     assert (found.spectrum.num_frames, found.spectrum.num_tokens) == (4, 10)

@@ -26,7 +26,7 @@ def run_all(folder: Path, cache: Path, runs: dict[str, tuple[int, list[str]]], *
 
 
 def main(folder: Path, cache: Path, words: list[str]) -> int:
-    """Exit code: 1 at the first run of which a process fails."""
+    """Exits code: 1 at the first run of which a process fails."""
     import torch.distributed.fsdp  # noqa: F401
 
     from vlmcap.libraries import import_libraries

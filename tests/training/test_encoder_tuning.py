@@ -31,9 +31,9 @@ def test_the_encoder_is_trained_saved_and_loaded(tiny_config: Callable[..., Conf
     if kind == "lora":
         assert all(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)  # they start at 0
     captioner = load_captioner(checkpoint)
-    own = dict(captioner.named_parameters())
+    trained = dict(captioner.named_parameters())
     for name, tensor in saved.items():
-        assert torch.equal(own[name], tensor)
+        assert torch.equal(trained[name], tensor)
         assert tensor.dtype == torch.float32
 
 

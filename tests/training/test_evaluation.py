@@ -321,7 +321,7 @@ def test_synonyms_and_width_reach_the_scores(tmp_path: Path) -> None:
     assert folded["content_recall"] > plain["content_recall"]
     assert folded["content/noun_recall"] > plain["content/noun_recall"]
     assert folded["bleu_1"] > plain["bleu_1"]
-    assert "full-width folded" in describe_tokenizer(scorer.tokenizer)
+    assert "full-width normalized" in describe_tokenizer(scorer.tokenizer)
     same.write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match=r"same\.json must be an object of words"):
         CaptionScorer(EvaluationConfig(synonyms=str(same)))

@@ -137,13 +137,13 @@ def fit(folder: Path, script: str, points: Points) -> None:
     )
     mode = "min" if monitor == "val/loss" else "max"
     patient = PatientStop(StagePlan(module.plan.stages), monitor=monitor, mode=mode, patience=2, min_delta=0.0)
-    own = [
+    callbacks = [
         Scripted(points, losses, ciders),
         RunProgress(2),
         patient,
         DivergenceGuard(GuardConfig(), folder, is_scaled=False),
     ]
-    trainer.callbacks[:0] = [*own, stop, Places(points)]  # type: ignore[attr-defined]
+    trainer.callbacks[:0] = [*callbacks, stop, Places(points)]  # type: ignore[attr-defined]
     with stop.listening():
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
 

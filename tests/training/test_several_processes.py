@@ -118,8 +118,8 @@ def test_other_processes_run_the_command_again(started: str, tmp_path: Path, mon
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: job)
     command = launch_command(compose([f"paths.output_dir={tmp_path / '도 심'}"]))
-    own = [sys.executable, "/bin/train.py"] if started == "train.py" else [sys.executable, "-m", "vlmcap.cli", "train"]
-    assert command[: len(own) + 1] == [*own, "data.root='도심'"]
+    argv = [sys.executable, "/bin/train.py"] if started == "train.py" else [sys.executable, "-m", "vlmcap.cli", "train"]
+    assert command[: len(argv) + 1] == [*argv, "data.root='도심'"]
     assert f"paths.output_dir='{tmp_path / '도 심'}'" in command
 
 

@@ -70,13 +70,13 @@ def test_the_order_is_the_seeds() -> None:
 
 
 def test_a_drop_is_near_zero_if_it_is_small_and_may_be_chance() -> None:
-    own = [1.0, 2.0, 3.0]
-    assert is_near_zero(own, [0.0, 0.0, 0.0])
-    assert is_near_zero(own, [1.0, -1.0, 0.1])
-    assert is_near_zero(own, [-1.0, -1.1, -0.9]), "better with another's video is no looking"
-    assert not is_near_zero(own, [1.0, 1.1, 0.9])
-    assert not is_near_zero(own, [0.011, 0.01, 0.009]), "small, but not chance"
-    assert not is_near_zero(own, [3.0, -1.0, 0.5]), "it may be chance, but a drop of 40% is not near zero"
+    losses = [1.0, 2.0, 3.0]
+    assert is_near_zero(losses, [0.0, 0.0, 0.0])
+    assert is_near_zero(losses, [1.0, -1.0, 0.1])
+    assert is_near_zero(losses, [-1.0, -1.1, -0.9]), "better with another's video is no looking"
+    assert not is_near_zero(losses, [1.0, 1.1, 0.9])
+    assert not is_near_zero(losses, [0.011, 0.01, 0.009]), "small, but not chance"
+    assert not is_near_zero(losses, [3.0, -1.0, 0.5]), "it may be chance, but a drop of 40% is not near zero"
 
 
 # --- the callback in a run
@@ -154,11 +154,11 @@ def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, 
     )
     clips = run.data.clips["test"]
     dataset: Any = run.data.make_dataset(clips)
-    own = {clip.id: dataset[row].frames for row, clip in enumerate(clips)}
+    frames = {clip.id: dataset[row].frames for row, clip in enumerate(clips)}
 
     def forward(batch: Batch) -> tuple[Tensor, int]:
         assert batch.frames is not None
-        is_own = torch.equal(batch.frames[0], own[batch.clips[0].id])
+        is_own = torch.equal(batch.frames[0], frames[batch.clips[0].id])
         is_black = not batch.frames.any()
         return torch.tensor(2.0 if is_own else 8.0 if is_black else 6.0 + int(batch.clips[0].id[-1]) / 10), 2
 

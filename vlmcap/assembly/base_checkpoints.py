@@ -42,7 +42,7 @@ def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) ->
     """
     from vlmcap.models.checkpoint import VISION, Fingerprint, fingerprint, locate
 
-    memo = Path(config.paths.cache_dir) / "fingerprints.json"
+    hash_file = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     fingerprints: dict[str, Fingerprint] = {}
     settings_of: dict[str, Any] = {"model": config.model}
@@ -60,7 +60,7 @@ def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) ->
         folders[group] = locate(
             settings.checkpoint, settings.revision, key=f"{group}.checkpoint", gate=settings.gate, tensor_filter=wanted
         )
-        fingerprints[group] = fingerprint(folders[group], settings.checkpoint, memo, wanted)
+        fingerprints[group] = fingerprint(folders[group], settings.checkpoint, hash_file, wanted)
     return BaseCheckpoints(folders, fingerprints)
 
 
@@ -80,5 +80,5 @@ def vision_component(config: Config) -> str:
 
 
 def has_plugin_encoder(config: Config) -> bool:
-    """Whether the encoder comes from a plugin."""
+    """Returns whether the encoder comes from a plugin."""
     return maker_of("encoder", config.encoder.kind) is not None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_BAD_START = 10_000  # entries; if so many are bad from the start, the rest is not read
 _REPORT_EVERY = 1_000  # entries
+_SIDE = 448  # pixels; black stays black at any other size
 _SILENT_S = 2.0  # shorter reading prints nothing
 _MAX_SPLITS_NAMED = 20
 
@@ -70,7 +71,7 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
     """
     use_index_folder(Path(config.paths.cache_dir) / "archives")
     wanted = [split for split in Split if split in splits or split in optional]
-    drawer = _drawer(config)
+    drawer = SplitDrawer(config.data.splits, config.data.root) if config.data.splits.random else None
     only = wanted[0].value if len(wanted) == 1 and drawer is None else None
     entries = read_records(config.data, only)
     with ExitStack() as stack:
@@ -201,10 +202,6 @@ def _describe_skipped(skipped: Skipped) -> str:
     return f"{skipped.clip.id} ({skipped.reason})"
 
 
-def _drawer(config: Config) -> SplitDrawer | None:
-    return SplitDrawer(config.data.splits, config.data.root) if config.data.splits.random else None
-
-
 def _with_progress(entries: Entries) -> Iterator[Record | Skipped]:
     from vlmcap.terminal import progress_reporter
 
@@ -235,6 +232,3 @@ def blank_clip(config: Config) -> Clip:
 def with_blank(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Mapping[str, Sequence[Clip]]:
     """Adds the black clip if visual reliance is measured, as its features are needed too."""
     return {**clips, "black": [blank_clip(config)]} if config.callbacks.visual_reliance.enabled else clips
-
-
-_SIDE = 448  # pixels; black stays black at any other size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vlmcap.assembly.base_checkpoints import ENCODER_KEYS, encoder_configs, has_plugin_encoder, vision_component
+from vlmcap.assembly.base_checkpoints import ENCODER_KEYS, encoder_configs, vision_component
 from vlmcap.config import (
     Config,
     EncoderTuning,
@@ -95,19 +96,9 @@ def tower_attention(config: Config) -> str:
 
     # Plans and tables build encoders for GPUs that this machine may not have.
     device = device_of(config) if torch.cuda.is_available() else "cpu"
-    return (
-        choose_attention("auto", device, dtype_of(config.hardware.precision))
-        if config.hardware.attention == "auto"
-        else "sdpa"
-    )
-
-
-def plugin_encoder(config: Config, folder: Path | None) -> VisionEncoder:
-    """Builds the frozen encoder of a plugin, with random weights if there is no folder."""
-    encoder: VisionEncoder = maker_of("encoder", config.encoder.kind)(
-        config.encoder, folder if config.encoder.checkpoint else None
-    )
-    return encoder.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
+    if config.hardware.attention == "auto":
+        return choose_attention("auto", device, dtype_of(config.hardware.precision))
+    return "sdpa"
 
 
 def max_patches(config: Config) -> int:
@@ -116,67 +107,48 @@ def max_patches(config: Config) -> int:
     return config.encoder.max_patches
 
 
-def load_encoder(config: Config, folders: Mapping[str, Path]) -> VisionEncoder:
+def load_encoder(config: Config, folders: Mapping[str, Path], *, is_meta: bool = False) -> VisionEncoder:
     """Loads the frozen vision encoder; of a pretrained VLM, only the vision tower is read.
 
     Args:
         config: Run configuration.
         folders: Folders of the base checkpoints.
+        is_meta: Whether to build the encoder on the meta device, for its sizes and its transform.
     """
-    if len(encoder_configs(config)) > 1:
-        return _joined(config, folders, load_encoder)
-    folder = folders[vision_component(config)]
-    if has_plugin_encoder(config):
-        return plugin_encoder(config, folder)
-    if not config.is_pretrained_vlm:
-        from vlmcap.models import encoders
+    # 1. Two joined encoders are loaded one by one.
+    if len(configs := encoder_configs(config)) > 1:
+        from vlmcap.models.encoders.joined import JoinedEncoder
 
-        is_on_host = config.trainer.strategy is Strategy.fsdp2  # it will be sharded
-        return encoders.load_encoder(folder, encoder_options(config), "cpu" if is_on_host else device_of(config))
-    from vlmcap.models import pretrained
-
-    options = {name: value for name, value in language_options(config).items() if name != "quantization"}
-    pretrained.check_kind(config.model.kind, folder)
-    encoder: VisionEncoder = pretrained.load_vision(folder, max_patches=max_patches(config), **options)
-    return encoder
-
-
-def _joined(
-    config: Config, folders: Mapping[str, Path], make: Callable[[Config, Mapping[str, Path]], VisionEncoder]
-) -> VisionEncoder:
-    from vlmcap.models.encoders.joined import JoinedEncoder
-
-    parts = zip(encoder_configs(config), ENCODER_KEYS, strict=True)
-    encoder: Any = JoinedEncoder(*(make(part, {"encoder": folders[key]}) for part, key in parts))
-    return cast("VisionEncoder", encoder)
-
-
-def build_meta_encoder(config: Config, folders: Mapping[str, Path]) -> VisionEncoder:
-    """Builds the vision encoder on the meta device, for its sizes and its transform.
-
-    Args:
-        config: Run configuration.
-        folders: Folders of the base checkpoints.
-    """
-    if len(encoder_configs(config)) > 1:
-        return _joined(config, folders, build_meta_encoder)
-    folder = folders.get(vision_component(config), Path())
-    if has_plugin_encoder(config):
+        folders_of_encoders = ({"encoder": folders[key]} for key in ENCODER_KEYS)
+        joined: Any = JoinedEncoder(*map(partial(load_encoder, is_meta=is_meta), configs, folders_of_encoders))
+        return cast("VisionEncoder", joined)
+    folder, dtype = folders.get(vision_component(config), Path()), dtype_of(config.hardware.precision)
+    encoder: VisionEncoder
+    # 2. The encoder of a plugin has random weights if it has no checkpoint.
+    if build := maker_of("encoder", config.encoder.kind):
         import torch
 
-        with torch.device("meta"):
-            return plugin_encoder(config, None)
-    if not config.is_pretrained_vlm:
-        from vlmcap.models import encoders
+        with torch.device("meta") if is_meta else contextlib.nullcontext():
+            encoder = build(config.encoder, folder if config.encoder.checkpoint and not is_meta else None)
+        return encoder.to(dtype).requires_grad_(False).eval()
+    # 3. The vision tower of a pretrained VLM.
+    if config.is_pretrained_vlm:
+        from vlmcap.models import pretrained
 
+        pretrained.check_kind(config.model.kind, folder)
+        if is_meta:
+            encoder = pretrained.build_meta_vision(folder, dtype=dtype, max_patches=max_patches(config))
+        else:
+            options = {name: value for name, value in language_options(config).items() if name != "quantization"}
+            encoder = pretrained.load_vision(folder, max_patches=max_patches(config), **options)
+        return encoder
+    # 4. A tower of transformers.
+    from vlmcap.models import encoders
+
+    if is_meta:
         return encoders.build_meta_encoder(folder, encoder_options(config))
-    from vlmcap.models import pretrained
-
-    pretrained.check_kind(config.model.kind, folder)
-    encoder: VisionEncoder = pretrained.build_meta_vision(
-        folder, dtype=dtype_of(config.hardware.precision), max_patches=max_patches(config)
-    )
-    return encoder
+    is_on_host = config.trainer.strategy is Strategy.fsdp2  # it will be sharded
+    return encoders.load_encoder(folder, encoder_options(config), "cpu" if is_on_host else device_of(config))
 
 
 def train_encoder(config: Config, encoder: Any) -> None:
@@ -185,15 +157,15 @@ def train_encoder(config: Config, encoder: Any) -> None:
     if tuning is EncoderTuning.none:
         return
     lora = lora_of(config)
-    for part in getattr(encoder, "parts", (encoder,)):
+    for one in getattr(encoder, "encoders", (encoder,)):
         if tuning is EncoderTuning.full:
-            part.float().requires_grad_(True)  # mixed precision needs float32 master weights
+            one.float().requires_grad_(True)  # mixed precision needs float32 master weights
         else:
             from vlmcap.models.encoders.tower import add_tower_lora
 
-            add_tower_lora(part.tower, lora)
-        if config.hardware.gradient_checkpointing and part.tower.supports_gradient_checkpointing:
-            part.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            add_tower_lora(one.tower, lora)
+        if config.hardware.gradient_checkpointing and one.tower.supports_gradient_checkpointing:
+            one.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def lora_of(config: Config) -> LoraConfig:
@@ -203,7 +175,7 @@ def lora_of(config: Config) -> LoraConfig:
 
 
 def uses_expert_adapters(config: Config) -> bool:
-    """Whether the experts of the language model have adapters."""
+    """Returns whether the experts of the language model have adapters."""
     return config.tuning.use_lora and lora_of(config).use_experts
 
 
@@ -301,32 +273,23 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
     return load_language_model(folder, is_on_host=config.trainer.strategy is Strategy.fsdp2, **language_options(config))
 
 
-def load_vlm(config: Config, folder: Path) -> VlmComponents:
-    """Loads the components of a pretrained VLM, frozen except for its projector."""
-    from vlmcap.models.pretrained import check_kind, load_pretrained
+def load_vlm(config: Config, folder: Path, *, is_meta: bool = False) -> VlmComponents:
+    """Loads the components of a pretrained VLM, frozen except for its projector.
 
-    check_kind(config.model.kind, folder)
-    return load_pretrained(
-        folder,
-        max_patches=max_patches(config),
-        use_outer_marks=_uses_outer_marks(config),
-        is_on_host=config.trainer.strategy is Strategy.fsdp2,
-        **language_options(config),
-    )
-
-
-def build_meta_vlm(config: Config, folder: Path) -> VlmComponents:
-    """Builds the components of a pretrained VLM on the meta device, without the layout that needs a tokenizer."""
+    Args:
+        config: Run configuration.
+        folder: Folder of its base checkpoint.
+        is_meta: Whether to build them on the meta device, without the layout that needs a tokenizer.
+    """
     from vlmcap.models.encoders.tower import read_config
-    from vlmcap.models.pretrained import build_pretrained, check_kind
+    from vlmcap.models.pretrained import build_pretrained, check_kind, load_pretrained
 
     check_kind(config.model.kind, folder)
-    return build_pretrained(
-        read_config(folder),
-        dtype=dtype_of(config.hardware.precision),
-        max_patches=max_patches(config),
-        use_outer_marks=_uses_outer_marks(config),
-    )
+    options: dict[str, Any] = {"max_patches": max_patches(config), "use_outer_marks": _uses_outer_marks(config)}
+    if is_meta:
+        return build_pretrained(read_config(folder), dtype=dtype_of(config.hardware.precision), **options)
+    is_on_host = config.trainer.strategy is Strategy.fsdp2
+    return load_pretrained(folder, is_on_host=is_on_host, **options, **language_options(config))
 
 
 def _uses_outer_marks(config: Config) -> bool:

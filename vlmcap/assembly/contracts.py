@@ -242,8 +242,8 @@ class _EncoderContracts:
     def check_shape(self) -> None:
         """Checks that the output is (B, F, P, Dv) with the stated P and Dv."""
         encoder = self.build()
-        found, expected = tuple(self.run(encoder).shape), (2, 2, encoder.num_patches, encoder.embed_dim)
-        assert found == expected, f"forward gives {found}, grid and embed_dim state {expected}"
+        shape, expected = tuple(self.run(encoder).shape), (2, 2, encoder.num_patches, encoder.embed_dim)
+        assert shape == expected, f"forward gives {shape}, grid and embed_dim state {expected}"
 
     def check_batch(self) -> None:
         """Checks that the features of a clip do not depend on other clips of the batch."""
@@ -271,8 +271,8 @@ class _EncoderContracts:
         transform: Any = self.build().transform
         ForkingPickler.dumps(transform)  # for the data workers
         frames, size = transform(torch.zeros(2, 3, 90, 160, dtype=torch.uint8)), transform.image_size
-        found = (tuple(frames.shape), frames.dtype)
-        assert found == ((2, 3, size, size), torch.uint8), f"it gives {found}, expected uint8 of {size} × {size}"
+        actual = (tuple(frames.shape), frames.dtype)
+        assert actual == ((2, 3, size, size), torch.uint8), f"it gives {actual}, expected uint8 of {size} × {size}"
 
     def check_half(self) -> None:
         """Checks that the encoder runs with frozen weights in bfloat16."""
@@ -293,10 +293,8 @@ class _EncoderContracts:
 def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
     from vlmcap.metrics.user_metrics import user_scores
 
-    texts, references = (
-        ["파도가 치는 바다.", "", "산 위의 구름."],
-        [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]],
-    )
+    texts = ["파도가 치는 바다.", "", "산 위의 구름."]
+    references = [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
 
     def check_value() -> None:
         score = user_scores(texts, references)[name]

@@ -63,10 +63,8 @@ def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) 
     """Returns the tokens of each clip's full sequence, (N,); unknown video sizes count as the largest possible."""
     from vlmcap.data.loading.lengths import caption_lengths, sequence_lengths
 
-    prompt, base = (
-        assembly.captioner.prompt,
-        assembly.base_checkpoints.fingerprints["model" if config.is_pretrained_vlm else "llm"],
-    )
+    prompt = assembly.captioner.prompt
+    base = assembly.base_checkpoints.fingerprints["model" if config.is_pretrained_vlm else "llm"]
     folder = Path(config.paths.cache_dir) / "manifests"
     captions = caption_lengths(
         clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}"

@@ -43,7 +43,7 @@ class Features:
         store: Store that holds the features.
         clips: Clips of each split.
         hashes: Content hashes of the clips of each split, in their order; they are the keys of the store.
-        memo: File that caches the hashes of media files.
+        hash_file: File that caches the hashes of media files.
         pool_size: Patches per side that were averaged before storing; None if the encoder's features are stored.
         second: Features of the second of two joined encoders.
         join_grids: Patch grids of both encoders.
@@ -52,36 +52,36 @@ class Features:
     store: FeatureStore
     clips: Mapping[str, Sequence[Clip]]
     hashes: Mapping[str, NDArray[np.bytes_]]
-    memo: Path
+    hash_file: Path
     pool_size: int | None = None
     second: Features | None = None
     join_grids: tuple[tuple[int, int], tuple[int, int]] | None = None
 
-    def hashes_of(self, chosen: Sequence[Clip]) -> NDArray[np.bytes_]:
+    def hashes_of(self, clips: Sequence[Clip]) -> NDArray[np.bytes_]:
         """Returns the content hashes of a full split, or of any of its clips."""
         from vlmcap.data.features.content_hash import content_hashes
 
-        split = next((split for split, members in self.clips.items() if members is chosen), None)
-        return content_hashes(chosen, self.memo) if split is None else self.hashes[split]
+        split = next((split for split, members in self.clips.items() if members is clips), None)
+        return content_hashes(clips, self.hash_file) if split is None else self.hashes[split]
 
-    def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
+    def dataset(self, clips: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         """Builds a data set of the features of a full split, or of any of its clips."""
         from vlmcap.assembly.joined_features import JoinedFeatureDataset
         from vlmcap.data.features.feature_dataset import FeatureDataset, PooledFeatureDataset
 
-        hashes = self.hashes_of(chosen)
+        hashes = self.hashes_of(clips)
         if self.second is not None and self.join_grids is not None:
-            own, other = FeatureDataset(chosen, hashes, self.store), FeatureDataset(chosen, hashes, self.second.store)
-            return JoinedFeatureDataset(own, other, self.join_grids)
+            first, second = (FeatureDataset(clips, hashes, store) for store in (self.store, self.second.store))
+            return JoinedFeatureDataset(first, second, self.join_grids)
         if self.pool_size is None:
-            return FeatureDataset(chosen, hashes, self.store)
-        return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
+            return FeatureDataset(clips, hashes, self.store)
+        return PooledFeatureDataset(clips, hashes, self.store, self.pool_size)
 
-    def layouts(self, chosen: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
+    def layouts(self, clips: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
         """Yields size in patches (None for the encoder's grid) and times of each clip; both None without features."""
         from vlmcap.data.features.feature_dataset import pooled_grid
 
-        for content in self.hashes_of(chosen):
+        for content in self.hashes_of(clips):
             name = bytes(content)
             grid, times_s = (
                 (self.store.grid_thw(name), self.store.times_s(name)) if name in self.store else (None, None)
@@ -111,18 +111,18 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
         return None
     clips = with_blank(config, clips)
     plans = plans_of(plan)
-    stores = [open_store(part) for part in plans]
+    stores = [open_store(one) for one in plans]
     if config.cache.enabled == "auto" and not all(
-        _is_worthwhile(part, store, clips) for part, store in zip(plans, stores, strict=True)
+        _is_worthwhile(one, store, clips) for one, store in zip(plans, stores, strict=True)
     ):
         return None
-    memo = hash_memo(config)
-    hashes = hash_clips(clips, memo)
-    for part, store in zip(plans, stores, strict=True):
-        fill_store(part, store, clips, hashes)
+    hash_file = hash_cache(config)
+    hashes = hash_clips(clips, hash_file)
+    for one, store in zip(plans, stores, strict=True):
+        fill_store(one, store, clips, hashes)
     if config.cache.max_gib is not None:
         prune(stores[0].root, round(config.cache.max_gib * 2**30), keep=[store.key for store in stores])
-    features = [Features(store, clips, hashes, memo, config.pool_size) for store in stores]
+    features = [Features(store, clips, hashes, hash_file, config.pool_size) for store in stores]
     if len(features) == 1:
         return features[0]
     return dataclasses.replace(features[0], second=features[1], join_grids=cast(Any, plan.meta_encoder).grids)
@@ -130,16 +130,16 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
 
 def plans_of(plan: FeaturePlan) -> list[FeaturePlan]:
     """Returns the feature plan of each of two joined encoders, which is that of the encoder alone; else the plan."""
-    parts = encoder_configs(plan.config)
-    if len(parts) == 1:
+    configs = encoder_configs(plan.config)
+    if len(configs) == 1:
         return [plan]
-    found = []
-    for part, key, encoder in zip(parts, ENCODER_KEYS, cast(Any, plan.meta_encoder).parts, strict=True):
+    plans = []
+    for config, key, encoder in zip(configs, ENCODER_KEYS, cast(Any, plan.meta_encoder).encoders, strict=True):
         folder, base = plan.base_checkpoints.folders[key], plan.base_checkpoints.fingerprints[key]
         base_checkpoints = BaseCheckpoints({"encoder": folder}, {"encoder": base})
-        grid_of = grid_of_frames(part, encoder)
-        found.append(FeaturePlan(part, base_checkpoints, encoder, grid_of, plan.num_visual_tokens))
-    return found
+        grid_of = grid_of_frames(config, encoder)
+        plans.append(FeaturePlan(config, base_checkpoints, encoder, grid_of, plan.num_visual_tokens))
+    return plans
 
 
 def open_store(plan: FeaturePlan) -> FeatureStore:
@@ -154,7 +154,7 @@ def features_folder(config: Config) -> Path:
     return Path(config.paths.cache_dir) / "features"
 
 
-def hash_memo(config: Config) -> Path:
+def hash_cache(config: Config) -> Path:
     """Returns the file that caches the content hashes of media."""
     return Path(config.paths.cache_dir) / "content.sqlite"
 
@@ -165,14 +165,12 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     from vlmcap.data.features.recipe import Recipe
 
     config = plan.config
-    base, transform = (
-        plan.base_checkpoints.fingerprints[vision_component(config)],
-        cast(Any, plan.meta_encoder.transform),
-    )
-    own = plugins_of(config).get("encoder")
-    code = json.dumps([base.sha256, own, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
+    base = plan.base_checkpoints.fingerprints[vision_component(config)]
+    transform = cast(Any, plan.meta_encoder.transform)
+    plugin = plugins_of(config).get("encoder")
+    code = json.dumps([base.sha256, plugin, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
-        encoder=base.sha256 if own is None else hashlib.sha256(code.encode()).hexdigest(),
+        encoder=base.sha256 if plugin is None else hashlib.sha256(code.encode()).hexdigest(),
         layer=plan.meta_encoder.feature_layer,
         transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
         num_frames=config.data.num_frames,
@@ -188,7 +186,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     )
 
 
-def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDArray[np.bytes_]]:
+def hash_clips(clips: Mapping[str, Sequence[Clip]], hash_file: Path) -> dict[str, NDArray[np.bytes_]]:
     """Returns the content hashes of the clips of each split."""
     from vlmcap.data.features.content_hash import content_hashes
     from vlmcap.terminal import progress_reporter
@@ -196,18 +194,18 @@ def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDA
     hashes = {}
     for split, members in clips.items():
         with progress_reporter(f"hashing the {split} split", silent_s=_SILENT_S) as report:
-            hashes[split] = content_hashes(members, memo, report)
+            hashes[split] = content_hashes(members, hash_file, report)
     return hashes
 
 
-def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
+def warn_about_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
     """Warns about captions that were left out, videos in several splits, and too little shared memory for workers."""
     from vlmcap.data.loading.shared_memory import shared_memory_problem
     from vlmcap.data.overlap import describe_overlap
 
     note = clips.note if isinstance(clips, Splits) else ""
     problem = shared_memory_problem() if config.data.num_workers else None
-    overlap = None if config.trainer.overfit else describe_overlap(clips, hash_memo(config))
+    overlap = None if config.trainer.overfit else describe_overlap(clips, hash_cache(config))
     for sentence in (note, overlap, problem):
         if sentence:
             print(f"Warning: {sentence}", file=sys.stderr, flush=True)
@@ -244,7 +242,7 @@ def fill_store(
     from vlmcap.data.features import filling
     from vlmcap.terminal import gigabytes, grouped, progress_reporter
 
-    missing = {split: len(store.missing(own, retry_lost=True)) for split, own in hashes.items()}
+    missing = {split: len(store.missing(wanted, retry_lost=True)) for split, wanted in hashes.items()}
     if not any(missing.values()):
         return
     config, size = plan.config, clip_bytes(plan)
@@ -323,8 +321,8 @@ def encoding_of(
         sizes = grids or [(features.shape[1], *encoder.grid)] * len(features)
         # (B, F, P, Dv), padded -> B times (F, h · w / size², Dv)
         return [
-            pool_grid(own[None, :count, : rows * columns], (rows, columns), size)[0]
-            for own, (count, rows, columns) in zip(features, sizes, strict=True)
+            pool_grid(clip[None, :count, : rows * columns], (rows, columns), size)[0]
+            for clip, (count, rows, columns) in zip(features, sizes, strict=True)
         ]
 
     return encode_pooled

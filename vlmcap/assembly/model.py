@@ -12,8 +12,6 @@ from vlmcap.assembly.base_checkpoints import BaseCheckpoints, locate_base_checkp
 from vlmcap.assembly.components import (
     add_adapters,
     autocast_dtype,
-    build_meta_encoder,
-    build_meta_vlm,
     compile_blocks,
     load_encoder,
     load_llm,
@@ -117,10 +115,10 @@ def describe_model(config: Config) -> ModelSpec:
     if config.data.batching is Batching.packed:
         check_packing(folder, name)
     _check_decoding(config, folder, name)
-    encoder = build_meta_encoder(config, base_checkpoints.folders)
+    encoder = load_encoder(config, base_checkpoints.folders, is_meta=True)
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
     if config.is_pretrained_vlm:
-        sizes, meta_vlm = None, build_meta_vlm(config, folder)
+        sizes, meta_vlm = None, load_vlm(config, folder, is_meta=True)
         prompt = load_prompt_of(
             config, folder, visual_prefix=meta_vlm.visual_prefix, visual_suffix=meta_vlm.visual_suffix
         )
@@ -213,8 +211,7 @@ def _assemble_components(
         warm_start(projector, config.projector.checkpoint)
     encoder = None
     if features is None:
-        load = build_meta_encoder if is_meta else load_encoder
-        encoder = load(config, folders).requires_grad_(False)
+        encoder = load_encoder(config, folders, is_meta=is_meta).requires_grad_(False)
         train_encoder(config, encoder)
     if llm is None:
         llm = add_adapters(config, load_llm(config, folders["llm"], is_meta=is_meta), num_kept_layers)

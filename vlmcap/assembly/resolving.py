@@ -84,7 +84,7 @@ def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Co
 
 
 def _is_korean(splits: Sequence[Sequence[Clip]]) -> bool:
-    """Whether captions are mainly Hangul, by a sample that is spread over each split."""
+    """Returns whether captions are mainly Hangul, by a sample that is spread over each split."""
     from vlmcap.data.text import is_mainly_hangul
 
     chosen = (clips[index] for clips in splits for index in range(0, len(clips), max(1, len(clips) // _NUM_READ)))
@@ -116,9 +116,11 @@ def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDA
     folder = _folder(config, group)
     prompt = load_prompt_of(config, folder)
     sha256 = fingerprint(folder, getattr(config, group).checkpoint, has_weights=False).sha256
-    memo = Path(config.paths.cache_dir) / "manifests"
+    manifests = Path(config.paths.cache_dir) / "manifests"
     fingerprinted = f"{sha256}:{prompt.caption_lead}"
-    return [caption_lengths(clips, prompt.encode_caption, folder=memo, fingerprint=fingerprinted) for clips in splits]
+    return [
+        caption_lengths(clips, prompt.encode_caption, folder=manifests, fingerprint=fingerprinted) for clips in splits
+    ]
 
 
 def _with_licenses(config: Config) -> Config:

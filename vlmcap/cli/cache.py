@@ -15,9 +15,9 @@ from rich.table import Table
 
 from vlmcap.assembly.base_checkpoints import locate_base_checkpoints
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.components import build_meta_encoder, device_of
+from vlmcap.assembly.components import device_of, load_encoder
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
-from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store, plans_of
+from vlmcap.assembly.features import features_folder, fill_store, hash_cache, hash_clips, open_store, plans_of
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
@@ -67,8 +67,8 @@ def build(overrides: Sequence[str]) -> None:
     config = prepare(config)
     clips = load_splits(config, (), tuple(Split))
     base_checkpoints = locate_base_checkpoints(config, is_encoder_only=True)
-    meta_encoder = build_meta_encoder(config, base_checkpoints.folders)
-    hashes = hash_clips(clips, hash_memo(config))
+    meta_encoder = load_encoder(config, base_checkpoints.folders, is_meta=True)
+    hashes = hash_clips(clips, hash_cache(config))
     for plan in plans_of(FeaturePlan(config, base_checkpoints, meta_encoder, grid_of_frames(config, meta_encoder))):
         store = open_store(plan)
         fill_store(plan, store, clips, hashes)
@@ -125,18 +125,18 @@ def verify(overrides: Sequence[str]) -> None:
         print(f"There are no features in {root}.")
         return
     with progress_reporter("verifying shards") as report:
-        found = verify_stores(root, report)
-    for damage in found:
+        damages = verify_stores(root, report)
+    for damage in damages:
         contents = f" (first {damage.contents[0]})" if damage.contents else ""
         kept = "" if damage.is_removed else "; it could not be removed because the folder is not writable"
         print(f"{damage.path}: {damage.reason}{contents}{kept}", file=sys.stderr)
-    if not found:
+    if not damages:
         print(f"All {grouped(sum(store.num_clips for store in stores))} clips in {root} match their checksums.")
         return
-    are_removed = all(damage.is_removed for damage in found)
+    are_removed = all(damage.is_removed for damage in damages)
     end = "they were removed, and the next run encodes them again" if are_removed else "not all could be removed"
-    num_clips = sum(len(damage.contents) for damage in found)
-    print(f"Damaged: {grouped(num_clips)} clips in {grouped(len(found))} files of {root}; {end}.")
+    num_clips = sum(len(damage.contents) for damage in damages)
+    print(f"Damaged: {grouped(num_clips)} clips in {grouped(len(damages))} files of {root}; {end}.")
     raise SystemExit(1)
 
 

@@ -51,18 +51,18 @@ def run(options: Namespace) -> None:
     if options.resume and not options.output:
         raise UserError("--resume needs --output, the file to continue")
     settings = override_values(options.overrides, program="vlmcap caption", read=_READ)
-    found = find_videos([Path(path) for path in options.paths])
-    for notice in found.notices():
+    inputs = find_videos([Path(path) for path in options.paths])
+    for notice in inputs.notices():
         print(notice, file=sys.stderr)
     output = Path(options.output) if options.output else None
-    file = CaptionFile(output, found.all, is_resumed=options.resume) if output else None
+    file = CaptionFile(output, inputs.all, is_resumed=options.resume) if output else None
     counts = _Counts(output)
     with _stopping_on_sigterm():
-        _caption(options.checkpoint, settings, found, file, counts)
+        _caption(options.checkpoint, settings, inputs, file, counts)
     if counts.failed:
         video, reason = counts.failed[0]
         raise UserError(
-            f"{len(counts.failed)} of {len(found.all)} files could not be read; the first is {video} ({reason}); "
+            f"{len(counts.failed)} of {len(inputs.all)} files could not be read; the first is {video} ({reason}); "
             f"{counts}"
         )
     print(_printable(str(counts)), file=sys.stdout if file else sys.stderr)
@@ -72,8 +72,8 @@ def run(options: Namespace) -> None:
 
 
 @dataclass(slots=True)
-class Found:
-    """Files found under the paths of a command.
+class Inputs:
+    """Files under the paths of a command.
 
     Attributes:
         videos: Paths, and addresses of archive members; a file given on the command line may have any ending.
@@ -108,7 +108,7 @@ class Found:
         return notices
 
 
-def find_videos(paths: Sequence[Path]) -> Found:
+def find_videos(paths: Sequence[Path]) -> Inputs:
     """Finds the given files, and the videos in given folders and archives, sorted by path.
 
     Folders are searched like those of data sets: archives count as folders, hidden files are skipped, and links are
@@ -119,21 +119,21 @@ def find_videos(paths: Sequence[Path]) -> Found:
     """
     from vlmcap.data.media.tree import is_archive
 
-    found = Found()
+    inputs = Inputs()
     for path in paths:
         if path.is_dir() or (path.is_file() and is_archive(str(path))):
-            _search(path, found)
+            _search(path, inputs)
         elif path.is_file():
-            found.videos.append(str(path))
+            inputs.videos.append(str(path))
         else:
             raise UserError(f"{path} does not exist")
-    return found
+    return inputs
 
 
-def _search(root: Path, found: Found) -> None:
+def _search(root: Path, inputs: Inputs) -> None:
     from vlmcap.data.media.tree import VIDEO_ENDINGS, WalkState, list_files
 
-    walk_state, here, videos = WalkState(), Found(), []
+    walk_state, here, videos = WalkState(), Inputs(), []
     for file in list_files(str(root), "follow", walk_state):
         if isinstance(file, Skipped):
             here.broken.append(file)
@@ -145,11 +145,11 @@ def _search(root: Path, found: Found) -> None:
     if not videos and not here.broken:
         why = f"; {'; '.join(here.notices())}" if here.notices() else ""
         raise UserError(f"{root} holds no video ({', '.join(sorted(VIDEO_ENDINGS))}){why}")
-    found.videos += [file.address for file in sorted(videos, key=lambda file: file.path.split("/"))]
-    found.broken += here.broken
-    found.other_endings += here.other_endings
-    found.num_hidden += here.num_hidden
-    found.unreadable += here.unreadable
+    inputs.videos += [file.address for file in sorted(videos, key=lambda file: file.path.split("/"))]
+    inputs.broken += here.broken
+    inputs.other_endings += here.other_endings
+    inputs.num_hidden += here.num_hidden
+    inputs.unreadable += here.unreadable
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -175,11 +175,11 @@ class _Counts:
 
 
 def _caption(
-    checkpoint: str, settings: dict[str, Any], found: Found, file: CaptionFile | None, counts: _Counts
+    checkpoint: str, settings: dict[str, Any], inputs: Inputs, file: CaptionFile | None, counts: _Counts
 ) -> None:
     """Captions the videos that have no caption in the output yet."""
-    videos = found.videos if file is None else file.remaining(found.videos)
-    counts.skipped = len(found.videos) - len(videos)
+    videos = inputs.videos if file is None else file.remaining(inputs.videos)
+    counts.skipped = len(inputs.videos) - len(videos)
     captions: Iterable[tuple[str | Path, str | Skipped]] = ()
     if videos:
         from vlmcap.training.checkpoints.load import load_captioner
@@ -189,7 +189,7 @@ def _caption(
     screen = sys.stdout  # a progress bar on the terminal replaces sys.stdout by its own stream
     is_silent = not videos or (file is None and screen.isatty())
     with nullcontext(_no_report) if is_silent else progress_reporter("captioning") as report, _adding_counts(counts):
-        for archive in found.broken:
+        for archive in inputs.broken:
             _write_result(archive.clip.video, archive, file, counts, screen)
         for done, (video, caption) in enumerate(captions, 1):
             _write_result(str(video), caption, file, counts, screen)

@@ -65,15 +65,13 @@ def describe_and_show(config: Config, groups: Sequence[str], *, as_json: bool) -
     """
     import_libraries(with_adapters=False, with_training=False)
     silence_libraries()
-    found = [_describe_encoder(config) if group == "encoder" else _describe_llm(config, group) for group in groups]
+    each = [_describe_encoder(config) if group == "encoder" else _describe_llm(config, group) for group in groups]
     if as_json:
-        print(
-            json.dumps({one.key: one.plain | {"verdict": one.verdict} for one in found}, ensure_ascii=False, indent=2)
-        )
+        print(json.dumps({one.key: one.plain | {"verdict": one.verdict} for one in each}, ensure_ascii=False, indent=2))
     else:
-        for one in found:
+        for one in each:
             _show(one)
-    if any(one.problems for one in found):
+    if any(one.problems for one in each):
         raise SystemExit(1)
 
 
@@ -91,38 +89,38 @@ def _describe_llm(config: Config, group: str) -> Description:
     from vlmcap.models.llm.inspection import LlmDescription, describe_llm
 
     settings = getattr(config, group)
-    found: LlmDescription = describe_llm(_folder(config, group), chat_template=settings.chat_template)
+    llm: LlmDescription = describe_llm(_folder(config, group), chat_template=settings.chat_template)
     # What the checkpoint has, as text for the table.
-    template = "from the checkpoint" if found.has_chat_template else "none"
-    ids = "no tokenizer" if found.largest_id is None else f"largest token id {grouped(found.largest_id)}"
-    engine = "native" if found.is_native else "transformers' generate; the native engine does not support this model"
-    packages = ", ".join(found.optional_packages) or "none"
-    if found.missing_packages:
-        packages += f"; without these it runs slower: pip install {' '.join(found.missing_packages)}"
+    template = "from the checkpoint" if llm.has_chat_template else "none"
+    ids = "no tokenizer" if llm.largest_id is None else f"largest token id {grouped(llm.largest_id)}"
+    engine = "native" if llm.is_native else "transformers' generate; the native engine does not support this model"
+    packages = ", ".join(llm.optional_packages) or "none"
+    if llm.missing_packages:
+        packages += f"; without these it runs slower: pip install {' '.join(llm.missing_packages)}"
     rows = (
-        ("class", f"{found.model_class} ({found.model_type}){', in a pretrained VLM' if found.is_part else ''}"),
-        ("context", "no limit" if found.context is None else f"{grouped(found.context)} tokens"),
-        ("size", f"width {grouped(found.hidden_size)}, {found.num_layers} layers"),
-        ("vocabulary", f"{grouped(found.vocab_size)} embeddings, {ids}"),
+        ("class", f"{llm.model_class} ({llm.model_type}){', in a pretrained VLM' if llm.is_part else ''}"),
+        ("context", "no limit" if llm.context is None else f"{grouped(llm.context)} tokens"),
+        ("size", f"width {grouped(llm.hidden_size)}, {llm.num_layers} layers"),
+        ("vocabulary", f"{grouped(llm.vocab_size)} embeddings, {ids}"),
         ("chat template", "llm.chat_template" if settings.chat_template else template),
-        ("end tokens", " ".join(found.end_tokens) or "unknown"),
+        ("end tokens", " ".join(llm.end_tokens) or "unknown"),
         (
             "thinking",
             "llm.enable_thinking turns it on and off"
-            if found.has_thinking_switch
+            if llm.has_thinking_switch
             else "the chat template cannot turn it on or off",
         ),
-        ("license", found.license or "unknown"),
-        ("attention", ", ".join(found.attention)),
-        ("sliding window", "none" if found.sliding_window is None else f"{grouped(found.sliding_window)} tokens"),
+        ("license", llm.license or "unknown"),
+        ("attention", ", ".join(llm.attention)),
+        ("sliding window", "none" if llm.sliding_window is None else f"{grouped(llm.sliding_window)} tokens"),
         (
             "packed batches",
-            "data.batching=packed works" if found.is_packable else "not known to work; use data.batching=by_length",
+            "data.batching=packed works" if llm.is_packable else "not known to work; use data.batching=by_length",
         ),
         ("decoding engine", engine),
         ("optional packages", packages),
     )
-    return Description(f"{group}.checkpoint", settings.checkpoint, rows, found.problems, found.plain())
+    return Description(f"{group}.checkpoint", settings.checkpoint, rows, llm.problems, llm.plain())
 
 
 def _describe_encoder(config: Config) -> Description:
@@ -163,14 +161,14 @@ def _describe_encoder(config: Config) -> Description:
     return Description("encoder.checkpoint", config.encoder.checkpoint, rows, (), plain)
 
 
-def _show(found: Description) -> None:
+def _show(one: Description) -> None:
     console = Console(highlight=False)
     table = Table(
-        box=None, show_header=False, pad_edge=False, title=f"{found.key}={found.checkpoint}", title_justify="left"
+        box=None, show_header=False, pad_edge=False, title=f"{one.key}={one.checkpoint}", title_justify="left"
     )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in found.rows:
+    for name, text in one.rows:
         table.add_row(name, text.replace("[", "\\["))
     console.print(table)
-    console.print(found.verdict, style="bold red" if found.problems else "green", markup=False, soft_wrap=True)
+    console.print(one.verdict, style="bold red" if one.problems else "green", markup=False, soft_wrap=True)

@@ -52,13 +52,13 @@ def _one(overrides: Sequence[str], *, as_json: bool, shows_all: bool) -> None:
 
 
 def _grid(overrides: Sequence[str], output: Path | None, *, as_json: bool) -> None:
-    found = make_grid(grid_names([NO_DATA, *overrides]))
+    cells = make_grid(grid_names([NO_DATA, *overrides]))
     if as_json:
-        print(json.dumps([cell.plain() for cell in found], indent=2))
+        print(json.dumps([cell.plain() for cell in cells], indent=2))
     else:
-        show_grid(found)
+        show_grid(cells)
     if output:
-        draw_grid(found, output)
+        draw_grid(cells, output)
 
 
 def _sweep(overrides: Sequence[str], price: float | None, *, as_json: bool) -> None:

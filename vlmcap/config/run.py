@@ -251,7 +251,7 @@ def mode_of(metric: str, mode: str) -> str:
 
 
 def is_lower_better(metric: str) -> bool:
-    """Whether lower values of a metric are better, as of "val/loss"; higher values of all other metrics are better."""
+    """Returns whether lower values of a metric are better, as of "val/loss"; all others are better if higher."""
     return metric.rsplit("/", 1)[-1] == "loss"
 
 

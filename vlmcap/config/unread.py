@@ -159,13 +159,13 @@ _RULES = (
 
 def check_unread(run: Run) -> None:
     """Raises an `UnreadError` for a value that differs from the default although nothing reads it."""
-    for path, owner, known in _leaves("", run):
-        why = _why_unread(run, path, owner, known)
+    for path, owner, field in _leaves("", run):
+        why = _why_unread(run, path, owner, field)
         if why is None:
             continue
-        value, default = getattr(owner, known.name), _default(run, known)
+        value, default = getattr(owner, field.name), _default(run, field)
         # The value of the schema also means "not set", as with the batch of one clip in debug=overfit.
-        if value not in (default, known.default):
+        if value not in (default, field.default):
             raise UnreadError(path, default, f"{path}={as_text(value)} has no effect {why.format(key=path)}")
 
 
@@ -178,19 +178,19 @@ def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
             without being set.
     """
     leaves = [leaf for leaf in _leaves("", run) if not that_follow or "follows" in leaf[2].metadata]
-    found = {path: _why_unread(run, path, owner, known) for path, owner, known in leaves}
-    return {path: why.format(key=path) for path, why in found.items() if why is not None}
+    reasons = {path: _why_unread(run, path, owner, field) for path, owner, field in leaves}
+    return {path: why.format(key=path) for path, why in reasons.items() if why is not None}
 
 
-def _why_unread(run: Run, path: str, owner: Any, known: Field[Any]) -> str | None:
+def _why_unread(run: Run, path: str, owner: Any, field: Field[Any]) -> str | None:
     """Returns the text after "has no effect", or None if the field is read."""
     rule = next((rule for rule in _RULES if _matches(path, rule.keys) and not rule.is_read(run)), None)
     if rule is not None and rule.why:  # if another group rules the key out, no setting of its own group helps
         return rule.why
     needed = [] if rule is None else [rule.setting]
-    if (is_read := known.metadata.get("is_read")) is not None and not is_read(owner):
+    if (is_read := field.metadata.get("is_read")) is not None and not is_read(owner):
         group = path.rpartition(".")[0]
-        needed = [*(f"{group}.{one}" for one in known.metadata["setting"].split()), *needed]
+        needed = [*(f"{group}.{one}" for one in field.metadata["setting"].split()), *needed]
     return f"without {' '.join(needed)}; set that as well, or leave {{key}} out" if needed else None
 
 
@@ -198,18 +198,18 @@ def _matches(path: str, keys: tuple[str, ...]) -> bool:
     return any(path.startswith(key) if key.endswith(".") else path == key for key in keys)
 
 
-def _default(run: Run, known: Field[Any]) -> Any:
+def _default(run: Run, field: Field[Any]) -> Any:
     """Returns the value that a field has if it is not set."""
-    source = known.metadata.get("follows", "").removeprefix("${").removesuffix("}")
+    source = field.metadata.get("follows", "").removeprefix("${").removesuffix("}")
     if source and "${" not in source and "}" not in source:
         return value_at(run, source)
-    factory: Any = known.default_factory
-    return factory() if known.default is MISSING else known.default
+    factory: Any = field.default_factory
+    return factory() if field.default is MISSING else field.default
 
 
 def default_at(run: Run, key: str) -> Any:
     """Returns the value that a dotted key has if it is not set, or None if there is no such key."""
-    return next((_default(run, known) for path, _, known in _leaves("", run) if path == key), None)
+    return next((_default(run, field) for path, _, field in _leaves("", run) if path == key), None)
 
 
 def value_at(run: Run, key: str) -> Any:
@@ -222,9 +222,9 @@ def value_at(run: Run, key: str) -> Any:
 
 def _leaves(prefix: str, values: Any) -> Iterator[tuple[str, Any, Field[Any]]]:
     """Yields dotted key, dataclass and field of every value below a dataclass."""
-    for known in fields(values):
-        value, path = getattr(values, known.name), f"{prefix}{known.name}"
+    for field in fields(values):
+        value, path = getattr(values, field.name), f"{prefix}{field.name}"
         if is_dataclass(value) and not isinstance(value, type):
             yield from _leaves(f"{path}.", value)
         else:
-            yield path, values, known
+            yield path, values, field

@@ -16,7 +16,7 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZi
 
 
 def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Write arrays to an `.npz` file, creating its parent folder.
+    """Writes arrays to an `.npz` file, creating its parent folder.
 
     Raises:
         OSError: The file cannot be written.
@@ -27,7 +27,7 @@ def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
-    """Load the arrays of an `.npz` file; None if it is absent or damaged.
+    """Loads the arrays of an `.npz` file; None if it is absent or damaged.
 
     An `.npz` file is a zip file, whose members have checksums.
     """

@@ -23,7 +23,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
-    """Return one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
+    """Returns one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
     grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (F, 1, H, W)
     small = F.adaptive_avg_pool2d(grey, (8, 9))  # (F, 1, 8, 9)
     rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()  # (F, 1, 8, 8) -> (F, 64)
@@ -32,7 +32,7 @@ def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
 
 
 def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> list[list[int]]:
-    """Group clips that are near each other, directly or through other clips.
+    """Groups clips that are near each other, directly or through other clips.
 
     Args:
         hashes: uint64 (N, 3), the hashes of three frames of each clip.
@@ -53,7 +53,8 @@ def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
     # Union-find: `parent` leads from each hash to the root of its group.
     parent = np.arange(len(distinct))
     for first, second in _near_pairs(distinct, max_distance):
-        _join(parent, first, second)
+        low, high = sorted((_root(parent, first), _root(parent, second)))
+        parent[high] = low
     roots = np.array([_root(parent, index) for index in range(len(distinct))], dtype=np.int64)[inverse.reshape(-1)]
     groups: dict[int, list[int]] = {}
     for clip, root in enumerate(roots.tolist()):
@@ -62,7 +63,7 @@ def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
 
 
 def _near_pairs(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of indices whose hashes are near, several times if they agree in several bands."""
+    """Yields the pairs of indices whose hashes are near, several times if they agree in several bands."""
     bands = np.ascontiguousarray(hashes).view(np.uint16).reshape(len(hashes), -1)  # (N, 3) uint64 -> (N, 12) uint16
     for band in range(bands.shape[1]):
         # Sorting brings equal bands together; only clips within such a run are compared.
@@ -89,8 +90,3 @@ def _root(parent: NDArray[np.int64], index: int) -> int:
         parent[index] = parent[parent[index]]  # halves the path for later calls
         index = int(parent[index])
     return index
-
-
-def _join(parent: NDArray[np.int64], first: int, second: int) -> None:
-    low, high = sorted((_root(parent, first), _root(parent, second)))
-    parent[high] = low

@@ -12,7 +12,7 @@ _WAIT_S = 3600.0  # a slow machine takes minutes to train a tiny component
 
 
 def get_or_create(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return `folder`, and let `make` fill it first if it does not exist.
+    """Returns `folder`, and lets `make` fill it first if it does not exist.
 
     Of several processes one creates the folder; the others wait and log which process they wait for. If the process
     fails or is killed, nothing half-written remains under the folder's name, and its leftovers are removed by the next

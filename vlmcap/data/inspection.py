@@ -30,7 +30,7 @@ class Thumbnails:
     height: int = THUMBNAIL_HEIGHT
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Return the frames at that height with their aspect ratio."""
+        """Returns the frames at that height with their aspect ratio."""
         height, width = frames.shape[-2:]
         if height <= self.height:
             return frames
@@ -99,7 +99,7 @@ class Inspection:
 
 
 def read_captions(clips: Sequence[Clip]) -> SplitReport:
-    """Return the caption lengths of a split."""
+    """Returns the caption lengths of a split."""
     counts = np.array(
         [(len(clip.captions), len(clip.captions[0]) if clip.captions else 0) for clip in clips], dtype=np.int64
     )
@@ -108,27 +108,27 @@ def read_captions(clips: Sequence[Clip]) -> SplitReport:
 
 
 def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, list[Entry]]]:
-    """Return the captions that more than one clip has, with those clips; the most frequent first."""
+    """Returns the captions that more than one clip has, with those clips; the most frequent first."""
     # Hashes first, so that a million captions of 575 characters are not held in memory.
     positions: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for split, clips in splits.items():
         for index, clip in enumerate(clips):
             for caption in set(clip.captions):
                 positions[hash(caption)].append((split, index))
-    found: dict[str, list[Entry]] = defaultdict(list)
+    entries: dict[str, list[Entry]] = defaultdict(list)
     for key, same in positions.items():
         for split, index in same if len(same) > 1 else ():
             clip = splits[split][index]
             for caption in {caption for caption in clip.captions if hash(caption) == key}:
-                found[caption].append(Entry(split, clip.id, clip.video))
+                entries[caption].append(Entry(split, clip.id, clip.video))
     # Texts are compared again here, as different captions may have the same hash.
-    return sorted(((text, same) for text, same in found.items() if len(same) > 1), key=lambda item: -len(item[1]))
+    return sorted(((text, same) for text, same in entries.items() if len(same) > 1), key=lambda item: -len(item[1]))
 
 
 def read_videos(
     report: Inspection, items: Iterable[tuple[str, Sample | Skipped]], *, chosen: Sequence[int] = ()
 ) -> Iterator[int]:
-    """Add what the videos show to a report, and yield the number of finished clips after each.
+    """Adds what the videos show to a report, and yields the number of finished clips after each.
 
     Args:
         report: Report whose `broken`, `samples`, `num_decoded` and, at the end, `look_alikes` are filled.
@@ -154,7 +154,7 @@ def read_videos(
 
 
 def as_jpeg(frame: Tensor) -> bytes:
-    """Encode a frame, uint8 (3, H, W), as a JPEG file."""
+    """Encodes a frame, uint8 (3, H, W), as a JPEG file."""
     file = BytesIO()
     # (3, H, W) -> (H, W, 3)
     Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=80)

@@ -69,7 +69,7 @@ class ClipTable(Sequence[Clip]):
         return f"ClipTable({str(self.path)!r}, {len(self)} clips)"
 
     def select(self, indices: NDArray[np.int64]) -> ClipTable:
-        """Return a table of the clips at `indices`, in that order; it takes 8 bytes per clip."""
+        """Returns a table of the clips at `indices`, in that order; it takes 8 bytes per clip."""
         rows = self._rows
         if isinstance(rows, range):
             indices = np.asarray(indices, np.int64)
@@ -144,7 +144,7 @@ class TableWriter:
         self._ids.append(hash(clip.id))
 
     def close(self) -> ClipTable:
-        """Move the table to its final name and return it.
+        """Moves the table to its final name and returns it.
 
         Raises:
             UserError: Two clips have the same id.
@@ -161,7 +161,7 @@ class TableWriter:
 
 
 def write_table(clips: Iterable[Clip], folder: Path) -> ClipTable:
-    """Write the clips as a table in `folder`, named by its content.
+    """Writes the clips as a table in `folder`, named by its content.
 
     Raises:
         UserError: Two clips have the same id.

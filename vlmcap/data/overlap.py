@@ -12,26 +12,27 @@ from vlmcap.data.media.storage import local_file
 from vlmcap.types import Clip
 
 
-def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | None:
-    """Describe in one sentence the videos whose content is in more than one split; None if there are none.
+def describe_overlap(splits: Mapping[str, Sequence[Clip]], hash_file: Path) -> str | None:
+    """Describes in one sentence the videos whose content is in more than one split; None if there are none.
 
     Contents are compared only where sizes are equal, so very little is read. Files in an object store are compared by
     their addresses.
 
     Args:
         splits: Split name to clips.
-        memo: File of known hashes, as for `content_hashes`.
+        hash_file: File of known hashes, as for `content_hashes`.
     """
     # 1. Find the sizes that occur in more than one split.
     keys = {split: [_cheap_key(clip) for clip in clips] for split, clips in splits.items()}
     first_split: dict[Hashable, str] = {}
-    shared = {key for split, own in keys.items() for key in own if key and first_split.setdefault(key, split) != split}
+    pairs = ((split, key) for split, split_keys in keys.items() for key in split_keys if key)
+    shared = {key for split, key in pairs if first_split.setdefault(key, split) != split}
     # 2. Hash the content of the clips with these sizes.
     contents = {}
-    for split, own in keys.items():
-        chosen = [position for position, key in enumerate(own) if key in shared]
+    for split, split_keys in keys.items():
+        chosen = [position for position, key in enumerate(split_keys) if key in shared]
         contents[split] = _first_clip_by_content(
-            [splits[split][position] for position in chosen], [own[position] for position in chosen], memo
+            [splits[split][position] for position in chosen], [split_keys[position] for position in chosen], hash_file
         )
     # 3. Count the contents that each pair of splits has in common.
     counts, first = [], ""
@@ -50,7 +51,7 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
 
 
 def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
-    """Return a key that clips of equal content share: file sizes, or addresses where a size costs a request.
+    """Returns a key that clips of equal content share: file sizes, or addresses where a size costs a request.
 
     None if a file is unreadable.
     """
@@ -64,15 +65,15 @@ def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
 
 
 def _first_clip_by_content(
-    clips: Sequence[Clip], keys: Sequence[tuple[Hashable, ...] | None], memo: Path
+    clips: Sequence[Clip], keys: Sequence[tuple[Hashable, ...] | None], hash_file: Path
 ) -> dict[Hashable, Clip]:
-    """Map each content to the first of the clips that have it."""
+    """Maps each content to the first of the clips that have it."""
     is_remote = [key == (clip.frames or (clip.video,)) for clip, key in zip(clips, keys, strict=True)]
     hashes = iter(
-        content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist()
+        content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], hash_file).tolist()
     )
-    found: dict[Hashable, Clip] = {}
+    first_clip: dict[Hashable, Clip] = {}
     for clip, key, is_address in zip(clips, keys, is_remote, strict=True):
-        found.setdefault(key if is_address else next(hashes), clip)
-    found.pop(UNREADABLE, None)
-    return found
+        first_clip.setdefault(key if is_address else next(hashes), clip)
+    first_clip.pop(UNREADABLE, None)
+    return first_clip

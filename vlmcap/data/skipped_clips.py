@@ -59,11 +59,11 @@ class SkippedClipLog:
         return len(self._bad)
 
     def add(self, skipped: Skipped) -> None:
-        """Add a clip; adding the same clip again has no effect."""
+        """Adds a clip; adding the same clip again has no effect."""
         self.add_all([skipped])
 
     def add_all(self, entries: Iterable[Skipped]) -> None:
-        """Add several clips, such as those whose labels were found bad before training, each one time."""
+        """Adds several clips, such as those whose labels were found bad before training, each one time."""
         fresh: dict[bytes, Skipped] = {}
         for skipped in entries:
             key = _key(skipped.clip.id, skipped.clip.video)
@@ -75,7 +75,7 @@ class SkippedClipLog:
             self._write(fresh)
 
     def check(self) -> None:
-        """Check that few enough clips are bad.
+        """Checks that few enough clips are bad.
 
         Raises:
             UserError: More than `max_bad_fraction` of the clips are bad.
@@ -98,7 +98,7 @@ class SkippedClipLog:
             self._read_new(file)
 
     def _read_new(self, file: int) -> set[bytes]:
-        """Return the keys on complete lines not read so far, our own included; lines torn by a kill are ignored."""
+        """Returns the keys on complete lines not read so far, our own included; lines torn by a kill are ignored."""
         os.lseek(file, self._read_bytes, os.SEEK_SET)
         data = b""
         while chunk := os.read(file, 1 << 20):
@@ -110,7 +110,7 @@ class SkippedClipLog:
 
 
 def _line_break(file: int) -> bytes:
-    """Return a line break if a kill tore the last line, so that the next one starts on its own line."""
+    """Returns a line break if a kill tore the last line, so that the next one starts on its own line."""
     if os.lseek(file, 0, os.SEEK_END) == 0:
         return b""
     os.lseek(file, -1, os.SEEK_END)
@@ -133,12 +133,12 @@ def _key_of(line: bytes) -> bytes | None:
 
 
 def _key(name: str, video: str) -> bytes:
-    """Ids are unique within a split only, so the video belongs to the key."""
+    """Returns a hash of id and video, as ids are unique within a split only."""
     return hashlib.blake2b(f"{name}\0{video}".encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
 
 
 def _wait_for_lock(file: int) -> None:
-    """Acquire the lock, or give up where the file system has none or a suspended process holds it for too long."""
+    """Acquires the lock, or gives up where the file system has none or a suspended process holds it for too long."""
     deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:

@@ -32,7 +32,7 @@ _KOREAN = re.compile(rf"([가-힣]+?){KOREAN_ENDING}")
 
 
 def standard_split(name: str) -> str:
-    """Return `train`, `val` or `test` for the many spellings of them (`Training`, `2.Validation`, `훈련`).
+    """Returns `train`, `val` or `test` for the many spellings of them (`Training`, `2.Validation`, `훈련`).
 
     Other names are returned in lower case.
     """
@@ -42,7 +42,7 @@ def standard_split(name: str) -> str:
 
 
 def split_in_path(path: str) -> tuple[str, str]:
-    """Return the split that the first such folder of a path names, "" if none does, and the path without it."""
+    """Returns the split that the first such folder of a path names, "" if none does, and the path without it."""
     *folders, name = path.split("/")
     for index, folder in enumerate(folders):
         split = standard_split(folder)
@@ -72,11 +72,11 @@ class SplitDrawer:
         self._unmatched: str | None = None
 
     def split_of(self, record: Record) -> str:
-        """Return the split of a clip."""
+        """Returns the split of a clip."""
         return draw_split(self.group_of(record), self.settings)
 
     def group_of(self, record: Record) -> str:
-        """Return the name of the source that a clip comes from."""
+        """Returns the name of the source that a clip comes from."""
         clip = record.clip
         if self._pattern is not None:
             match = self._pattern.search(clip.id)
@@ -87,7 +87,7 @@ class SplitDrawer:
         return record.group or video_name(clip, self.root)
 
     def check(self) -> None:
-        """Check the pattern after all clips have been drawn.
+        """Checks the pattern after all clips have been drawn.
 
         Raises:
             UserError: The pattern matched no id.
@@ -101,7 +101,7 @@ class SplitDrawer:
 
 
 def draw_split(group: str, settings: SplitConfig) -> str:
-    """Draw the split of a group by a hash of its name and the seed.
+    """Draws the split of a group by a hash of its name and the seed.
 
     Test takes one end of the range of hashes and validation the other, so that changing one share leaves the other
     split unchanged.
@@ -113,12 +113,12 @@ def draw_split(group: str, settings: SplitConfig) -> str:
 
 
 def video_name(clip: Clip, root: str) -> str:
-    """Return the source of a clip for which the data set names none: the resolved path of its video, or its id."""
+    """Returns the source of a clip for which the data set names none: the resolved path of its video, or its id."""
     return relative_address(real_address(clip.video), real_address(root)) if clip.video else clip.id
 
 
 def nested_subset(num_clips: int, max_clips: int, seed: int) -> NDArray[np.int64]:
-    """Return `max_clips` sorted positions; with the same seed, a smaller subset is contained in a larger one."""
+    """Returns `max_clips` sorted positions; with the same seed, a smaller subset is contained in a larger one."""
     # One order of all clips for every size, of which a subset takes the first ones.
     order = random.Random(seed).sample(range(num_clips), num_clips)
     return np.sort(np.array(order[:max_clips], np.int64))

@@ -19,7 +19,7 @@ _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 def normalize_caption(text: str) -> str:
-    """Return `text` in Unicode NFC, without invisible characters and with single blanks for runs of white space.
+    """Returns `text` in Unicode NFC, without invisible characters and with single blanks for runs of white space.
 
     Decomposed Hangul (as macOS writes it) looks the same but matches nothing, and a stray line separator shifts all
     later lines of files that are read by line; line separators count as white space. Text with nothing visible, such as
@@ -31,7 +31,7 @@ def normalize_caption(text: str) -> str:
 
 
 def is_mainly_hangul(texts: Iterable[str]) -> bool:
-    """Return whether more than half of all letters in the texts are Hangul; False if there are no letters."""
+    """Returns whether more than half of all letters in the texts are Hangul; False if there are no letters."""
     letters = hangul = 0
     for text in texts:
         letters += sum(map(str.isalpha, text))
@@ -40,7 +40,7 @@ def is_mainly_hangul(texts: Iterable[str]) -> bool:
 
 
 def _is_visible(char: str) -> bool:
-    """Return whether a character is visible by itself: no control, format, blank, combining or filler character."""
+    """Returns whether a character is visible by itself: no control, format, blank, combining or filler character."""
     return (
         char not in _FILLERS
         and (category := unicodedata.category(char))[0] not in "ZM"

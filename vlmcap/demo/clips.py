@@ -7,7 +7,9 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,18 +25,18 @@ _HELD_OUT = 8  # one in so many combinations of facts is kept for validation and
 
 
 def make_demo(folder: Path, settings: DemoConfig) -> Path:
-    """The folder of the data set, written if it is not there yet: nothing half-written is ever found under its name.
+    """Returns the folder of the data set, which is written if it does not exist and is never incomplete.
 
     Args:
-        folder: Parent; data sets of other settings may stand beside it.
+        folder: Parent folder, which may also hold data sets of other settings.
         settings: Sizes and seed; equal ones give equal clips and captions.
     """
     key = hashlib.sha256(json.dumps([_VERSION, asdict(settings)]).encode()).hexdigest()[:10]
 
-    def write(partial: Path) -> None:
+    def write(target: Path) -> None:
         with progress_reporter("writing demo clips") as report:
-            _write_all(partial, list(_plan(settings)), report)
-        (partial / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False, indent=1), encoding="utf-8")
+            _write_all(target, list(_plan(settings)), report)
+        (target / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False, indent=1), encoding="utf-8")
 
     return get_or_create(folder / f"clips-{key}", write)
 
@@ -48,7 +50,7 @@ class _Job:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination of facts is kept from training; camera motion does not count."""
+    """Returns whether this combination of facts is kept from training; camera motion does not count."""
     facts = asdict(scene)
     facts.pop("camera")
     return hashlib.sha256("|".join(facts.values()).encode()).digest()[0] % _HELD_OUT == 0
@@ -68,24 +70,11 @@ def _write_all(root: Path, jobs: list[_Job], report: Callable[[int, int], None])
     for split in {job.split for job in jobs}:
         (root / split / "videos").mkdir(parents=True)
         (root / split / "labels").mkdir()
-    workers = min(len(jobs) // 50 + 1, usable_processors(), _MAX_WORKERS)
-    if workers == 1:
-        for done, job in enumerate(jobs, 1):
-            _write_one(root, job)
+    workers, write = min(len(jobs) // 50 + 1, usable_processors(), _MAX_WORKERS), partial(_write_one, root)
+    with nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        written = map(write, jobs) if pool is None else pool.map(write, jobs, chunksize=25)
+        for done, _ in enumerate(written, 1):
             report(done, len(jobs))
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        chunks = [jobs[start : start + 25] for start in range(0, len(jobs), 25)]
-        done = 0
-        for written in pool.map(_write_chunk, [root] * len(chunks), chunks):
-            done += written
-            report(done, len(jobs))
-
-
-def _write_chunk(root: Path, jobs: list[_Job]) -> int:
-    for job in jobs:
-        _write_one(root, job)
-    return len(jobs)
 
 
 def _write_one(root: Path, job: _Job) -> None:

@@ -44,12 +44,12 @@ class Scene:
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A scene with every fact drawn uniformly and independently, so that none can be guessed from another."""
+    """Draws every fact of a scene uniformly and independently, so that none can be guessed from another."""
     return Scene(**{field.name: rng.choice(list(FACTS[field.name])) for field in fields(Scene)})
 
 
 def with_particle(noun: str, particles: str) -> str:
-    """`noun` with the right form of a particle pair such as "이/가": the first form follows a final consonant.
+    """Returns `noun` with the right form of a particle pair such as "이/가": the first form follows a final consonant.
 
     "으로/로" counts a final ㄹ as a vowel, as Korean does.
 
@@ -88,7 +88,7 @@ _MOOD = {
 
 
 def _setting(scene: Scene, rng: random.Random) -> str:
-    """The sentence about place, time and weather."""
+    """Returns the sentence about place, time and weather."""
     weather = scene.weather
     return rng.choice(
         (
@@ -100,7 +100,7 @@ def _setting(scene: Scene, rng: random.Random) -> str:
 
 
 def _motion(scene: Scene, rng: random.Random) -> str:
-    """The sentence about the object, its colour and its direction."""
+    """Returns the sentence about the object, its colour and its direction."""
     start, end = ("왼쪽", "오른쪽") if scene.direction == "오른쪽" else ("오른쪽", "왼쪽")
     thing = f"{scene.colour} {scene.object}"
     return rng.choice(
@@ -113,7 +113,7 @@ def _motion(scene: Scene, rng: random.Random) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A caption of two to four sentences that states all facts of `scene`; `rng` picks the phrasing."""
+    """Returns a caption of two to four sentences that states all facts of `scene`; `rng` picks the phrasing."""
     setting, motion = _setting(scene, rng), _motion(scene, rng)
     if rng.random() < 0.4:
         sentences = [f"{with_particle(_CAMERA_NOUN[scene.camera], '이/가')} 담은 영상이다.", setting, motion]

@@ -235,7 +235,7 @@ def _make_smollm2(package: Traversable, folder: Path) -> None:
     num_heads, num_kv_heads = values["llama.attention.head_count"], values["llama.attention.head_count_kv"]
     tensors = {}
     for name, tensor in quantized.items():
-        renamed = re.sub(r"blk\.(\d+)\.(\w+)", lambda found: f"model.layers.{found[1]}.{_GGUF_NAMES[found[2]]}", name)
+        renamed = re.sub(r"blk\.(\d+)\.(\w+)", lambda match: f"model.layers.{match[1]}.{_GGUF_NAMES[match[2]]}", name)
         if "attn_q" in name or "attn_k" in name:
             tensor = _halves(tensor, num_heads if "attn_q" in name else num_kv_heads)
         tensors[_GGUF_NAMES.get(name, renamed)] = tensor

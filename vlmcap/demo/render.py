@@ -39,7 +39,7 @@ _COLOUR = {
 
 
 def _grid(size: int) -> tuple[Image, Image]:
-    """Row and column coordinates in 0…1, each (size, size)."""
+    """Returns row and column coordinates in 0…1, each (size, size)."""
     axis = np.linspace(0, 1, size, dtype=np.float32)
     return np.broadcast_to(axis[:, None], (size, size)), np.broadcast_to(axis[None, :], (size, size))
 
@@ -126,7 +126,7 @@ def _ground(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Image, M
 
 
 def _landmarks(shape: Callable[[Image, Image], Mask], x: Image, y: Image, rng: np.random.Generator) -> Mask:
-    """Where two objects of a shape stand; without them waves, slopes and furrows look the same when the camera pans."""
+    """Returns the mask of two objects of a shape; without them waves and slopes look the same when the camera pans."""
     left, right = rng.uniform(0.22, 0.42), rng.uniform(0.58, 0.78)
     return shape(x - left, y) | shape(x - right, y)
 
@@ -143,7 +143,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image:
 
 
 def _camera(background: Image, scene: Scene, t: float, pan: int) -> Image:
-    """The frame that the camera sees at time `t` in 0…1; `pan` is +1 or -1."""
+    """Returns the frame that the camera sees at time `t` in 0…1; `pan` is +1 or -1."""
     total = background.shape[0]
     crop, left, top = float(SIZE), _MARGIN / 2, _MARGIN / 2
     if scene.camera == "이동":
@@ -209,7 +209,7 @@ def _fall(frame: Image, scene: Scene, drops: NDArray[np.float64], step: int) -> 
 
 
 def render(scene: Scene, seed: int) -> NDArray[np.uint8]:
-    """The clip of `scene`, uint8 (T, H, W, 3): `NUM_FRAMES` frames of `SIZE` × `SIZE`; the same for the same seed."""
+    """Renders the clip of a scene, uint8 (T, H, W, 3): `NUM_FRAMES` frames of `SIZE` × `SIZE`."""
     rng = np.random.default_rng(seed)
     background = _background(scene, rng)
     drops = rng.random((70, 2))

@@ -160,7 +160,7 @@ def _save(tower: Any, folder: Path) -> None:
 
 
 def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask (N, S) of each clip's first caption."""
+    """Returns ids and mask (N, S) of each clip's first caption."""
     encoded = tokenizer(
         [clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95
     )
@@ -171,7 +171,7 @@ def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Ten
 
 
 def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None], preprocessing: Preprocessing) -> Tensor:
-    """Frames of all clips, uint8 (N, F, 3, H, W)."""
+    """Returns the frames of all clips, uint8 (N, F, 3, H, W)."""
     data = DataConfig(num_frames=8, is_isolated=False)  # the demo's own clips
     transform = FrameTransform(_IMAGE_SIZE, preprocessing.resampling, preprocessing.is_cropped)
     dataset = ClipDataset(clips, data, seed=0, frame_transform=transform)

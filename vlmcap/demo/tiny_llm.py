@@ -42,7 +42,7 @@ LANGUAGE_CONFIG = {
 
 
 def train_tokenizer(texts: Sequence[str], prompt: str) -> Any:
-    """A byte-level BPE tokenizer with a chat template, in transformers' class.
+    """Trains a byte-level BPE tokenizer with a chat template, in transformers' class.
 
     The prompt's words are in its vocabulary too.
     """
@@ -108,7 +108,7 @@ def make_language_model(
 
 
 def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Ids and labels (B, S) of chats that ask for `texts` from their scattered words.
+    """Returns ids and labels (B, S) of chats that ask for `texts` from their scattered words.
 
     Labels are -100 outside the answer.
     """
@@ -132,7 +132,7 @@ def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.R
 
 
 def optimise(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """One step at a rate, gradients clipped to a norm of 1."""
+    """Takes one step at a learning rate, with gradients clipped to a norm of 1."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = rate

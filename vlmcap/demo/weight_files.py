@@ -49,12 +49,12 @@ def read_gguf(file: Traversable) -> Gguf:
         raise ValueError(f"{file} is not a GGUF file")
     _, num_tensors, num_values = cursor.unpack("IQQ")
     values = {cursor.text(): cursor.value(cursor.unpack("I")[0]) for _ in range(num_values)}
-    found = []
+    entries = []
     for _ in range(num_tensors):
         name, (rank,) = cursor.text(), cursor.unpack("I")
-        found.append((name, cursor.unpack(f"{rank}Q")[::-1], *cursor.unpack("IQ")))  # sizes begin with the last axis
+        entries.append((name, cursor.unpack(f"{rank}Q")[::-1], *cursor.unpack("IQ")))  # sizes begin with the last axis
     start = -(-cursor.position // _GGUF_ALIGNMENT) * _GGUF_ALIGNMENT
-    tensors = {name: _dequantize(cursor.data, start + offset, shape, kind) for name, shape, kind, offset in found}
+    tensors = {name: _dequantize(cursor.data, start + offset, shape, kind) for name, shape, kind, offset in entries}
     return Gguf(values, tensors)
 
 

@@ -20,9 +20,9 @@ from vlmcap.config import Config
 from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.libraries import silence_libraries
-from vlmcap.measuring.memory_use import MemoryUse
+from vlmcap.measuring.memory_use import MemoryMeter
 from vlmcap.measuring.random_components import random_captioner, with_blocks
-from vlmcap.measuring.steps import Measured, measure_run, releasing_memory
+from vlmcap.measuring.steps import Measurement, measure_run, releasing_memory
 from vlmcap.planning.calibration import Calibration, calibration_folder, write_calibration
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.changes import with_changes
@@ -58,7 +58,7 @@ class Comparison:
     """
 
     plan: Plan
-    measured: Measured
+    measured: Measurement
     device_name: str
     memory_gib: float
     num_blocks: int | None
@@ -154,8 +154,8 @@ class Comparison:
             "process_gib": {"planned": round(PROCESS_BYTES / GIB, 3), "measured": round(measured.process_gib, 3)},
             "context_gib": {"planned": plan.device.context_gib, "measured": round(measured.context_gib, 3)},
             **{
-                name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
-                for name, (planned, found) in seconds.items()
+                name: {"planned": round(planned, 5), "measured": round(actual, 5), "ratio": round(ratios[name], 3)}
+                for name, (planned, actual) in seconds.items()
             },
             "tokens_per_s": round(self.tokens_per_s, 2),
             "caption_tokens": measured.num_new,
@@ -185,7 +185,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
         short = dataclasses.replace(truncated.llm, max_new_tokens=min(NUM_NEW, truncated.llm.new_tokens))
         measured_config = with_caption_plan(dataclasses.replace(truncated, llm=short))
         plan = make_plan(measured_config, planned_device(measured_config), captions=lengths)
-        detected = _detect_device(config)
+        detected = (None if config.hardware.accelerator == "cpu" else detect_gpu()) or detect_cpu()
         _check_room(plan, detected, config)
         measured = _run(measured_config, plan, lengths, overrides, Path(folder))
     comparison = Comparison(plan, measured, detected.name, detected.total_gib, num_blocks)
@@ -198,11 +198,6 @@ def _check(config: Config) -> None:
         raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, but it is {config.llm.new_tokens}")
     if config.cache.enabled is True and config.cache.pooled:
         raise UserError("pooled features cannot be measured; set cache.pooled=false")
-
-
-def _detect_device(config: Config) -> DetectedDevice:
-    device = None if config.hardware.accelerator == "cpu" else detect_gpu()
-    return device or detect_cpu()
 
 
 def _check_room(plan: Plan, detected: DetectedDevice, config: Config) -> None:
@@ -223,21 +218,30 @@ def _check_room(plan: Plan, detected: DetectedDevice, config: Config) -> None:
     print(f"Warning: {sentence}.", file=sys.stderr, flush=True)
 
 
-def _run(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measured:
+def _run(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measurement:
     device = device_of(config)
     progress: dict[str, str] = {"doing": "creating weights"}
     print_step = step_printer()
 
-    def say(step: str) -> None:
+    def report(step: str) -> None:
         progress["doing"] = f"creating or running: {step}"
         print_step(step)
 
     with _with_advice(config, plan, overrides, progress), releasing_memory(device):
-        use = MemoryUse(device)
+        meter = MemoryMeter(device)
         has_encoder = config.cache.enabled is not True
-        captioner = random_captioner(config, has_encoder=has_encoder, num_kept_layers=plan.num_kept, say=say)
+        captioner = random_captioner(config, has_encoder=has_encoder, num_kept_layers=plan.num_kept, report=report)
         progress["doing"] = "training"
-        return measure_run(config, captioner, clip_sizes(config), lengths, plan.batch_size, folder, use, say)
+        return measure_run(
+            config,
+            captioner,
+            sizes=clip_sizes(config),
+            lengths=lengths,
+            batch_size=plan.batch_size,
+            folder=folder,
+            meter=meter,
+            report=report,
+        )
 
 
 @contextmanager
@@ -300,7 +304,7 @@ def _activation_gib(moment: Moment) -> float:
 
 
 def is_too_small(plan: Plan) -> bool:
-    """Whether a plan is too small to be representative of others."""
+    """Returns whether a plan is too small to be representative of others."""
     return plan.weights_gib < _LEAST_WEIGHTS_GIB or _activation_gib(plan.training) < _LEAST_GIB
 
 
@@ -321,8 +325,8 @@ def show_comparison(comparison: Comparison) -> None:
         "training": (plan.training_gib, comparison.training_gib),
         "generation": (plan.generation_gib, comparison.generation_gib),
     }
-    for name, (expected, found) in memory.items():
-        table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
+    for name, (expected, actual) in memory.items():
+        table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{actual:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
     for name, moment, use in (
         ("training", plan.training, measured.training),
         ("generation", plan.generation, measured.generation),
@@ -338,8 +342,8 @@ def show_comparison(comparison: Comparison) -> None:
     # 2. Times.
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
-    for name, (label, expected, found) in rows.items():
-        table.add_row(label, duration(expected), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
+    for name, (label, expected, actual) in rows.items():
+        table.add_row(label, duration(expected), duration(actual), f"{ratios[f'seconds_per_{name}']:.2f}")
     console.print(table)
     # 3. Whether later plans use the figures, and the deviation in one sentence.
     if comparison.why_not_kept:

@@ -29,7 +29,7 @@ class PeakMemory:
     reserved: float = 0.0
 
 
-class MemoryUse:
+class MemoryMeter:
     """Measures peak memory of phases.
 
     Args:

@@ -114,7 +114,7 @@ def _write(folder: Path, values: dict[str, Any]) -> str:
 
 
 def random_captioner(
-    config: Config, *, has_encoder: bool, num_kept_layers: int = 0, say: Callable[[str], None]
+    config: Config, *, has_encoder: bool, num_kept_layers: int = 0, report: Callable[[str], None]
 ) -> VideoCaptioner:
     """Builds the captioner of a configuration, with components trained as configured.
 
@@ -122,7 +122,7 @@ def random_captioner(
         config: Run configuration.
         has_encoder: False where features come from disk.
         num_kept_layers: Last layers that are not recomputed although the language model is checkpointed.
-        say: Receives what is being created.
+        report: Receives what is being created.
 
     Raises:
         UserError: The components do not fit together, an architecture is not known, or the device is not there.
@@ -136,20 +136,20 @@ def random_captioner(
         check_projector(config.projector, sizes)
     encoder = None
     if has_encoder:
-        say(f"encoder ({_size_text(encoder_on_meta)})")
+        report(f"encoder ({_size_text(encoder_on_meta)})")
         encoder = fill_random(encoder_on_meta, device)
         _set_attention(config, encoder)
         train_encoder(config, encoder)
     with torch.device("meta"):
         projector: Any = meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
-    say(f"projector ({_size_text(projector)})")
+    report(f"projector ({_size_text(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
     # 2. The captioner and its language model, which Qwen-VL models have classes of their own for.
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     if isinstance(config.model, MropeVlmConfig):
         captioner_class = meta_vlm(config, 1).captioner_class
-    llm = add_adapters(config, random_llm(config, device, say), num_kept_layers)
+    llm = add_adapters(config, random_llm(config, device, report), num_kept_layers)
     compile_blocks(config, llm)
     captioner = captioner_class(
         encoder, projector, llm, _prompt(config), generation_settings(config), loss_chunk_bytes=loss_chunk_bytes(config)
@@ -157,13 +157,13 @@ def random_captioner(
     return captioner.to(device)
 
 
-def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Module:
+def random_llm(config: Config, device: str, report: Callable[[str], None]) -> nn.Module:
     """Builds the language model, quantised as configured.
 
     Args:
         config: Run configuration.
         device: Device that it is created on.
-        say: Receives what is being created.
+        report: Receives what is being created.
     """
     options, text = language_options(config), text_config(config)
     dtype, kept = options["dtype"], None
@@ -175,7 +175,7 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
         else:
             attention = choose_attention(options["attention"], device, dtype, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)])
             llm = AutoModelForCausalLM.from_config(text, dtype=dtype, attn_implementation=attention)
-    say(f"language model ({_size_text(llm)}, {options['quantization']} quantisation)")
+    report(f"language model ({_size_text(llm)}, {options['quantization']} quantisation)")
     quantize_meta(llm, options["quantization"], dtype, kept)
     filled: nn.Module = fill_random(llm.requires_grad_(False).eval(), device, dtype)
     return filled

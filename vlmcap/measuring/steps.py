@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from vlmcap.config import Batching, Config, Stage
 from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.determinism import deterministic_kernels
-from vlmcap.measuring.memory_use import MemoryUse, PeakMemory, resident_bytes
+from vlmcap.measuring.memory_use import MemoryMeter, PeakMemory, resident_bytes
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder, text_config
@@ -42,7 +42,7 @@ _MAX_ID = 1000  # random ids are smaller, where no vocabulary has special tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Measured:
+class Measurement:
     """Memory and time of training steps and captions.
 
     Attributes:
@@ -82,7 +82,7 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     most = min(_MAX_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
     # (labels,): the token after each position that has a label.
-    targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
+    targets = None if batch.label_indices is None else ids.flatten()[batch.label_indices + 1]
     batch = dataclasses.replace(batch, input_ids=ids, targets=targets)
     if config.cache.enabled is True:
         num_frames, height, width = sizes.grid
@@ -126,19 +126,23 @@ def ending_ids(captions: Sequence[Sequence[int]]) -> list[int]:
     wanted_ends = [half + index * (longest - half) // len(captions) for index in range(len(captions))]
     # An end token must not stop another caption early: it occurs in none of them before the end that is wanted there.
     before_ends = {token for caption, end in zip(captions, wanted_ends, strict=True) for token in caption[:end]}
-    found = []
+    end_ids = []
     for caption, end in zip(captions, wanted_ends, strict=True):
-        found += [token for token in caption[end:] if token not in before_ends][:1]
-    return found
+        end_ids += [token for token in caption[end:] if token not in before_ends][:1]
+    return end_ids
 
 
 class _Clock(L.Callback):
     """Measures time and memory of the trainer's phases."""
 
     def __init__(
-        self, captioner: VideoCaptioner, num_micro: int, num_new: int, use: MemoryUse, say: Callable[[str], None]
+        self, captioner: VideoCaptioner, num_micro: int, num_new: int, meter: MemoryMeter, report: Callable[[str], None]
     ) -> None:
-        self.captioner, self.num_micro, self.num_new, self.use, self.say = captioner, num_micro, num_new, use, say
+        self.captioner = captioner
+        self.num_micro = num_micro
+        self.num_new = num_new
+        self.meter = meter
+        self.report = report
         self.micro_s: list[float] = []  # forward and backward passes of timed steps
         self.optimizer_s: list[float] = []
         self.training = PeakMemory()
@@ -156,7 +160,7 @@ class _Clock(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the training phase."""
-        self.use.start()
+        self.meter.start()
         self._lap()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -171,7 +175,7 @@ class _Clock(L.Callback):
         self._note(trainer, self.optimizer_s if self._has_stepped else self.micro_s, batch_idx)
         self._has_stepped = False
         if (batch_idx + 1) % self.num_micro == 0:
-            self.say(f"training step {(batch_idx + 1) // self.num_micro} of {NUM_STEPS}")
+            self.report(f"training step {(batch_idx + 1) // self.num_micro} of {NUM_STEPS}")
 
     def _note(self, trainer: L.Trainer, into: list[float], batch_idx: int | None = None) -> None:
         index = trainer.fit_loop.epoch_loop.batch_idx if batch_idx is None else batch_idx
@@ -181,8 +185,8 @@ class _Clock(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the generation phase, with what a run keeps in memory during validation."""
-        self.training, self.context_gib = self.use.peak(), self.use.context_gib()
-        self.use.start()
+        self.training, self.context_gib = self.meter.peak(), self.meter.context_gib()
+        self.meter.start()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -206,7 +210,7 @@ class _Clock(L.Callback):
         """Stores the captions and their seconds."""
         self.caption_s.append(self._lap())
         self.captions.append(outputs.captions)
-        self.say(f"captions of up to {max(map(len, outputs.captions))} tokens")
+        self.report(f"captions of up to {max(map(len, outputs.captions))} tokens")
 
     @property
     def longest(self) -> int:
@@ -222,13 +226,14 @@ class _Clock(L.Callback):
 def measure_run(
     config: Config,
     captioner: VideoCaptioner,
+    *,
     sizes: Sizes,
     lengths: CaptionLengths,
     batch_size: int,
     folder: Path,
-    use: MemoryUse,
-    say: Callable[[str], None],
-) -> Measured:
+    meter: MemoryMeter,
+    report: Callable[[str], None],
+) -> Measurement:
     """Runs optimizer steps on all that any stage trains, then validates, with the module and the trainer of a run.
 
     Args:
@@ -238,8 +243,8 @@ def measure_run(
         lengths: Caption lengths of the data.
         batch_size: Clips per micro-batch.
         folder: Folder that the trainer may write to.
-        use: Memory meter of the two phases.
-        say: Receives the progress.
+        meter: Memory meter of the two phases.
+        report: Receives the progress.
     """
     # 1. The batches: prompts of the evaluation batch size, and the longest captions for the validation loss.
     accumulated = config.trainer.accumulate_grad_batches
@@ -252,22 +257,22 @@ def measure_run(
     labelled = random_batch(config, sizes, [lengths.longest] * min(config.data.batch_size, len(prompts)))
     labelled = dataclasses.replace(labelled, frames=None, features=None)  # its features are those of the prompts
     # 2. The trainer and the module of a run, for one epoch that trains all that any stage trains.
-    clock = _Clock(captioner, num_micro, config.llm.new_tokens, use, say)
+    clock = _Clock(captioner, num_micro, config.llm.new_tokens, meter, report)
     plan = StagePlan({"measured": _fullest_stage(config)})
     trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
     module = make_module(config, captioner, plan, {}, SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, 1))
     batches = [random_batch(config, sizes, captions) for captions in captions_of_batches]
     # The validation loss is computed in the batch that is not timed.
     validation = [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
-    loader, validation_loader = (batch_loader(one, is_on_gpu=use.is_cuda) for one in (batches, validation))
+    loader, validation_loader = (batch_loader(one, is_on_gpu=meter.is_cuda) for one in (batches, validation))
     with deterministic_kernels(config.is_deterministic), reraising_interrupts(trainer):
         trainer.fit(module, loader, validation_loader)
     # 3. A clip's share of a step: the passes of a micro-batch, and of the optimizer step that several of them share.
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
-    context_gib = max(clock.context_gib, use.context_gib())
-    process_gib = resident_bytes("VmHWM") / GIB if use.is_cuda else 0.0
-    return Measured(
-        clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib
+    context_gib = max(clock.context_gib, meter.context_gib())
+    process_gib = resident_bytes("VmHWM") / GIB if meter.is_cuda else 0.0
+    return Measurement(
+        clock.training, meter.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib
     )
 
 

@@ -29,7 +29,7 @@ metrics: """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; a user's mistake gives one line on stderr and exit code 2."""
+    """Runs the command; a user's mistake gives one line on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -61,8 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--metrics", metavar="NAME,NAME", help="metrics to compute, separated by commas (default: all)")
     parser.add_argument(
-        "--fold-width",
-        dest="normalize_fullwidth",
+        "--normalize-fullwidth",
         action="store_true",
         help="count full-width forms (３ｋｍ) as the usual ones (3km)",
     )
@@ -138,7 +137,7 @@ def _table(scores: dict[str, float], tokenizer: Tokenizer, backend: str, referen
 
 
 def _group_table(groups: dict[Hashable, dict[str, float]]) -> str:
-    """Format one line per category; its name comes last, because Hangul takes two columns and breaks alignment."""
+    """Formats one line per category; its name comes last, because Hangul takes two columns and breaks alignment."""
     if not groups:
         return ""
     labels = "".join(f"  {METRIC_LABELS[name]:>{_width(name)}}" for name in _GROUP_METRICS)

@@ -27,7 +27,7 @@ Its "CIDEr" is `cider_d`; `cider`, without the length penalty, is native with an
 
 
 def check_backend(backend: str) -> None:
-    """Raise `UserError` unless `backend` is in `BACKENDS`."""
+    """Raises `UserError` unless `backend` is in `BACKENDS`."""
     if backend not in BACKENDS:
         raise UserError(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
 
@@ -41,7 +41,7 @@ def score_with(
     metrics: Sequence[str] | None = None,
     synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
-    """Compute the scores of `score_captions`, with those in `COCO_METRICS` by the backend.
+    """Computes the scores of `score_captions`, with those in `COCO_METRICS` by the backend.
 
     Args:
         backend: A name in `BACKENDS`.
@@ -79,7 +79,7 @@ def score_with(
 def coco_scores(
     hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], wanted: Sequence[str] = COCO_METRICS
 ) -> dict[str, float]:
-    """Score tokens with pycocoevalcap's `Bleu(4)`, `Cider()` and `Rouge()`.
+    """Scores tokens with pycocoevalcap's `Bleu(4)`, `Cider()` and `Rouge()`.
 
     Args:
         hypotheses: Tokens of one prediction per clip.

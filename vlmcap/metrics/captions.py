@@ -36,7 +36,7 @@ class _Entry(NamedTuple):
 
 
 def read_captions(predictions: Path, references: Sequence[Path] = ()) -> CaptionFile:
-    """Read predictions, with references from the same file or from others.
+    """Reads predictions, with references from the same file or from others.
 
     Args:
         predictions: JSONL with `prediction`, and optionally `references` (a list, or one text) and `id`; JSON, a list
@@ -101,7 +101,7 @@ def _corpus(entries: list[_Entry], references: list[list[Any]], num_unused: int 
 
 
 def _read_entries(path: Path, wanted: str) -> list[_Entry]:
-    """Read the entries of one file, whose objects must have the key `wanted`."""
+    """Reads the entries of one file, whose objects must have the key `wanted`."""
     if _is_text(path):
         return [_Entry(None, line, None) for line in _read_lines(path)]
     content = _read(path)
@@ -150,7 +150,7 @@ _MISSING = object()
 
 
 def _is_text(path: Path) -> bool:
-    """Return whether the lines are captions: by the ending, or because the file does not start with a JSON bracket."""
+    """Returns whether the lines are captions: by the ending, or because the file does not start with a JSON bracket."""
     if path.suffix in {".json", ".jsonl", ".ndjson"}:
         return False
     return path.suffix == ".txt" or _read(path).lstrip()[:1] not in {"{", "["}
@@ -187,7 +187,7 @@ def _parse(text: str, location: str) -> Any:
 
 
 def check_captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Check that there is one prediction and at least one reference per clip; empty texts are allowed.
+    """Checks that there is one prediction and at least one reference per clip; empty texts are allowed.
 
     Raises:
         UserError: There is no clip, the numbers differ, a text is None or not text, or a clip has no reference.

@@ -42,12 +42,12 @@ class ClipMetric:
     score: Callable[[Floats], Floats]
 
     def corpus_score(self) -> float:
-        """Return the score of all clips."""
+        """Returns the score of all clips."""
         return float(self.score(self.values.sum(0)))
 
 
 def mean_metric(name: str, values: npt.ArrayLike) -> ClipMetric:
-    """Build the mean of one number per clip, shape (N,): ROUGE-L, CIDEr, BERTScore, correctness of a fact, or others.
+    """Builds the mean of one number per clip, shape (N,): ROUGE-L, CIDEr, BERTScore, correctness of a fact, or others.
 
     Raises:
         UserError: The values are not one number per clip.
@@ -59,7 +59,7 @@ def mean_metric(name: str, values: npt.ArrayLike) -> ClipMetric:
 
 
 def clip_metrics(statistics: ClipStatistics) -> dict[str, ClipMetric]:
-    """Build `bleu_1` to `bleu_4` of the corpus, `cider`, `cider_d` and `rouge_l` from clip statistics."""
+    """Builds `bleu_1` to `bleu_4` of the corpus, `cider`, `cider_d` and `rouge_l` from clip statistics."""
     s = statistics
     counts = np.column_stack([s.matches, s.ngrams, s.hypothesis_length, s.reference_length]).astype(np.float64)
     metrics = {f"bleu_{order}": ClipMetric(f"bleu_{order}", counts, _bleu(order)) for order in range(1, 5)}
@@ -67,13 +67,13 @@ def clip_metrics(statistics: ClipStatistics) -> dict[str, ClipMetric]:
 
 
 def meteor_metric(statistics: Sequence[MeteorStatistics], name: str = "meteor") -> ClipMetric:
-    """Build corpus METEOR from counts of each clip; `name` is "meteor_ko" for those of `meteor_ko_statistics`."""
+    """Builds corpus METEOR from counts of each clip; `name` is "meteor_ko" for those of `meteor_ko_statistics`."""
     counts = [[s.matches, s.chunks, s.matched_weight, s.hypothesis_weight, s.reference_weight] for s in statistics]
     return ClipMetric(name, np.array(counts, np.float64).reshape(-1, 5), _meteor)  # (N, 5), also for N = 0
 
 
 def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> ClipMetric:
-    """Build a score of `content_scores` from the counts of `content_counts`, shape (N, 6, 3).
+    """Builds a score of `content_scores` from the counts of `content_counts`, shape (N, 6, 3).
 
     Raises:
         UserError: There is no such score.
@@ -90,7 +90,7 @@ def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> C
 
 
 def fact_metric(counts: npt.NDArray[np.int64], name: str = "facts/mean") -> ClipMetric:
-    """Build fact accuracy from `fact_counts`.
+    """Builds fact accuracy from `fact_counts`.
 
     Args:
         counts: (N, 1, 2) for one fact, or (N, facts, 2) for the mean over all facts.
@@ -107,7 +107,7 @@ def fact_metric(counts: npt.NDArray[np.int64], name: str = "facts/mean") -> Clip
 
 
 def is_clip_score(name: str) -> bool:
-    """Return whether `clip_scores` supports the name; other scores need the whole corpus or pretrained models."""
+    """Returns whether `clip_scores` supports the name; other scores need the whole corpus or pretrained models."""
     return name in COUNTED or name in ("meteor", "meteor_ko") or name.startswith(("content_", "content/", "facts/"))
 
 
@@ -120,7 +120,7 @@ def clip_scores(
     synonyms: Synonyms | str | Path | None = None,
     lexicon: FactLexicon | None = None,
 ) -> dict[str, ClipMetric]:
-    """Compute the named score, together with those that come at no extra cost.
+    """Computes the named score, together with those that come at no extra cost.
 
     Args:
         name: A name from `score_captions`, `content/noun_recall`, `facts/mean` or `facts/<fact>`.

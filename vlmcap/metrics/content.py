@@ -38,7 +38,7 @@ _Words = Counter[tuple[str, str]]  # class and stem
 def content_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], synonyms: Synonyms | str | Path | None = None
 ) -> dict[str, float]:
-    """Compute precision, recall and F1 of content words over all classes, and precision and recall of each class.
+    """Computes precision, recall and F1 of content words over all classes, and precision and recall of each class.
 
     Args:
         predictions: One text per clip, which is normalized here.
@@ -59,7 +59,7 @@ def content_scores(
 def content_counts(
     predictions: Sequence[str], references: Sequence[Sequence[str]], synonyms: Synonyms | str | Path | None = None
 ) -> npt.NDArray[np.int64]:
-    """Count, for each clip and class, the words matched, in the prediction, and in the reference, (N, 6, 3).
+    """Counts, for each clip and class, the words matched, in the prediction, and in the reference, (N, 6, 3).
 
     Classes are in the order of `CONTENT_CLASS_NAMES`. Arguments and errors are those of `content_scores`.
     """
@@ -76,7 +76,7 @@ def content_counts(
 
 
 def content_from_counts(counts: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Compute the scores of `content_scores` from counts summed over clips, shape (6, 3)."""
+    """Computes the scores of `content_scores` from counts summed over clips, shape (6, 3)."""
     matched, predicted, true = (int(number) for number in counts.sum(0))
     scores = {
         "content_precision": _ratio(matched, predicted),
@@ -90,7 +90,7 @@ def content_from_counts(counts: npt.NDArray[np.int64]) -> dict[str, float]:
 
 
 def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
-    """Map each word and each stem of the synonyms to the word that represents its group.
+    """Maps each word and each stem of the synonyms to the word that represents its group.
 
     Words are written as in a dictionary: "달리다": ["뛰다", "질주하다"] applies to every form of these verbs. Within a
     group only words of the same class match: a noun does not match a verb.
@@ -130,7 +130,7 @@ def _read(path: str | Path) -> Any:
 
 
 def _dictionary_forms(word: str) -> list[str]:
-    """Return the word and, if it may be a verb's dictionary form, its stem followed by "-".
+    """Returns the word and, if it may be a verb's dictionary form, its stem followed by "-".
 
     mecab-ko returns stems, and the noun 이동 for 이동하다.
     """

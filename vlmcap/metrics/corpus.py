@@ -77,7 +77,7 @@ class OrderCounts:
     norm: Floats
 
     def entries(self, first: int, last: int) -> Counts:
-        """Return the entries of captions `first` to `last` (exclusive), renumbered from 0."""
+        """Returns the entries of captions `first` to `last` (exclusive), renumbered from 0."""
         begin, end = self.start[first], self.start[last]
         caption = np.repeat(np.arange(last - first), np.diff(self.start[first : last + 1]))
         return Counts(caption, self.ngram[begin:end].astype(np.int64), self.times[begin:end].astype(np.int64))
@@ -109,7 +109,7 @@ class ReferenceCorpus:
         return len(self.first) - 1
 
     def tokens(self) -> list[list[list[str]]]:
-        """Return the given tokens: for each clip those of each reference."""
+        """Returns the given tokens: for each clip those of each reference."""
         words = list(self.vocabulary)
         captions = [
             [words[i] for i in self.captions.slice(r, r + 1).ids.tolist()] for r in range(len(self.captions.start) - 1)
@@ -138,7 +138,7 @@ class ReferenceCorpus:
         return orders
 
     def _order(self, table: Ints, pieces: list[Counts], bounds: Ints, size: int) -> OrderCounts:
-        """Build the counts of one order from those of chunks, whose captions are numbered from 0.
+        """Builds the counts of one order from those of chunks, whose captions are numbered from 0.
 
         The first caption of a chunk has the number in `bounds`.
         """
@@ -155,7 +155,7 @@ class ReferenceCorpus:
         )
 
     def _unique_per_clip(self, pieces: list[Counts], bounds: Ints) -> Ints:
-        """Return the n-grams of each clip, without repetitions in its references."""
+        """Returns the n-grams of each clip, without repetitions in its references."""
         clip = np.repeat(np.arange(len(self)), np.diff(self.first))
         each = (join(clip[piece.caption + first], piece.ngram) for piece, first in zip(pieces, bounds, strict=False))
         return np.concatenate([split(distinct(pairs))[1] for pairs in each])
@@ -184,12 +184,12 @@ class ClipStatistics:
     rouge_l: Floats
 
     def take(self, clips: npt.ArrayLike) -> ClipStatistics:
-        """Select clips by index, where repeated ones count repeatedly, or by a mask; document frequencies are kept."""
+        """Selects clips by index, where repeated ones count repeatedly, or by a mask; document frequencies are kept."""
         return ClipStatistics(*(getattr(self, field.name)[np.asarray(clips)] for field in fields(self)))
 
 
 def clip_statistics(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -> ClipStatistics:
-    """Compute the counts and scores of each clip.
+    """Computes the counts and scores of each clip.
 
     Args:
         hypotheses: Tokens of one prediction per clip, in the order of the references. A generator is consumed on the
@@ -215,7 +215,7 @@ def clip_statistics(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
 
 
 def corpus_scores(statistics: ClipStatistics) -> dict[str, float]:
-    """Compute `bleu_1` to `bleu_4`, `cider`, `cider_d` and `rouge_l` of the corpus.
+    """Computes `bleu_1` to `bleu_4`, `cider`, `cider_d` and `rouge_l` of the corpus.
 
     BLEU is that of the summed counts, the others are means over clips. Ranges are those of `score_captions`.
     """
@@ -228,7 +228,7 @@ def corpus_scores(statistics: ClipStatistics) -> dict[str, float]:
 
 
 def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
-    """Compute the corpus scores of each category, and its number of clips as `clips`.
+    """Computes the corpus scores of each category, and its number of clips as `clips`.
 
     CIDEr keeps the document frequencies of the whole reference corpus, so it is defined for a category of one clip.
 
@@ -250,13 +250,13 @@ def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> d
     for index, category in enumerate(categories):
         clips.setdefault(category, []).append(index)
     return {
-        category: corpus_scores(statistics.take(found)) | {"clips": float(len(found))}
-        for category, found in clips.items()
+        category: corpus_scores(statistics.take(indices)) | {"clips": float(len(indices))}
+        for category, indices in clips.items()
     }
 
 
 def _chunk_captions(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -> Iterator[tuple[int, list[Tokens]]]:
-    """Yield the number of the first clip of each chunk, and the chunk's hypotheses."""
+    """Yields the number of the first clip of each chunk, and the chunk's hypotheses."""
     number = np.diff(references.first).tolist()
     tokens = np.diff(references.captions.start[references.first]).tolist()
     chunk: list[Tokens] = []
@@ -331,7 +331,7 @@ class _Pairs:
 
 
 def _weights(counts: Counts, order: OrderCounts, clips: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return CIDEr's weight of each n-gram of the hypotheses, and whether any reference of the corpus contains it."""
+    """Returns CIDEr's weight of each n-gram of the hypotheses, and whether any reference of the corpus contains it."""
     known = counts.ngram < len(order.frequency)
     frequency = np.zeros(len(known), np.int32)
     frequency[known] = order.frequency[counts.ngram[known]]
@@ -339,18 +339,18 @@ def _weights(counts: Counts, order: OrderCounts, clips: int) -> tuple[Floats, np
 
 
 def _match(counts: Counts, inverse: Floats, entries: Counts, pairs: _Pairs) -> tuple[Ints, Floats]:
-    """Return BLEU's clipped matches of each hypothesis, and CIDEr's clipped dot product of each pair, for one order."""
+    """Returns BLEU's clipped matches per hypothesis, and CIDEr's clipped dot product per pair, for one order."""
     table = join(entries.caption, entries.ngram)
     best = np.zeros(len(counts.ngram), np.int64)
     dots = np.zeros(len(pairs.hypothesis))
     for nth in range(pairs.number.max()):  # the n-th reference of all clips at once, in vector operations
         entry = np.flatnonzero(pairs.number[counts.caption] > nth)
         pair = pairs.first[counts.caption[entry]] + nth
-        place, is_known = look_up(table, join(pair, counts.ngram[entry]))
-        entry, place = entry[is_known], place[is_known]
-        common = np.minimum(counts.times[entry], entries.times[place])
+        position, is_known = look_up(table, join(pair, counts.ngram[entry]))
+        entry, position = entry[is_known], position[is_known]
+        common = np.minimum(counts.times[entry], entries.times[position])
         best[entry] = np.maximum(best[entry], common)
-        dots += np.bincount(pair[is_known], common * entries.times[place] * inverse[entry] ** 2, len(dots))
+        dots += np.bincount(pair[is_known], common * entries.times[position] * inverse[entry] ** 2, len(dots))
     return np.bincount(counts.caption, best, len(pairs.first)).astype(np.int64), dots
 
 
@@ -363,7 +363,7 @@ def _rouge(hypotheses: Packed, references: Packed, pairs: _Pairs) -> Floats:
 
 
 def _chunk_clips(start: Ints) -> Ints:
-    """Return the first clip of each chunk of about CHUNK_TOKENS tokens, and the number of clips.
+    """Returns the first clip of each chunk of about CHUNK_TOKENS tokens, and the number of clips.
 
     Args:
         start: Position of each clip's first token, and the number of tokens.

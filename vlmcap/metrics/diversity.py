@@ -30,7 +30,7 @@ _MIN_CAPTIONS_FOR_WARNING = 8
 
 
 def distinct_ratio(predictions: Sequence[str]) -> float:
-    """Return distinct normalized predictions divided by predictions, above 0 and at most 1.
+    """Returns distinct normalized predictions divided by predictions, above 0 and at most 1.
 
     A collapsed model uses a few captions for all clips; values of 0.04 to 0.11 were observed while a reference-free
     score rose.
@@ -45,7 +45,7 @@ def distinct_ratio(predictions: Sequence[str]) -> float:
 
 
 def length_ratio(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """Return the tokens of all hypotheses divided by the tokens of their references nearest in length.
+    """Returns the tokens of all hypotheses divided by the tokens of their references nearest in length.
 
     Below 1 captions are too short, often because `max_new_tokens` truncates them; above 1 they are too long.
 
@@ -63,7 +63,7 @@ def length_ratio(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tok
 
 
 def repetition_rate(hypotheses: Sequence[Tokens]) -> float:
-    """Return the share of 4-grams that occurred earlier in the same caption, over all captions; from 0 to below 1.
+    """Returns the share of 4-grams that occurred earlier in the same caption, over all captions; from 0 to below 1.
 
     A model in a loop ("바다가 보이고 바다가 보이고 …") comes close to 1.
 
@@ -84,7 +84,7 @@ def repetition_rate(hypotheses: Sequence[Tokens]) -> float:
 def self_bleu(
     hypotheses: Sequence[Tokens], *, captions: int = _SELF_BLEU_CAPTIONS, others: int = _SELF_BLEU_OTHERS, seed: int = 0
 ) -> float:
-    """Return the mean BLEU-4 of a caption against other captions (Zhu et al., "Texygen", SIGIR 2018).
+    """Returns the mean BLEU-4 of a caption against other captions (Zhu et al., "Texygen", SIGIR 2018).
 
     It is 0 if all captions are different and 1 if all are equal. It grows with the number of others, so only values of
     equal sizes are comparable. N captions would take N^2 comparisons, which a seeded sample limits: at most `captions`
@@ -117,7 +117,7 @@ def self_bleu(
 
 
 def collapse_warning(predictions: Sequence[str]) -> str | None:
-    """Return one sentence for the log if the captions have collapsed, else None.
+    """Returns one sentence for the log if the captions have collapsed, else None.
 
     They have if fewer than half are distinct (`COLLAPSED_DISTINCT_RATIO`, from eight clips on), or if more than a fifth
     of the 4-grams of whitespace words are repeated in the same caption (`COLLAPSED_REPETITION_RATE`).
@@ -146,7 +146,7 @@ def _ngrams(tokens: Tokens, order: int) -> list[tuple[str, ...]]:
 
 
 def _bleu(tokens: Tokens, references: list[list[Counter[tuple[str, ...]]]], lengths: list[int]) -> float:
-    """Return BLEU-4 of one caption with the constants of `ngram_scores`, given the n-gram counts of its references."""
+    """Returns BLEU-4 of one caption with the constants of `ngram_scores`, given the n-gram counts of its references."""
     product = 1.0
     for order in range(_ORDER):
         ngrams = Counter(_ngrams(tokens, order + 1))

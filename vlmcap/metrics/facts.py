@@ -40,7 +40,7 @@ class FactLexicon:
 
     @classmethod
     def from_dict(cls, facts: object, *, source: str = "the fact lexicon") -> FactLexicon:
-        """Build a lexicon from `{fact: {value: [phrase, ...]}}`.
+        """Builds a lexicon from `{fact: {value: [phrase, ...]}}`.
 
         Args:
             facts: Nested mapping, such as `{"place": {"바다": ["바다", "해변"]}}`.
@@ -65,7 +65,7 @@ class FactLexicon:
 
     @classmethod
     def from_json(cls, path: str | Path) -> FactLexicon:
-        """Load a lexicon from a UTF-8 JSON file in the form of `from_dict`.
+        """Loads a lexicon from a UTF-8 JSON file in the form of `from_dict`.
 
         Raises:
             UserError: The file is missing, is not JSON, or has another shape.
@@ -77,7 +77,7 @@ class FactLexicon:
         return cls.from_dict(facts, source=str(path))
 
     def extract(self, text: str) -> dict[str, str | None]:
-        """Return the value that the text states for each fact; None if it states none or more than one.
+        """Returns the value that the text states for each fact; None if it states none or more than one.
 
         Phrases are found anywhere in the normalized text, inside words too, because Korean particles and endings are
         attached to them. A phrase inside a longer phrase of the same fact does not count: "바닷가 마을" does not state
@@ -86,7 +86,7 @@ class FactLexicon:
         return {fact: _single({value for _, _, value in spans}) for fact, spans in self.find(text).items()}
 
     def find(self, text: str) -> dict[str, list[Span]]:
-        """Return start, end and value of the phrases that state each fact in the normalized text, in text order."""
+        """Returns start, end and value of the phrases that state each fact in the normalized text, in text order."""
         normalized = normalize(text)
         return {fact: _find(normalized, phrases) for fact, phrases in self.phrases.items()}
 
@@ -94,7 +94,7 @@ class FactLexicon:
 def fact_accuracy(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> dict[str, float]:
-    """Return the share of clips whose prediction and first reference state the same value, per fact and as mean.
+    """Returns the share of clips whose prediction and first reference state the same value, per fact and as mean.
 
     Args:
         predictions: One text per clip.
@@ -118,7 +118,7 @@ def fact_accuracy(
 def fact_counts(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> npt.NDArray[np.int64]:
-    """Count for each clip and fact whether the prediction is right and whether the reference states it, (N, facts, 2).
+    """Counts for each clip and fact whether the prediction is right and whether the reference states it, (N, facts, 2).
 
     Facts are in the order of the lexicon. Arguments and errors are those of `fact_accuracy`.
     """
@@ -132,7 +132,7 @@ def fact_counts(
 def permutation_expectation(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> dict[str, float]:
-    """Return the expected accuracy if every clip gets the prediction of another clip, per fact and as mean.
+    """Returns the expected accuracy if every clip gets the prediction of another clip, per fact and as mean.
 
     It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j in which
     reference j states the fact. With n clips, and counts of each value v among all predictions and among the m
@@ -163,7 +163,7 @@ def permutation_expectation(
 def swapped_fact_accuracy(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon, shifts: int
 ) -> dict[str, float]:
-    """Return the mean accuracy over `shifts` cyclic shifts of the predictions, spread evenly over 1..n-1.
+    """Returns the mean accuracy over `shifts` cyclic shifts of the predictions, spread evenly over 1..n-1.
 
     It samples what `permutation_expectation` computes exactly, and equals it for all n - 1 shifts.
 
@@ -245,7 +245,7 @@ def _occurrences(text: str, phrase: str) -> Iterator[int]:
 def _extract_all(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> Iterator[tuple[str, _Values, _Values]]:
-    """Yield for each fact the values of all predictions and of all first references."""
+    """Yields for each fact the values of all predictions and of all first references."""
     check_captions(predictions, references)
     predicted = [lexicon.extract(text) for text in predictions]
     stated = [lexicon.extract(refs[0]) for refs in references]
@@ -260,8 +260,8 @@ def _other_clip_accuracy(predicted: _Values, stated: _Values) -> float:
     if pairs == 0:
         return math.nan
     # The products of counts include each clip's own pair, which is no pair of two clips.
-    own = sum(p == s for p, s in zip(predicted, stated, strict=True) if s is not None)
-    return (sum(predicted_counts[value] * count for value, count in stated_counts.items()) - own) / pairs
+    same_clip = sum(p == s for p, s in zip(predicted, stated, strict=True) if s is not None)
+    return (sum(predicted_counts[value] * count for value, count in stated_counts.items()) - same_clip) / pairs
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -77,7 +77,7 @@ class MeteorStatistics:
     reference_weight: float = 0.0
 
     def __add__(self, other: MeteorStatistics) -> MeteorStatistics:
-        """Return the statistics of both sets of captions together."""
+        """Returns the statistics of both sets of captions together."""
         return MeteorStatistics(
             self.matches + other.matches,
             self.chunks + other.chunks,
@@ -88,7 +88,7 @@ class MeteorStatistics:
 
 
 def meteor_from_statistics(statistics: MeteorStatistics) -> float:
-    """Compute METEOR, between 0 and 1, from the counts of one caption or their sum over a corpus."""
+    """Computes METEOR, between 0 and 1, from the counts of one caption or their sum over a corpus."""
     s = statistics
     if s.matches == 0:
         return 0.0
@@ -99,14 +99,14 @@ def meteor_from_statistics(statistics: MeteorStatistics) -> float:
 
 
 def token_weight(token: str) -> float:
-    """Return 0.25 for punctuation among METEOR 1.5's English function words, 0.75 for any other token."""
+    """Returns 0.25 for punctuation among METEOR 1.5's English function words, 0.75 for any other token."""
     return _FUNCTION if token in _FUNCTION_WORDS else _CONTENT
 
 
 def meteor_statistics(
     hypothesis: Tokens, references: Sequence[Tokens], weigh: Callable[[str], float] = token_weight
 ) -> MeteorStatistics:
-    """Return the counts of one caption against its best reference; `weigh` gives the weight of a token."""
+    """Returns the counts of one caption against its best reference; `weigh` gives the weight of a token."""
     distinct = dict.fromkeys(map(tuple, references))  # equal references are aligned only one time
     return max(
         (_pair_statistics(tuple(hypothesis), reference, weigh) for reference in distinct), key=meteor_from_statistics
@@ -114,12 +114,12 @@ def meteor_statistics(
 
 
 def sentence_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Return METEOR of each clip, between 0 and 1."""
+    """Returns METEOR of each clip, between 0 and 1."""
     return [meteor_from_statistics(meteor_statistics(h, refs)) for h, refs in zip(hypotheses, references, strict=True)]
 
 
 def corpus_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """Return METEOR of the corpus, between 0 and 1, from the summed counts; it is not the mean of `sentence_meteor`.
+    """Returns METEOR of the corpus, between 0 and 1, from the summed counts; it is not the mean of `sentence_meteor`.
 
     Args:
         hypotheses: Tokens of one prediction per clip.
@@ -130,7 +130,7 @@ def corpus_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[To
 
 
 def corpus_meteor_ko(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return METEOR of the corpus over Korean stems, between 0 and 1, from the summed `meteor_ko_statistics`.
+    """Returns METEOR of the corpus over Korean stems, between 0 and 1, from the summed `meteor_ko_statistics`.
 
     Args:
         predictions: One text per clip, which is normalized here.
@@ -143,7 +143,7 @@ def corpus_meteor_ko(predictions: Sequence[str], references: Sequence[Sequence[s
 
 
 def meteor_ko_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[MeteorStatistics]:
-    """Return the counts of each clip over Korean stems, for scores of clips and for `vlmcap.metrics.significance`.
+    """Returns the counts of each clip over Korean stems, for scores of clips and for `vlmcap.metrics.significance`.
 
     Raises:
         UserError: mecab-ko is not installed.
@@ -188,16 +188,16 @@ class _Beam:
         self.base = self.certain = 0
 
     def leave_out(self) -> None:
-        """Extend each alignment by a reference token that the hypothesis does not contain."""
+        """Extends each alignment by a reference token that the hypothesis does not contain."""
         self._extend_all(self.miss, going_on=-1, end=-1)
 
     def match(self, position: int, distance: int) -> None:
-        """Extend each alignment by a word that occurs one time in both texts, and so is matched in any case."""
+        """Extends each alignment by a word that occurs one time in both texts, and so is matched in any case."""
         self.certain |= 1 << position
         self._extend_all(distance, going_on=position, end=position + 1)
 
     def _extend_all(self, cost: int, going_on: int, end: int) -> None:
-        """Add the cost to all, and a chunk to those whose open chunk does not continue at `going_on`; set the end."""
+        """Adds the cost to all, and a chunk to those whose open chunk does not continue at `going_on`; set the end."""
         closes = [old not in (-1, going_on) for old in self.ends]
         self.base += cost
         if all(closes):
@@ -211,7 +211,7 @@ class _Beam:
         self.ends = [end] * len(self.ends)
 
     def branch(self, choices: list[tuple[int, int, int]]) -> None:
-        """Extend each alignment by a match at each free choice, and by no match.
+        """Extends each alignment by a match at each free choice, and by no match.
 
         METEOR 1.5 adds the distance of an uncertain match to the choices tried after it, not to the match itself. That
         decides ties, and so the number of chunks of long captions: otherwise a third of 60 generated ones had other
@@ -256,7 +256,7 @@ class _Beam:
         self._keep(codes[:_BEAM], choices)
 
     def _keep(self, codes: list[int], choices: list[tuple[int, int, int]]) -> None:
-        """Decode the best candidates into the lists of alignments."""
+        """Decodes the best candidates into the lists of alignments."""
         width, before = len(choices) + 1, self.used
         next_ends, bits = [position + 1 for position, _, _ in choices] + [-1], [bit for _, bit, _ in choices] + [0]
         serials = [code & (1 << _SERIAL_BITS) - 1 for code in codes]
@@ -266,7 +266,7 @@ class _Beam:
 
 
 def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
-    """Return the matched hypothesis positions, as bits, and the number of chunks of the best alignment.
+    """Returns the matched hypothesis positions, as bits, and the number of chunks of the best alignment.
 
     It has most matches, then fewest chunks, then the smallest distance. Only words that occur more than once leave a
     choice, yet the best choice is hard to find in general. As in METEOR, a beam search over the reference from left to

@@ -34,12 +34,12 @@ class ImageTextScore(NamedTuple):
     Attributes:
         cosine: Mean cosine of the embeddings over frames and sentences, -1 to 1.
         probability: Mean of SigLIP's sigmoid of the scaled cosine, 0 to 1: the probability that they are a pair.
-        cut_ratio: Share of sentences longer than the text tower's input, which are truncated.
+        truncated_ratio: Share of sentences longer than the text tower's input, which are truncated.
     """
 
     cosine: float
     probability: float
-    cut_ratio: float
+    truncated_ratio: float
 
 
 class SiglipScorer:
@@ -76,7 +76,7 @@ class SiglipScorer:
         self.device, self.batch_size = device, batch_size
 
     def score(self, frames: Iterable[Sequence[Any]], captions: Sequence[str]) -> list[ImageTextScore]:
-        """Score each clip.
+        """Scores each clip.
 
         Args:
             frames: Frames of each clip, as uint8 arrays (H, W, 3) or PIL images; read one clip at a time.
@@ -102,8 +102,8 @@ class SiglipScorer:
                 cosines = self._embed_frames(pictures) @ self._embed_texts(sentences).T  # (frames, sentences)
                 probabilities = torch.sigmoid(cosines * self.model.logit_scale.exp() + self.model.logit_bias)
             lengths = [len(ids) for ids in self.tokenizer(sentences, verbose=False)["input_ids"]]
-            cut_ratio = sum(length > self.max_length for length in lengths) / len(sentences)
-            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), cut_ratio))
+            truncated_ratio = sum(length > self.max_length for length in lengths) / len(sentences)
+            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), truncated_ratio))
         return scores
 
     def _embed_frames(self, pictures: Sequence[Any]) -> Tensor:
@@ -182,7 +182,7 @@ class BertScorer:
     def score(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], *, idf: bool = False
     ) -> list[BertScore]:
-        """Score each clip against the reference with the highest F1.
+        """Scores each clip against the reference with the highest F1.
 
         Args:
             predictions: One text per clip.
@@ -230,7 +230,7 @@ class BertScorer:
             yield text, _Text(_unit(hidden[i].float().cpu()[kept[i]]), weight, num_tokens[i] > self.max_length)
 
     def _idf(self, references: Sequence[Sequence[str]]) -> dict[int, float]:
-        """Return token id to weight; the key -1 has the weight of tokens that are in no reference."""
+        """Returns token id to weight; the key -1 has the weight of tokens that are in no reference."""
         texts = [normalize(text) for refs in references for text in refs]
         frequencies: Counter[int] = Counter()
         for batch in _batches(texts, 256):

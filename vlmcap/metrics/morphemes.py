@@ -53,8 +53,8 @@ class Morpheme(NamedTuple):
         """Class of a content word: noun, proper, verb, adjective, number, foreign; None for other words."""
         if self.tag == "MM":
             return "number" if self.form in _NUMERALS else None
-        found = CONTENT_CLASSES.get(self.tag)
-        return None if found in ("verb", "adjective") and self.form in _LIGHT else found
+        word_class = CONTENT_CLASSES.get(self.tag)
+        return None if word_class in ("verb", "adjective") and self.form in _LIGHT else word_class
 
     @property
     def is_function(self) -> bool:
@@ -63,7 +63,7 @@ class Morpheme(NamedTuple):
 
 
 def analyze_many(texts: Sequence[str]) -> list[list[Morpheme]]:
-    """Split each text into morphemes after normalizing it; equal texts are analyzed one time and share one list.
+    """Splits each text into morphemes after normalizing it; equal texts are analyzed one time and share one list.
 
     Raises:
         UserError: mecab-ko is not installed.
@@ -85,12 +85,12 @@ def _parser() -> Callable[[str], str]:
 
 
 def _morphemes(parsed: str) -> list[Morpheme]:
-    found: list[Morpheme] = []
+    morphemes: list[Morpheme] = []
     for line in parsed.splitlines():
         surface, tab, features = line.partition("\t")
         if tab:
-            found.extend(_token_morphemes(surface, features))
-    return found
+            morphemes.extend(_token_morphemes(surface, features))
+    return morphemes
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -48,7 +48,7 @@ _SMALL = 1e-9
 
 
 def bleu_from_counts(matches: Ints, ngrams: Ints, hypothesis_length: Ints, reference_length: Ints) -> Floats:
-    """Compute BLEU-1 to BLEU-4 from the counts of single captions, or from their sums over corpora.
+    """Computes BLEU-1 to BLEU-4 from the counts of single captions, or from their sums over corpora.
 
     Args:
         matches: Clipped matches of order 1 to 4, shape (..., 4).
@@ -67,12 +67,12 @@ def bleu_from_counts(matches: Ints, ngrams: Ints, hypothesis_length: Ints, refer
 
 
 def ngrams_of_length(length: Ints) -> Ints:
-    """Return the number of n-grams of order 1 to 4 in captions of the given numbers of tokens, shape (..., 4)."""
+    """Returns the number of n-grams of order 1 to 4 in captions of the given numbers of tokens, shape (..., 4)."""
     return np.maximum(np.asarray(length)[..., None] - np.arange(MAX_ORDER), 0)
 
 
 def inverse_frequency(frequency: Ints, clips: int) -> Floats:
-    """Return the weight log N - log max(1, df) of each n-gram; 0 for one that is in every clip.
+    """Returns the weight log N - log max(1, df) of each n-gram; 0 for one that is in every clip.
 
     Args:
         frequency: Number of clips that contain each n-gram.
@@ -84,7 +84,7 @@ def inverse_frequency(frequency: Ints, clips: int) -> Floats:
 
 
 def norms(counts: Counts, inverse: Floats, captions: int) -> Floats:
-    """Return the Euclidean norm of each caption's vector of one order, shape (captions,).
+    """Returns the Euclidean norm of each caption's vector of one order, shape (captions,).
 
     Args:
         counts: n-grams of the captions.
@@ -95,25 +95,25 @@ def norms(counts: Counts, inverse: Floats, captions: int) -> Floats:
 
 
 def cosine(dot: Floats, norm: Floats, other: Floats) -> Floats:
-    """Return the dot products over the products of the norms; 0 where a norm is 0."""
+    """Returns the dot products over the products of the norms; 0 where a norm is 0."""
     product = norm * other
     return np.divide(dot, product, out=np.zeros_like(dot), where=product > 0)
 
 
 def scale(cosines: Floats) -> Floats:
-    """Return the score of a pair, from 0 to 10, from the sum of its cosines of order 1 to 4."""
+    """Returns the score of a pair, from 0 to 10, from the sum of its cosines of order 1 to 4."""
     return cosines * (10 / MAX_ORDER)
 
 
 def length_penalty(difference: npt.NDArray[Any]) -> Floats:
-    """Return CIDEr-D's factor for a difference in length in tokens, above 0 and at most 1."""
+    """Returns CIDEr-D's factor for a difference in length in tokens, above 0 and at most 1."""
     # The reference implementation measures length in bigrams: the same differences except for an empty caption, which
     # scores 0 anyway.
     return np.exp(-np.square(difference.astype(np.float64)) / (2 * SIGMA_TOKENS**2))
 
 
 def warn_of_one_clip() -> None:
-    """Warn that the CIDEr of a corpus of one clip is NaN: every n-gram is in every clip, so all weights are 0."""
+    """Warns that the CIDEr of a corpus of one clip is NaN: every n-gram is in every clip, so all weights are 0."""
     warnings.warn(
         "CIDEr of a single clip is NaN, because it weights n-grams by how few clips contain them; score more clips.",
         stacklevel=3,

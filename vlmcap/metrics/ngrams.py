@@ -26,7 +26,7 @@ _LOW = (1 << _SHIFT) - 1
 
 
 def closest_length(length: int, reference_lengths: Sequence[int]) -> int:
-    """Return the reference length nearest to `length`; of two equally near, the shorter."""
+    """Returns the reference length nearest to `length`; of two equally near, the shorter."""
     return min(reference_lengths, key=lambda reference_length: (abs(reference_length - length), reference_length))
 
 
@@ -64,7 +64,7 @@ class Packed:
 
     @classmethod
     def pack(cls, captions: Sequence[Tokens], vocabulary: Vocabulary) -> Packed:
-        """Look up the tokens of captions in the vocabulary, which adds new ones."""
+        """Looks up the tokens of captions in the vocabulary, which adds new ones."""
         start = offsets(map(len, captions), len(captions))
         # No Python loop runs per token: fromiter, map and chain run in C.
         flat = map(vocabulary.__getitem__, chain.from_iterable(captions))
@@ -76,7 +76,7 @@ class Packed:
         return np.diff(self.start)
 
     def slice(self, first: int, last: int) -> Packed:
-        """Return captions `first` to `last` (exclusive)."""
+        """Returns captions `first` to `last` (exclusive)."""
         begin, end = self.start[first], self.start[last]
         return Packed(self.ids[begin:end].astype(np.int64), self.start[first : last + 1] - begin)
 
@@ -90,29 +90,29 @@ class Counts(NamedTuple):
 
 
 def offsets(lengths: Iterable[int], number: int) -> Ints:
-    """Return 0 and the running sums of the lengths, shape (number + 1,)."""
+    """Returns 0 and the running sums of the lengths, shape (number + 1,)."""
     return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64, number))])
 
 
 def join(high: Ints, low: Ints) -> Ints:
-    """Join each pair of numbers below 2^31 into one number, which sorts like the pair."""
+    """Joins each pair of numbers below 2^31 into one number, which sorts like the pair."""
     return high << _SHIFT | low
 
 
 def split(joined: Ints) -> tuple[Ints, Ints]:
-    """Return the two numbers that were joined."""
+    """Returns the two numbers that were joined."""
     return joined >> _SHIFT, joined & _LOW
 
 
 def is_first(ordered: Ints) -> npt.NDArray[np.bool_]:
-    """Return a mask of the positions at which a new value of a sorted array begins."""
+    """Returns a mask of the positions at which a new value of a sorted array begins."""
     first = np.ones(len(ordered), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     return first
 
 
 def distinct(values: Ints) -> Ints:
-    """Return the distinct values, sorted.
+    """Returns the distinct values, sorted.
 
     The values are sorted in place, which takes half the memory and a tenth of the time of `np.unique` with its extras.
     """
@@ -121,30 +121,30 @@ def distinct(values: Ints) -> Ints:
 
 
 def look_up(table: Ints, values: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Return the position of each value in a sorted table, and whether it is there; fast if the values are sorted."""
-    place = np.searchsorted(table, values)
+    """Returns the position of each value in a sorted table, and whether it is there; fast if the values are sorted."""
+    position = np.searchsorted(table, values)
     if len(table) == 0:
-        return place, np.zeros(len(values), bool)
-    np.minimum(place, len(table) - 1, out=place)
-    return place, table[place] == values
+        return position, np.zeros(len(values), bool)
+    np.minimum(position, len(table) - 1, out=position)
+    return position, table[position] == values
 
 
 def rank(prefix: Ints, token: Ints) -> tuple[Ints, Ints]:
-    """Return the distinct pairs of prefix and token, joined and sorted, and the position of each pair among them."""
-    token_bits, place_bits = _bits(token), len(token).bit_length()
-    if _bits(prefix) + token_bits + place_bits < 64:
+    """Returns the distinct pairs of prefix and token, joined and sorted, and the position of each pair among them."""
+    token_bits, position_bits = _bits(token), len(token).bit_length()
+    if _bits(prefix) + token_bits + position_bits < 64:
         # The position of each pair is packed into the lowest bits: sorting numbers is several times faster than
         # `argsort`.
-        packed = (prefix << token_bits | token) << place_bits | np.arange(len(token))
+        packed = (prefix << token_bits | token) << position_bits | np.arange(len(token))
         packed.sort()
-        order = packed & ((1 << place_bits) - 1)
+        order = packed & ((1 << position_bits) - 1)
     else:
         order = np.argsort(join(prefix, token))
     ordered = join(prefix[order], token[order])
     first = is_first(ordered)
-    places = np.empty(len(order), np.int64)
-    places[order] = np.cumsum(first) - 1
-    return ordered[first], places
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.cumsum(first) - 1
+    return ordered[first], ranks
 
 
 def _bits(values: Ints) -> int:
@@ -152,14 +152,14 @@ def _bits(values: Ints) -> int:
 
 
 def number_ngrams(prefix: Ints, token: Ints, table: Ints) -> Ints:
-    """Return the position of each n-gram in the table; new ones get numbers from its length on."""
-    unique, places = rank(prefix, token)
-    place, known = look_up(table, unique)
-    return np.where(known, place, len(table) + np.arange(len(unique)))[places]
+    """Returns the position of each n-gram in the table; new ones get numbers from its length on."""
+    unique, ranks = rank(prefix, token)
+    position, known = look_up(table, unique)
+    return np.where(known, position, len(table) + np.arange(len(unique)))[ranks]
 
 
 def numbered(captions: Packed, number: Callable[[int, Ints, Ints], Ints]) -> Iterator[tuple[Ints, Ints]]:
-    """Yield for order 1 to 4 the caption and the number of all n-grams in text order.
+    """Yields for order 1 to 4 the caption and the number of all n-grams in text order.
 
     Args:
         captions: Token ids, which are the numbers of order 1.
@@ -178,7 +178,7 @@ def numbered(captions: Packed, number: Callable[[int, Ints, Ints], Ints]) -> Ite
 
 
 def count_ngrams(captions: Packed, tables: Sequence[Ints]) -> list[Counts]:
-    """Count the n-grams of each caption, for order 1 to 4.
+    """Counts the n-grams of each caption, for order 1 to 4.
 
     Args:
         captions: Token ids.
@@ -189,7 +189,7 @@ def count_ngrams(captions: Packed, tables: Sequence[Ints]) -> list[Counts]:
 
 
 def count_pairs(caption: Ints, ngram: Ints) -> Counts:
-    """Count the occurrences of each pair of caption and n-gram."""
+    """Counts the occurrences of each pair of caption and n-gram."""
     pairs = join(caption, ngram)
     pairs.sort()
     start = np.flatnonzero(is_first(pairs))

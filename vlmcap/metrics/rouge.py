@@ -27,20 +27,20 @@ _PAIRS_PER_WORD = 40
 
 
 def f_score(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the F score of best precision and best recall of each caption, between 0 and 1; 0 without matches."""
+    """Returns the F score of best precision and best recall of each caption, between 0 and 1; 0 without matches."""
     bottom = recall + _BETA**2 * precision
     return np.divide((1 + _BETA**2) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
 
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Return the length of the longest common subsequence in O(len(first) * len(second) / 30) machine steps."""
-    places: dict[Hashable, int] = {}
-    for place, token in enumerate(second):
-        places[token] = places.get(token, 0) | 1 << place
+    """Returns the length of the longest common subsequence in O(len(first) * len(second) / 30) machine steps."""
+    masks: dict[Hashable, int] = {}
+    for position, token in enumerate(second):
+        masks[token] = masks.get(token, 0) | 1 << position
     full = (1 << len(second)) - 1
     row = full
     for token in first:
-        mask = places.get(token, 0)
+        mask = masks.get(token, 0)
         if mask:
             common = row & mask
             row = (row + common | row ^ common) & full
@@ -48,7 +48,7 @@ def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 
 
 def lcs_lengths(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints) -> Ints:
-    """Compute the LCS of many pairs of captions at once.
+    """Computes the LCS of many pairs of captions at once.
 
     Args:
         hypotheses: Token ids of some captions.
@@ -81,7 +81,7 @@ def _caption(captions: Packed, index: int) -> list[int]:
 
 
 def _batched_lcs(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int) -> Ints:
-    """Compute the LCS of pairs ordered by descending hypothesis length, whose references take `words` 64-bit words."""
+    """Computes the LCS of pairs ordered by descending hypothesis length, whose references take `words` 64-bit words."""
     masks, row, begin = _place_masks(hypotheses, references, hypothesis, reference, words)
     lengths = hypotheses.lengths[hypothesis]
     active = np.searchsorted(-lengths, -np.arange(lengths[0]))  # number of pairs with a token at each step
@@ -104,13 +104,13 @@ def _batched_lcs(hypotheses: Packed, references: Packed, hypothesis: Ints, refer
 def _place_masks(
     hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int
 ) -> tuple[npt.NDArray[np.uint64], Ints, Ints]:
-    """Build a bit mask of positions in the reference for each (pair, token).
+    """Builds a bit mask of positions in the reference for each (pair, token).
 
     Returns:
         The masks, shape (words, rows); the row of each token of each hypothesis, concatenated over pairs; and the start
         of each pair in that.
     """
-    predicted, predicted_pair, place = _gather(hypotheses, hypothesis)
+    predicted, predicted_pair, position = _gather(hypotheses, hypothesis)
     true, true_pair, where = _gather(references, reference)
     table, row = rank(np.concatenate([predicted_pair, true_pair]), np.concatenate([predicted, true]))
     masks = np.zeros(words * len(table), np.uint64)
@@ -120,12 +120,12 @@ def _place_masks(
         row[len(predicted) :] + where // _WORD_BITS * len(table),
         np.uint64(1) << (where % _WORD_BITS).astype(np.uint64),
     )
-    return masks.reshape(words, -1), row[: len(predicted)], np.flatnonzero(place == 0)
+    return masks.reshape(words, -1), row[: len(predicted)], np.flatnonzero(position == 0)
 
 
 def _gather(captions: Packed, which: Ints) -> tuple[Ints, Ints, Ints]:
-    """Return the tokens of the selected captions, the index in `which` of each, and its position there."""
+    """Returns the tokens of the selected captions, the index in `which` of each, and its position there."""
     lengths = captions.lengths[which]
     owner = np.repeat(np.arange(len(which)), lengths)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return captions.ids[captions.start[which][owner] + place], owner, place
+    position = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return captions.ids[captions.start[which][owner] + position], owner, position

@@ -51,7 +51,7 @@ def score_captions(
     metrics: Sequence[str] | None = None,
     synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
-    """Compute the scores of a corpus of captions.
+    """Computes the scores of a corpus of captions.
 
     Pass the whole corpus at once: averages of CIDEr, BLEU and METEOR over batches differ from the corpus scores. The
     references of the last two corpora stay counted in memory, about 90 bytes per token, so that other predictions of
@@ -102,7 +102,7 @@ def score_captions(
 def score_each(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer: str | Tokenizer = DEFAULT_TOKENIZER
 ) -> list[dict[str, float]]:
-    """Compute the scores of each caption, `cider`, `cider_d`, `rouge_l` and `bleu_4`, for a file of predictions.
+    """Computes the scores of each caption, `cider`, `cider_d`, `rouge_l` and `bleu_4`, for a file of predictions.
 
     CIDEr takes document frequencies from all given references, so its mean, and that of ROUGE-L, is the score of the
     corpus; the mean of BLEU is not.
@@ -144,7 +144,7 @@ def score_by_category(
     *,
     tokenizer: str | Tokenizer = DEFAULT_TOKENIZER,
 ) -> dict[Hashable, dict[str, float]]:
-    """Compute BLEU, CIDEr, CIDEr-D and ROUGE-L of each category, and its number of clips as `clips`; see `by_category`.
+    """Computes BLEU, CIDEr, CIDEr-D and ROUGE-L per category, and its number of clips as `clips`; see `by_category`.
 
     Raises:
         UserError: As in `score_captions`, or the numbers of categories and clips differ.
@@ -157,7 +157,7 @@ def score_by_category(
 
 
 def corpus_chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Compute chrF++ of the corpus, from 0 to 100 as printed by sacrebleu and in papers (Popovic, "chrF++", WMT 2017).
+    """Computes chrF++ of the corpus, from 0 to 100 as printed by sacrebleu and in papers (Popovic, "chrF++", WMT 2017).
 
     It needs no tokenizer, so it is the one overlap score that is comparable without agreeing on a morpheme analyzer. It
     uses character n-grams up to 6 without spaces, word n-grams up to 2, and beta = 2. Of several references the best
@@ -188,7 +188,7 @@ def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def tokenize_captions(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
-    """Tokenize each text; equal tokens are one object, so a morpheme takes 8 bytes per occurrence instead of 80."""
+    """Tokenizes each text; equal tokens are one object, so a morpheme takes 8 bytes per occurrence instead of 80."""
     known: dict[str, str] = {}
     captions: dict[str, list[str]] = {}
     for batch in _batches(list(dict.fromkeys(texts))):
@@ -202,7 +202,7 @@ def tokenize_captions(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[s
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yield batches large enough to keep many processes busy, small enough to hold their unshared tokens."""
+    """Yields batches large enough to keep many processes busy, small enough to hold their unshared tokens."""
     start = size = 0
     for end, text in enumerate(texts, start=1):
         size += len(text)
@@ -225,7 +225,7 @@ _COUNTED: deque[_Counted] = deque(maxlen=2)
 
 
 def count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> ReferenceCorpus:
-    """Tokenize and count the references of each clip, or return the cached result for the same texts."""
+    """Tokenizes and counts the references of each clip, or returns the cached result for the same texts."""
     # The texts themselves are compared: that costs nothing for strings that are the same object, and never misses a
     # change.
     texts = tuple(map(tuple, references))
@@ -241,7 +241,7 @@ def count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) 
 def _token_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer, wanted: set[str]
 ) -> dict[str, float]:
-    """Compute the wanted scores, together with those that come at no extra cost."""
+    """Computes the wanted scores, together with those that come at no extra cost."""
     corpus = count_references(references, tokenizer)
     hypotheses = tokenize_captions(predictions, tokenizer)
     scores: dict[str, float] = {}

@@ -85,11 +85,11 @@ class Resampled(NamedTuple):
     """One score on resampled clips, shape (R,) each.
 
     Attributes:
-        own: Draws whose quantiles are the BCa interval of the score.
+        single: Draws whose quantiles are the BCa interval of the score.
         paired: Draws that, minus those of another score on the same resamples, give the interval of the difference.
     """
 
-    own: Floats
+    single: Floats
     paired: Floats
 
 
@@ -101,7 +101,7 @@ def bootstrap(
     method: Literal["bca", "percentile"] = "bca",
     seed: int = 0,
 ) -> Interval:
-    """Compute the score with its bootstrap confidence interval over clips.
+    """Computes the score with its bootstrap confidence interval over clips.
 
     Args:
         metric: Statistics of the clips and the score of their sums.
@@ -121,7 +121,7 @@ def bootstrap(
         raise UserError(f"Unknown interval {method!r}; choose percentile or bca.")
     check_resampling(metric, resamples=resamples, confidence=confidence)
     samples = np.concatenate([metric.score(sums) for sums in resampled_sums([metric.values], resamples, seed)])
-    draws = samples if method == "percentile" else resampled(metric, samples, seed).own
+    draws = samples if method == "percentile" else resampled(metric, samples, seed).single
     low, high = _interval_ends(draws, confidence)
     return Interval(metric.corpus_score(), low, high, confidence)
 
@@ -129,7 +129,7 @@ def bootstrap(
 def paired_bootstrap(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
-    """Test the second run against the first by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
+    """Tests the second run against the first by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
 
     Both runs are scored on the same resamples, so that easy and hard clips cancel out. The p-value is two-sided: (1 +
     k) / (1 + resamples), where k resamples have a difference, with widened tails, at least as far from the observed one
@@ -172,7 +172,7 @@ def paired_bootstrap(
 
 
 def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
-    """Return the draws from which intervals of a score and of its differences are computed.
+    """Returns the draws from which intervals of a score and of its differences are computed.
 
     Args:
         metric: Statistics of the clips and the score of their sums.
@@ -182,16 +182,16 @@ def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
     clips, score = len(metric.values), metric.corpus_score()
     positions = np.clip(np.linspace(0, 1, len(samples)), 0.5 / len(samples), 1 - 0.5 / len(samples))
     levels = _bca_levels(_student_deviates(positions, clips), samples, score, metric)
-    own = np.empty_like(samples)
+    draws = np.empty_like(samples)
     # As many draws, at the positions of the resamples.
-    own[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)
-    return Resampled(own, _widened(samples, score, clips, seed))
+    draws[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)
+    return Resampled(draws, _widened(samples, score, clips, seed))
 
 
 def approximate_randomization(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0
 ) -> Comparison:
-    """Test the second run against the first by swapping captions (Riezler and Maxwell, ACL 2005 workshop on MT).
+    """Tests the second run against the first by swapping captions (Riezler and Maxwell, ACL 2005 workshop on MT).
 
     If the runs are equally good, it does not matter which run a caption comes from: the p-value is the share of random
     swaps that give a difference at least as large, of either sign. It assumes less about the clips than the bootstrap,
@@ -223,7 +223,7 @@ def approximate_randomization(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for multiple tests, so that the chance of any false claim stays below the level (Holm, 1979).
+    """Corrects p-values for multiple tests, so that the chance of any false claim stays below the level (Holm, 1979).
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none is below the previous one or above 1.
 
@@ -254,7 +254,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare_runs(
     runs: Mapping[str, ClipMetric], *, baseline: str, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Compare each other run with the baseline by `paired_bootstrap`, with Holm-corrected p-values.
+    """Compares each other run with the baseline by `paired_bootstrap`, with Holm-corrected p-values.
 
     Args:
         runs: Name to metric, all on the same clips in the same order.
@@ -272,16 +272,16 @@ def compare_runs(
     if baseline not in runs:
         raise UserError(f"There is no run {baseline!r} to compare with; choose one of {', '.join(runs)}.")
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    found = {name: paired_bootstrap(runs[baseline], run, **options) for name, run in runs.items() if name != baseline}
-    corrected = holm([comparison.p_value for comparison in found.values()])
+    tests = {name: paired_bootstrap(runs[baseline], run, **options) for name, run in runs.items() if name != baseline}
+    corrected = holm([comparison.p_value for comparison in tests.values()])
     return {
         name: Comparison(c.difference, c.low, c.high, c.p_value, adjusted)
-        for (name, c), adjusted in zip(found.items(), corrected, strict=True)
+        for (name, c), adjusted in zip(tests.items(), corrected, strict=True)
     }
 
 
 def check_resampling(*metrics: ClipMetric, resamples: int, confidence: float) -> None:
-    """Check that the numbers are in range and that the metrics have the same score and number of clips.
+    """Checks that the numbers are in range and that the metrics have the same score and number of clips.
 
     Raises:
         UserError: They do not, or there is no clip.
@@ -299,14 +299,14 @@ def check_resampling(*metrics: ClipMetric, resamples: int, confidence: float) ->
 
 
 def chunk_sizes(resamples: int, clips: int) -> Iterator[int]:
-    """Yield the numbers of resamples to draw at a time."""
+    """Yields the numbers of resamples to draw at a time."""
     size = max(1, _CHUNK_ELEMENTS // clips)
     for start in range(0, resamples, size):
         yield min(size, resamples - start)
 
 
 def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield sums over resampled clips, with the arrays concatenated, in chunks of resamples.
+    """Yields sums over resampled clips, with the arrays concatenated, in chunks of resamples.
 
     The clips are determined by the seed, the number of resamples and N.
     """
@@ -319,7 +319,7 @@ def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Itera
 
 
 def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMetric) -> Floats:
-    """Return the levels of the samples' quantiles at standard deviates, corrected for bias and skew.
+    """Returns the levels of the samples' quantiles at standard deviates, corrected for bias and skew.
 
     The bias is the share of resamples below the score, the skew the effect of leaving out a clip.
     """
@@ -335,12 +335,12 @@ def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMet
 
 
 def _student_deviates(levels: Floats, clips: int) -> Floats:
-    """Return the deviates of Student's t, scaled for a mean of `clips` clips whose spread is unknown."""
+    """Returns the deviates of Student's t, scaled for a mean of `clips` clips whose spread is unknown."""
     return stdtrit(clips - 1, levels) * math.sqrt(clips / (clips - 1)) if clips > 1 else ndtri(levels)
 
 
 def _widened(samples: Floats, score: float, clips: int, seed: int) -> Floats:
-    """Widen the samples about the score from normal tails to those of Student's t.
+    """Widens the samples about the score from normal tails to those of Student's t.
 
     The factors depend only on the sizes of the arguments and the seed, so that a difference of widened scores is the
     widened difference.

@@ -40,7 +40,7 @@ _MAX_WORKERS = 8
 
 
 def normalize(text: str, *, normalize_fullwidth: bool = False) -> str:
-    """Return the text on one line, in NFC, without invisible characters and with single spaces for runs of whitespace.
+    """Returns the text on one line, in NFC, without invisible characters and with single spaces for runs of whitespace.
 
     Decomposed Hangul (NFD, as in file names by macOS) shares no character with composed Hangul and would score 0; a
     carriage return, U+2028, a vertical tab or a form feed inside a caption would split its line in any tool that works
@@ -78,11 +78,11 @@ class Tokenizer:
     normalize_fullwidth: bool = False
 
     def __call__(self, text: str) -> list[str]:
-        """Return the tokens of `text`, none of which is empty or contains whitespace."""
+        """Returns the tokens of `text`, none of which is empty or contains whitespace."""
         return self.split(normalize(text, normalize_fullwidth=self.normalize_fullwidth))
 
     def tokenize_many(self, texts: Sequence[str], workers: int | None = None) -> list[list[str]]:
-        """Tokenize each text, with the same result as single calls but faster for many texts.
+        """Tokenizes each text, with the same result as single calls but faster for many texts.
 
         A text that occurs several times is split only one time, as collapsed models and templated references repeat
         captions; its entries are the same list, so do not change them in place.
@@ -114,7 +114,7 @@ class Tokenizer:
 
 
 def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
-    """Return a tokenizer by its name; each is built only one time per process.
+    """Returns a tokenizer by its name; each is built only one time per process.
 
     Args:
         name: `mecab_ko` (morphemes, the default everywhere), `kiwi` (morphemes, by an optional package), `char` (every
@@ -139,16 +139,16 @@ def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
     built = _build(name)
     if not normalize_fullwidth:
         return built
-    return dataclasses.replace(built, version=f"{built.version}, full-width folded", normalize_fullwidth=True)
+    return dataclasses.replace(built, version=f"{built.version}, full-width normalized", normalize_fullwidth=True)
 
 
 def worker_count(texts: Sequence[str]) -> int:
-    """Return the number of processes worth starting: 1 below two million characters, at most 8 and the processors."""
+    """Returns the number of processes worth starting: 1 below two million characters, at most 8 and the processors."""
     return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, usable_processors(), _MAX_WORKERS))
 
 
 def tokenize_in_processes(name: str, normalize_fullwidth: bool, texts: Sequence[str], workers: int) -> list[list[str]]:
-    """Tokenize each text in `workers` processes, in order.
+    """Tokenizes each text in `workers` processes, in order.
 
     They are plain `python -m vlmcap.metrics.worker NAME` processes that exchange JSON through their pipes.
     multiprocessing would either fork a process that has threads and a CUDA context, or import the caller's main script
@@ -308,7 +308,7 @@ _TOKEN = re.compile(
 
 
 def split_ptb(text: str) -> list[str]:
-    """Return the lower-case Penn Treebank tokens of normalized text, without the punctuation that COCO removes.
+    """Returns the lower-case Penn Treebank tokens of normalized text, without the punctuation that COCO removes.
 
     English contractions are split ("isn't" gives "is", "n't"), brackets become "-lrb-" and the like, a number with a
     separator is split from its unit ("3.5km" gives "3.5", "km"). Hangul words are split by whitespace, particles

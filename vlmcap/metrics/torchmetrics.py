@@ -79,7 +79,7 @@ class CaptionScore(Metric):
     def update(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str] | None = None
     ) -> None:
-        """Add clips.
+        """Adds clips.
 
         Args:
             predictions: One caption per clip.
@@ -101,7 +101,7 @@ class CaptionScore(Metric):
         self.records.append(torch.tensor(bytearray(lines.encode("ascii")), dtype=torch.uint8, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Score the whole corpus, in float64: float32 would drop the digits in which ranks must agree.
+        """Scores the whole corpus, in float64: float32 would drop the digits in which ranks must agree.
 
         Raises:
             UserError: There are no clips, or two clips with different references have the same id.
@@ -119,7 +119,7 @@ class CaptionScore(Metric):
         return {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in scores.items()}
 
     def corpus(self) -> list[tuple[str | None, str, list[str]]]:
-        """Return id, prediction and references of each clip held here, each id once, in the order of scoring."""
+        """Returns id, prediction and references of each clip held here, each id once, in the order of scoring."""
         if len(self.records) == 0:
             return []
         # `set_dtype` may have changed the dtype of the bytes, which half precision represents exactly.

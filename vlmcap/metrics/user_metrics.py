@@ -24,7 +24,7 @@ _GROUP = "metric"
 
 
 def register_metric(name: str) -> Callable[[Metric], Metric]:
-    """Register a function as a metric, which appears in scores and reports and can be used as `monitor=val/NAME`.
+    """Registers a function as a metric, which appears in scores and reports and can be used as `monitor=val/NAME`.
 
     Args:
         name: Letters, digits and underscores; must differ from the built-in metrics.
@@ -48,12 +48,12 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
 
 
 def user_metrics() -> tuple[str, ...]:
-    """Return the names of the registered metrics, in the order of registration."""
+    """Returns the names of the registered metrics, in the order of registration."""
     return tuple(MAKERS.get(_GROUP, {}))
 
 
 def user_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Compute the score of every registered metric.
+    """Computes the score of every registered metric.
 
     Raises:
         UserError: A metric fails, or does not return numbers.
@@ -65,7 +65,7 @@ def user_scores(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def user_scores_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """Compute the scores of each clip by the metrics that return one per clip.
+    """Computes the scores of each clip by the metrics that return one per clip.
 
     Raises:
         UserError: A metric fails, or does not return numbers.
@@ -84,10 +84,10 @@ def _evaluate(
     name: str, metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float | list[float]:
     try:
-        found = metric(list(predictions), [list(texts) for texts in references])
-        if not isinstance(found, Iterable):
-            return float(found)
-        values = [float(value) for value in found]
+        result = metric(list(predictions), [list(texts) for texts in references])
+        if not isinstance(result, Iterable):
+            return float(result)
+        values = [float(value) for value in result]
     except Exception as error:  # the user's function may raise anything
         raise UserError(
             f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); fix it, or remove its plugin"

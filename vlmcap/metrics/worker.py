@@ -9,7 +9,7 @@ from vlmcap.metrics.tokenizers import get_tokenizer
 
 
 def main(name: str) -> None:
-    """Read the texts and whether to convert full-width forms from stdin, and write the tokens of each text."""
+    """Reads the texts and whether to convert full-width forms from stdin, and writes the tokens of each text."""
     normalize_fullwidth, texts = json.load(sys.stdin.buffer)
     tokenizer = get_tokenizer(name, normalize_fullwidth=normalize_fullwidth)
     # ASCII escapes represent any string, including half surrogates of broken input.

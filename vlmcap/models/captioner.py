@@ -94,7 +94,7 @@ class VideoCaptioner(nn.Module):
         Returns:
             The negative log-likelihood in nats, summed over the T label tokens, and T.
         """
-        targets, places = _required(batch.targets), _required(batch.label_places)  # (T,)
+        targets, label_indices = _required(batch.targets), _required(batch.label_indices)  # (T,)
         # 1. Encode: frames become patch features, unless these come from the cache.
         features = self.encode(batch)  # (B, F, 3, H, W) -> (B, F, P, Dv)
         # 2. Project: the features of each clip become visual tokens of the language model's width.
@@ -104,7 +104,9 @@ class VideoCaptioner(nn.Module):
         del features, visual  # their memory is free while the language model runs
         # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
         chunk_size = self._loss_chunk_size(len(targets))
-        hidden, logits = self._decode(inputs, places, has_head=chunk_size is None)  # (R, S, Dl) -> (T, Dl), (T, N)
+        hidden, logits = self._decode(
+            inputs, label_indices, has_head=chunk_size is None
+        )  # (R, S, Dl) -> (T, Dl), (T, N)
         # 5. Loss: over the N tokens of the vocabulary; in chunks where the logits of all T labels take too much memory.
         if chunk_size is not None:
             head: Any = base_model(self.llm).lm_head
@@ -153,16 +155,16 @@ class VideoCaptioner(nn.Module):
             clips = [clip for clip, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
             index = on_device(clips, features.device)
-            own = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> F and P of these clips
-            tokens |= dict(zip(clips, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
+            selected = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> F and P of these clips
+            tokens |= dict(zip(clips, self.projector(selected, grid=(height, width), prompt=prompt), strict=True))
         return torch.cat([tokens[clip] for clip in range(len(batch))])
 
     def merge(self, batch: Batch, visual: Tensor) -> Tensor:
         """Returns input embeddings (R, S, Dl) with the visual tokens (sum of V, Dl) in place of the placeholders."""
         embeddings = self._embed_words(batch.input_ids)  # (R, S) -> (R, S, Dl)
-        assert len(batch.visual_places) == len(visual), "placeholders and visual tokens differ in number"
+        assert len(batch.visual_indices) == len(visual), "placeholders and visual tokens differ in number"
         # Ids, labels, mask and embeddings keep one length, for both padding sides and for packed rows.
-        flat = embeddings.flatten(0, 1).index_copy(0, batch.visual_places, visual.to(embeddings.dtype))
+        flat = embeddings.flatten(0, 1).index_copy(0, batch.visual_indices, visual.to(embeddings.dtype))
         return flat.view(embeddings.shape)  # (R · S, Dl) -> (R, S, Dl)
 
     def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
@@ -196,14 +198,14 @@ class VideoCaptioner(nn.Module):
         return embeddings
 
     def _loss_chunk_size(self, num_labels: int) -> int | None:
-        """Number of labels whose logits are computed at a time; None for all, by the model's own forward pass."""
+        """Returns how many labels have their logits computed at a time; None for all, by the model's forward pass."""
         model: Any = base_model(self.llm)
         if self.loss_chunk_bytes is None or not can_chunk(model):
             return None
         size = labels_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
         return size if num_labels > size else None
 
-    def _decode(self, inputs: dict[str, Any], places: Tensor, *, has_head: bool) -> tuple[Tensor, Tensor]:
+    def _decode(self, inputs: dict[str, Any], label_indices: Tensor, *, has_head: bool) -> tuple[Tensor, Tensor]:
         """Runs the language model, its head on the positions that predict labels only.
 
         The class's own forward calls the head, because some classes scale its output (HyperCLOVA X).
@@ -215,7 +217,7 @@ class VideoCaptioner(nn.Module):
         seen: list[Tensor] = []
 
         def keep_label_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-            seen.append(arguments[0].flatten(0, 1).index_select(0, places))  # (R, S, Dl) -> (T, Dl)
+            seen.append(arguments[0].flatten(0, 1).index_select(0, label_indices))  # (R, S, Dl) -> (T, Dl)
             return (seen[0] if has_head else seen[0][:0],)
 
         handle = model.lm_head.register_forward_pre_hook(keep_label_positions)
@@ -358,10 +360,10 @@ class VideoCaptioner(nn.Module):
             batch = batch.to(self.device)
             with torch.inference_mode(), autocast(self.device, self.autocast_dtype):  # as in Lightning's test loop
                 texts = self.generate(batch) if len(batch) else []
-            found: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
-            found |= {skipped.clip.id: skipped for skipped in batch.skipped}
-            for index in sorted(found, key=int):
-                yield paths[int(index)], found[index]
+            captions: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
+            captions |= {skipped.clip.id: skipped for skipped in batch.skipped}
+            for index in sorted(captions, key=int):
+                yield paths[int(index)], captions[index]
 
 
 def _print(text: str) -> None:

@@ -111,7 +111,7 @@ def locate_description(
 
 
 def is_present(checkpoint: str, revision: str | None, tensor_filter: str | None = None) -> bool:
-    """Whether a checkpoint is completely on this machine; the hub is not asked.
+    """Returns whether a checkpoint is completely on this machine; the hub is not asked.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.
@@ -204,14 +204,19 @@ def _shards(index: Path, tensor_filter: str) -> list[str]:
 
 
 def fingerprint(
-    folder: Path, name: str, memo: Path | None = None, tensor_filter: str | None = None, *, has_weights: bool = True
+    folder: Path,
+    name: str,
+    hash_file: Path | None = None,
+    tensor_filter: str | None = None,
+    *,
+    has_weights: bool = True,
 ) -> Fingerprint:
     """Computes the fingerprint of the files in `folder`.
 
     Args:
         folder: Folder that `locate` returned.
         name: Configured name.
-        memo: JSON file that caches hashes by path, size and modification time, as hashing 60 GB takes a minute.
+        hash_file: JSON file that caches hashes by path, size and modification time, as hashing 60 GB takes a minute.
         tensor_filter: As for `locate`; other files of a pretrained VLM do not count.
         has_weights: As for `locate`.
     """
@@ -219,14 +224,14 @@ def fingerprint(
     if weights and tensor_filter is not None and (index := folder / _index_of(weights[0])).is_file():
         weights = _shards(index, tensor_filter)
     files = sorted(file for pattern in (*weights, *_CONTENT) for file in folder.glob(pattern))
-    known = _read_memo(memo)
+    known = _read_hashes(hash_file)
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
         tag = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         known[tag] = known.get(tag) or _file_sha256(file)
         digest.update(f"{file.name}:{known[tag]}\n".encode())
-    _write_memo(memo, known)
+    _write_hashes(hash_file, known)
     revision = folder.name if folder.parent.name == "snapshots" else ""
     return Fingerprint(name, revision, digest.hexdigest())
 
@@ -236,21 +241,21 @@ def _file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_memo(memo: Path | None) -> dict[str, str]:
-    if memo is None or not memo.is_file():
+def _read_hashes(hash_file: Path | None) -> dict[str, str]:
+    if hash_file is None or not hash_file.is_file():
         return {}
     try:
-        known = json.loads(memo.read_text())
+        known = json.loads(hash_file.read_text())
     except json.JSONDecodeError:
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _write_memo(memo: Path | None, known: dict[str, str]) -> None:
-    if memo is None:
+def _write_hashes(hash_file: Path | None, known: dict[str, str]) -> None:
+    if hash_file is None:
         return
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(memo) as partial:
+    hash_file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(hash_file) as partial:
         partial.write_text(json.dumps(known, indent=1))
 
 

@@ -48,8 +48,8 @@ def list_files(checkpoint: str, commit: str) -> list[str]:
     """Returns the names of all files of a commit."""
     from huggingface_hub import HfApi, constants
 
-    found = HfApi().model_info(checkpoint, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    return [file.rfilename for file in found.siblings or ()]
+    info = HfApi().model_info(checkpoint, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return [file.rfilename for file in info.siblings or ()]
 
 
 def cached_folder(checkpoint: str, revision: str | None) -> Path | None:
@@ -58,10 +58,10 @@ def cached_folder(checkpoint: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(checkpoint, "config.json", revision=revision)
+        file = try_to_load_from_cache(checkpoint, "config.json", revision=revision)
     except HFValidationError:  # not a hub id
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def hub_error(

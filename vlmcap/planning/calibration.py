@@ -106,31 +106,31 @@ def calibration_files(folder: Path) -> list[Path]:
 
 def read_calibrations(folder: Path) -> list[Calibration]:
     """Reads all calibrations, skipping broken files, as a plan can do without them."""
-    found = []
+    calibrations = []
     names = {field.name for field in fields(Calibration)}
     for file in calibration_files(folder):
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            found.append(Calibration(**{name: value for name, value in values.items() if name in names}))
+            calibrations.append(Calibration(**{name: value for name, value in values.items() if name in names}))
         except (OSError, ValueError, TypeError, AttributeError):
             continue
-    return found
+    return calibrations
 
 
 def choose_calibration(
-    found: Sequence[Calibration], hardware: str, here: str | None = None, here_profile: str | None = None
+    calibrations: Sequence[Calibration], hardware: str, here: str | None = None, here_profile: str | None = None
 ) -> Calibration | None:
     """Chooses the measurement that plans of a hardware profile may use.
 
     It is that of this machine's device, or else of exactly the GPU model that the profile describes.
 
     Args:
-        found: Stored calibrations.
+        calibrations: Stored calibrations.
         hardware: Hardware profile that is planned for.
         here: Name of this machine's device; None where there is none.
         here_profile: Hardware profile that suits it. A plan for another profile is a plan for another machine.
     """
-    known = [calibration for calibration in found if calibration.hardware == hardware]
+    known = [calibration for calibration in calibrations if calibration.hardware == hardware]
     if here is not None and here_profile == hardware:
         return next((calibration for calibration in known if calibration.device_name == here), None)
     return next(
@@ -151,9 +151,9 @@ def calibration_folder(config: Config) -> Path:
 def calibrated_device(config: Config) -> DeviceInfo:
     """Returns the device of the hardware profile, or this machine's CPU, with measured figures where there are any."""
     device = planned_device(config)
-    if not (found := read_calibrations(calibration_folder(config))):
+    if not (calibrations := read_calibrations(calibration_folder(config))):
         return device  # before the GPU is queried, which would take memory on it
     here = detect_cpu() if config.hardware.accelerator == "cpu" else detect_gpu()
     name, profile = (None, None) if here is None else (here.name, here.profile)
-    chosen = choose_calibration(found, config.hardware.name, name, profile)
+    chosen = choose_calibration(calibrations, config.hardware.name, name, profile)
     return device if chosen is None else chosen.on(device)

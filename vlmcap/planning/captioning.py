@@ -82,7 +82,7 @@ def plan_captions(
     config: Config,
     device: DeviceInfo,
     memory_profiler: MemoryProfiler,
-    steps: Sequence[ProfiledStage],
+    stages: Sequence[ProfiledStage],
     lengths: CaptionLengths,
     scores: Mapping[str, ProfiledStage],
 ) -> CaptionPlan:
@@ -92,12 +92,12 @@ def plan_captions(
         config: Run configuration.
         device: Device that it runs on.
         memory_profiler: Memory profiler of the configuration.
-        steps: Stages of a training step, whose weights stay on the GPU.
+        stages: Stages of a training step, whose weights stay on the GPU.
         lengths: Lengths of captions.
         scores: Score name to the stage of its model.
     """
     plans = [
-        _CaptionPlanner(config, device, memory_profiler, steps, lengths, scores, is_merged).largest()
+        _CaptionPlanner(config, device, memory_profiler, stages, lengths, scores, is_merged).largest()
         for is_merged in ways_to_merge(config)
     ]
     fitting = [plan for plan in plans if _fits(plan.moment, device, 1.0)]
@@ -128,7 +128,7 @@ class _CaptionPlanner:
     config: Config
     device: DeviceInfo
     memory_profiler: MemoryProfiler
-    steps: Sequence[ProfiledStage]
+    stages: Sequence[ProfiledStage]
     lengths: CaptionLengths
     scores: Mapping[str, ProfiledStage]
     is_merged: bool
@@ -199,10 +199,10 @@ class _CaptionPlanner:
         is_repeated = not self.device.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, memory_profiler)
         # Clips that are captioned later wait on the GPU.
-        held = {name: size * self.num_clips(slots)} | kept_between_steps(self.steps, config.optim.kind.value)
+        held = {name: size * self.num_clips(slots)} | kept_between_steps(self.stages, config.optim.kind.value)
         prompt = self.prompt(slots).memory
         held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(
-            self.steps[-1].memory.weights.values()
+            self.stages[-1].memory.weights.values()
         )
         work = Captioning(
             prefill=prompt,
@@ -216,11 +216,11 @@ class _CaptionPlanner:
             / memory_profiler.depth,
             is_reserved=is_native,
         )
-        stages = [
+        generation_stages = [
             *stages_in_front(config, memory_profiler, min(slots, MAX_ENCODED_CLIPS) if is_native else slots),
-            self.steps[-1],
+            self.stages[-1],
         ]
-        moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))
+        moment = generation_peak(generation_stages, held, work, self.scores, unused_share=unused_share(config))
         return scale_activations(moment, self.device.activation_ratio)
 
     def token(self, slots: int) -> TokenWork:
@@ -242,7 +242,7 @@ class _CaptionPlanner:
 
 
 def is_captured(config: Config) -> bool:
-    """Whether decoding steps are CUDA graphs, as far as the configuration decides.
+    """Returns whether decoding steps are CUDA graphs, as far as the configuration decides.
 
     See `vlmcap.models.decoding.graphs`.
     """
@@ -289,12 +289,9 @@ def stages_in_front(config: Config, memory_profiler: MemoryProfiler, num_clips: 
 
 def clip_bytes(config: Config, memory_profiler: MemoryProfiler) -> tuple[str, float]:
     """Returns the name and the bytes of what a clip is on the GPU before the first stage."""
-    is_cached = config.cache.enabled is True
-    return (
-        ("stored features", cached_bytes(memory_profiler))
-        if is_cached
-        else ("frames", float(memory_profiler.sizes.frame_bytes))
-    )
+    if config.cache.enabled is True:
+        return "stored features", cached_bytes(memory_profiler)
+    return "frames", float(memory_profiler.sizes.frame_bytes)
 
 
 def feature_values(memory_profiler: MemoryProfiler) -> float:
@@ -311,10 +308,10 @@ def cached_bytes(memory_profiler: MemoryProfiler) -> float:
 
 def stored_bytes(config: Config, memory_profiler: MemoryProfiler) -> float:
     """Returns the bytes of a clip's features on disk, where each of two joined encoders has its own grid."""
-    parts = encoder_configs(config)
-    if len(parts) == 1:
+    configs = encoder_configs(config)
+    if len(configs) == 1:
         return cached_bytes(memory_profiler)
-    encoders = [cached_meta_encoder(part) for part in parts]
+    encoders = list(map(cached_meta_encoder, configs))
     values = sum(
         encoder.embed_dim * math.prod(encoder.possible_grids(config.data.num_frames)[0]) for encoder in encoders
     )
@@ -330,8 +327,6 @@ def unused_share(config: Config) -> float:
 
 def packed_bytes(config: Config, stage: ProfiledStage) -> float:
     """Returns the bytes of 4-bit weights."""
-    return (
-        stage.memory.weights.get("quantisation state", 0.0) * 32
-        if config.llm.quantization is Quantization["4bit"]
-        else 0.0
-    )
+    if config.llm.quantization is Quantization["4bit"]:
+        return stage.memory.weights.get("quantisation state", 0.0) * 32
+    return 0.0

@@ -106,8 +106,8 @@ def suitable_profile(name: str, total_gib: float, capability: tuple[int, int]) -
         total_gib: Memory of the GPU.
         capability: Compute capability.
     """
-    if own := matching_profile(name, total_gib):
-        return own
+    if profile := matching_profile(name, total_gib):
+        return profile
     is_old = capability < (8, 0)
     fitting = [key for key, gpu in GPUS.items() if gpu.usable_gib <= total_gib and not (gpu.has_flash and is_old)]
     return max(fitting, key=lambda key: GPUS[key].usable_gib, default=None)
@@ -193,13 +193,13 @@ def _cgroup_limits_gib() -> list[tuple[float, float]]:
         for root in (_CGROUPS, _CGROUPS / "memory")
         for folder in (root / path, *(root / path).parents)
     }
-    found = []
+    limits = []
     for folder in sorted(folder for folder in folders if folder.is_relative_to(_CGROUPS)):
         for limit, use in _CGROUP_FILES:
             with contextlib.suppress(OSError, ValueError):  # "max" means no limit
                 most, used = int((folder / limit).read_text()), int((folder / use).read_text())
-                found.append((most / GIB, (used - _reclaimable_bytes(folder)) / GIB))
-    return found
+                limits.append((most / GIB, (used - _reclaimable_bytes(folder)) / GIB))
+    return limits
 
 
 def _reclaimable_bytes(folder: Path) -> int:

@@ -35,7 +35,7 @@ class HostBatch:
 
 def host_peak(
     config: Config,
-    steps: Sequence[ProfiledStage],
+    stages: Sequence[ProfiledStage],
     batches: Sequence[HostBatch],
     offloaded: float,
     waiting: float,
@@ -45,20 +45,20 @@ def host_peak(
 
     Args:
         config: Run configuration.
-        steps: Stages of a training step.
+        stages: Stages of a training step.
         batches: Batches of the loaders whose workers are alive together: training first, then validation.
         offloaded: Bytes of checkpointed block inputs that are offloaded to host memory.
         waiting: Bytes of features that wait for their captions to be decoded.
         scores: Score name to the stage of its model.
     """
     # 1. What is alive at every moment.
-    num_trained = sum(stage.memory.num_trained for stage in steps)
+    num_trained = sum(stage.memory.num_trained for stage in stages)
     process = {"process": float(PROCESS_BYTES)}
     loaders = _loaders(config, batches)
     tower = next(
         (
             sum(stage.memory.weights.values())
-            for stage in steps
+            for stage in stages
             if stage.name == "encoder" and not config.is_pretrained_vlm
         ),
         0.0,

@@ -71,13 +71,13 @@ def make_plan(
     captions = captions or CaptionLengths.assumed(config.llm.caption_tokens)
     num_kept = kept_within(config, memory_profiler)
     batch_size, _ = fullest_batch(config, memory_profiler, captions)
-    steps = training_stages(config, memory_profiler, num_kept, captions)
+    stages = training_stages(config, memory_profiler, num_kept, captions)
     scores, unknown = _scores(config, memory_profiler)
-    flops = _padded_flops(config, memory_profiler, steps, captions, batch_size)
+    flops = _padded_flops(config, memory_profiler, stages, captions, batch_size)
 
     # 2. Find how many captions are decoded at a time.
-    training = _training_moment(config, memory_profiler, steps, batch_size)
-    captioning = plan_captions(config, device, memory_profiler, steps, captions, scores)
+    training = _training_moment(config, memory_profiler, stages, batch_size)
+    captioning = plan_captions(config, device, memory_profiler, stages, captions, scores)
 
     # 3. Put the plan together.
     return Plan(
@@ -85,10 +85,10 @@ def make_plan(
         device=device,
         training=scale_activations(training, device.activation_ratio),
         generation=captioning.moment,
-        host=_host_peak(config, memory_profiler, steps, scores, batch_size, captioning.num_slots),
+        host=_host_peak(config, memory_profiler, stages, scores, batch_size, captioning.num_slots),
         batch_size=batch_size,
         flops=flops / batch_size,
-        clip_s=_step_seconds(config, flops, steps, device) / batch_size,
+        clip_s=_step_seconds(config, flops, stages, device) / batch_size,
         **_caption_fields(captioning),
         num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
         cache_bytes=stored_bytes(config, memory_profiler),
@@ -150,25 +150,25 @@ def fullest_batch(config: Config, memory_profiler: MemoryProfiler, captions: Cap
 def _scores(config: Config, memory_profiler: MemoryProfiler) -> tuple[dict[str, ProfiledStage], list[str]]:
     """Returns the models of scores by name, and the settings whose models are not known on this machine."""
     profiles = memory_profiler.scores()
-    stages = {key.partition("_")[0]: ProfiledStage(key, found) for key, found in profiles.items() if found is not None}
-    return stages, [f"evaluation.{key}" for key, found in profiles.items() if found is None]
+    stages = {key.partition("_")[0]: ProfiledStage(key, stage) for key, stage in profiles.items() if stage is not None}
+    return stages, [f"evaluation.{key}" for key, stage in profiles.items() if stage is None]
 
 
 def _training_moment(
-    config: Config, memory_profiler: MemoryProfiler, steps: Sequence[ProfiledStage], batch_size: int
+    config: Config, memory_profiler: MemoryProfiler, stages: Sequence[ProfiledStage], batch_size: int
 ) -> Moment:
     name, size = clip_bytes(config, memory_profiler)
     accumulates = config.trainer.accumulate_grad_batches > 1
     held = {name: size * batch_size}
     return training_peak(
-        steps, held, config.optim.kind.value, accumulates=accumulates, unused_share=unused_share(config)
+        stages, held, config.optim.kind.value, accumulates=accumulates, unused_share=unused_share(config)
     )
 
 
 def _host_peak(
     config: Config,
     memory_profiler: MemoryProfiler,
-    steps: Sequence[ProfiledStage],
+    stages: Sequence[ProfiledStage],
     scores: Mapping[str, ProfiledStage],
     batch_size: int,
     num_slots: int,
@@ -188,13 +188,13 @@ def _host_peak(
     )
     offloaded = memory_profiler.depth * pinned_bytes(block_bytes)
     batches = [HostBatch(name, size * count) for name, count in clips.items()]
-    return host_peak(config, steps, batches, offloaded, num_captioned * feature_bytes, scores)
+    return host_peak(config, stages, batches, offloaded, num_captioned * feature_bytes, scores)
 
 
 def _padded_flops(
     config: Config,
     memory_profiler: MemoryProfiler,
-    steps: Sequence[ProfiledStage],
+    stages: Sequence[ProfiledStage],
     captions: CaptionLengths,
     batch_size: int,
 ) -> float:
@@ -208,12 +208,12 @@ def _padded_flops(
     padded = length if config.data.max_tokens_per_batch is None else profiled
     before = memory_profiler.sizes.num_before_caption
     share = (before + min(padded, profiled)) / (before + profiled)
-    *front, language = (stage.memory.flops for stage in steps)
+    *front, language = (stage.memory.flops for stage in stages)
     return sum(front) + share * language
 
 
-def _step_seconds(config: Config, flops: float, steps: Sequence[ProfiledStage], device: DeviceInfo) -> float:
-    packed, checkpointed = packed_bytes(config, steps[-1]), config.hardware.gradient_checkpointing
+def _step_seconds(config: Config, flops: float, stages: Sequence[ProfiledStage], device: DeviceInfo) -> float:
+    packed, checkpointed = packed_bytes(config, stages[-1]), config.hardware.gradient_checkpointing
     return training_seconds(flops, packed, device, is_checkpointed=checkpointed)
 
 

@@ -49,12 +49,12 @@ class ProfiledStage:
 
 
 def is_weight(name: str) -> bool:
-    """Whether an entry of `Moment.sizes` is weights or their quantisation state."""
+    """Returns whether an entry of `Moment.sizes` is weights or their quantisation state."""
     return name.endswith(("weights", "quantisation state"))
 
 
 def is_known(name: str) -> bool:
-    """Whether an entry follows from parameter counts alone: weights, quantisation state or optimiser state."""
+    """Returns whether an entry follows from parameter counts alone: weights, quantisation state or optimiser state."""
     return is_weight(name) or name.endswith("optimiser state")
 
 

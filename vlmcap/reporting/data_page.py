@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.data.inspection import Broken, Entry, Inspection, SplitReport, as_jpeg
+from vlmcap.data.inspection import Broken, Entry, Inspection, as_jpeg
 
 _MAX_ROWS = 200  # rows of a table on the page
 _MAX_LINES = 5  # lines of a list on the terminal
@@ -133,19 +133,14 @@ def _lengths(report: Inspection, llm: str, limit: int) -> str:
     drawn = _histogram(
         np.concatenate([split.characters for split in splits]), _bilingual("characters per caption", "캡션당 글자 수")
     )
-    if all(split.tokens is not None for split in splits):
-        tokens = np.concatenate([_tokens(split) for split in splits])
+    tokens = [split.tokens for split in splits if split.tokens is not None]
+    if len(tokens) == len(splits):
         drawn += _histogram(
-            tokens,
+            np.concatenate(tokens),
             _bilingual(f"{llm} tokens per caption", f"캡션당 {llm} 토큰 수"),
             [(limit, f"llm.max_caption_tokens={limit}")],
         )
     return f"<h2>{_bilingual('Lengths', '길이')}</h2>{drawn}"
-
-
-def _tokens(split: SplitReport) -> NDArray[np.int32]:
-    assert split.tokens is not None
-    return split.tokens
 
 
 def _leaks(report: Inspection) -> str:

@@ -187,10 +187,10 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
         }
         bins = distance.round().long().flatten()
         for name, values in of_pairs.items():
-            found = torch.bincount(bins, weights=values.flatten())  # (K,), a sum per whole distance
-            earlier = sums.get(name, found[:0])
-            size = max(len(earlier), len(found))  # frames of other grids have other largest distances
-            sums[name] = F.pad(earlier, (0, size - len(earlier))) + F.pad(found, (0, size - len(found)))
+            binned = torch.bincount(bins, weights=values.flatten())  # (K,), a sum per whole distance
+            earlier = sums.get(name, binned[:0])
+            size = max(len(earlier), len(binned))  # frames of other grids have other largest distances
+            sums[name] = F.pad(earlier, (0, size - len(earlier))) + F.pad(binned, (0, size - len(binned)))
     count = sums["count"]
     has_pairs = count > 0
     means = {name: (sums[name] / count.clamp_min(1))[has_pairs] for name in ("distance", "similarity", "product")}

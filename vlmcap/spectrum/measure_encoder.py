@@ -78,9 +78,9 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     with claimed_folder(folder, "--output"):
         with progress_reporter("encoders") as report:
             for name, config in zip(names, configs, strict=True):
-                found = measure_encoder(name, config, settings)
-                draw_spectrum(found, folder / f"{_file_name(name)}.png")
-                spectra.append(found)
+                spectrum = measure_encoder(name, config, settings)
+                draw_spectrum(spectrum, folder / f"{_file_name(name)}.png")
+                spectra.append(spectrum)
                 report(len(spectra), len(jobs))
         record = spectra_record(spectra)
         write_json(folder / "spectrum.json", record)
@@ -141,9 +141,9 @@ def _clips(config: Config, settings: SpectrumSettings) -> list[Clip]:
             raise UserError(f"--images: {missing} does not exist")
         return [Clip(str(index), str(path), ()) for index, path in enumerate(settings.images)]
     splits = load_splits(config, (), tuple(Split))
-    found = splits.get("val") or next(iter(splits.values()))
-    count = min(settings.num_clips, len(found))
-    return [found[index * len(found) // count] for index in range(count)]
+    clips = splits.get("val") or next(iter(splits.values()))
+    count = min(settings.num_clips, len(clips))
+    return [clips[index * len(clips) // count] for index in range(count)]
 
 
 def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> Iterator[Sample]:
@@ -175,7 +175,7 @@ def _encode(
     num_frames, *side = sample.grid_thw or (len(features[0]), *encoder.grid)
     grid = (side[0], side[1])
     indices = torch.linspace(0, num_frames - 1, min(keep, num_frames)).round().long().tolist()
-    found = [
+    frames = [
         FrameFeatures(
             features[0][index, : grid[0] * grid[1]].float().cpu(),
             grid,
@@ -184,7 +184,7 @@ def _encode(
         for index in indices
     ]
     joined = getattr(encoder, "frames_per_token", 1)  # Qwen-VL joins frames, too, but keeps no picture
-    return found, [_picture(sample.frames, index * joined, grid) for index in indices]
+    return frames, [_picture(sample.frames, index * joined, grid) for index in indices]
 
 
 def _picture(frames: Tensor, index: int, grid: tuple[int, int]) -> Tensor | None:
@@ -216,7 +216,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     # The longest list of modules holds the blocks, whatever the architecture calls it.
     lists = [module for module in encoder.tower.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = max(lists, key=len, default=torch.nn.ModuleList())
-    found: dict[str, Spectrum] = {}
+    spectra: dict[str, Spectrum] = {}
     prefix, num_patches = encoder.num_prefix_tokens, encoder.num_patches
 
     def keep(number: int, output: Any) -> None:
@@ -228,7 +228,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
             FrameFeatures(patches, encoder.grid, states[:prefix] if prefix else None)
             for patches, states in zip(tokens, hidden[:LAYER_FRAMES], strict=True)
         ]
-        found[str(number)] = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
+        spectra[str(number)] = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
 
     handles = [
         block.register_forward_hook(lambda _, __, output, number=number: keep(number, output))
@@ -239,7 +239,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return spectra
 
 
 def _file_name(name: str) -> str:

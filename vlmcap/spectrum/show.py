@@ -135,14 +135,14 @@ def _draw_values(axes: Any, spectra: Sequence[EncoderSpectrum]) -> None:
 
 
 def _draw_locality(axes: Any, one: EncoderSpectrum) -> None:
-    found = one.spectrum.locality
-    axes.plot(found.distances, found.similarity, ".-", color=_COLOURS[1], label="cosine similarity")
-    axes.plot(found.distances, found.correlation, ".-", color=_COLOURS[0], label="correlation")
+    curve = one.spectrum.locality
+    axes.plot(curve.distances, curve.similarity, ".-", color=_COLOURS[1], label="cosine similarity")
+    axes.plot(curve.distances, curve.correlation, ".-", color=_COLOURS[0], label="correlation")
     _label_locality(axes)
-    if found.length is not None:
-        axes.axvline(found.length, color="#999999", linestyle=":", linewidth=1)
+    if curve.length is not None:
+        axes.axvline(curve.length, color="#999999", linestyle=":", linewidth=1)
         axes.annotate(
-            f"{found.length:.1f} patches", (found.length, _E), xytext=(4, 4), textcoords="offset points", fontsize=8
+            f"{curve.length:.1f} patches", (curve.length, _E), xytext=(4, 4), textcoords="offset points", fontsize=8
         )
 
 

@@ -144,7 +144,7 @@ class Record:
         return FAILED if isinstance(error, Exception) else INTERRUPTED
 
     def _has_trained(self) -> bool:
-        """Whether this run, rather than an earlier one in the same folder, wrote its `config.yaml`."""
+        """Returns whether this run, rather than an earlier one in the same folder, wrote its `config.yaml`."""
         file = self.folder / "config.yaml"
         return self.config is not None and file.is_file() and file.stat().st_mtime >= self.started
 
@@ -192,7 +192,7 @@ def recorded() -> Iterator[Record]:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the first of the processes that train together."""
+    """Returns whether this is the first of the processes that train together."""
     return all(os.environ.get(name, "0") in ("", "0") for name in ("LOCAL_RANK", "RANK"))
 
 

@@ -73,13 +73,13 @@ class Runner:
         self.folder, self._launcher, self._batch_size = folder, launcher, batch_size
         self.results: list[JobResult] = []
         # Jobs of an earlier start are found by the hash of their configuration, not by their number.
-        found = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
-        if found and not is_resumed:
+        jobs = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
+        if jobs and not is_resumed:
             raise UserError(
                 f"sweep.folder={folder} already holds a sweep; set sweep.resume=true to continue it, or another folder"
             )
-        self._next = found[-1] + 1 if found else 0
-        statuses = ((number, read_status(folder / str(number))) for number in found)
+        self._next = jobs[-1] + 1 if jobs else 0
+        statuses = ((number, read_status(folder / str(number))) for number in jobs)
         self._known = {
             status.config_hash: number for number, status in statuses if status is not None and status.config_hash
         }

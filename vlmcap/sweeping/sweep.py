@@ -95,11 +95,11 @@ def _objective(master: DictConfig) -> tuple[str, str]:
 def _settings(master: DictConfig, group: str, schema: type[Any]) -> Any:
     try:
         typed = OmegaConf.structured(schema_of(group, master[group].kind))
-        found = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(master[group], resolve=True)))
+        settings = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(master[group], resolve=True)))
     except ValueError as error:
         raise UserError(str(error)) from error
-    assert isinstance(found, schema)
-    return found
+    assert isinstance(settings, schema)
+    return settings
 
 
 def show_sweep(

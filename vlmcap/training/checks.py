@@ -113,7 +113,7 @@ def check_monitored_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -
 
 
 def _compares_clips(metric: str) -> bool:
-    """Whether a metric needs two clips: CIDEr for its document frequencies, swapped scores for the exchange."""
+    """Returns whether a metric needs two clips: CIDEr for its document frequencies, swapped scores for the exchange."""
     words = metric.split("/")[1:]
     return words in (["cider"], ["cider_d"]) or words[0] in ("swapped", "permuted", "visual_reliance")
 
@@ -256,12 +256,12 @@ def check_folder(config: Config, resumed: Path | None) -> None:
     folder = Path(config.paths.output_dir)
     if resumed is not None or config.paths.overwrite:
         return
-    found = next(
+    existing = next(
         (path for path in (folder / "summary.json", folder / "checkpoints" / "last.ckpt") if path.is_file()), None
     )
-    if found is not None:
+    if existing is not None:
         raise UserError(
-            f"paths.output_dir={folder} already holds a run ({found.relative_to(folder)}); choose another folder, "
+            f"paths.output_dir={folder} already holds a run ({existing.relative_to(folder)}); choose another folder, "
             "resume that run with checkpoint=last, or set paths.overwrite=true"
         )
 

@@ -276,11 +276,11 @@ class CaptioningModule(L.LightningModule):
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Returns the trained weights alone, by their names in the module."""
-        found = {} if destination is None else destination
+        state = {} if destination is None else destination
         for component in self.trained.values():
             for name, weight in component.items():
-                found[f"{prefix}captioner.{name}"] = weight if keep_vars else weight.detach()
-        return found
+                state[f"{prefix}captioner.{name}"] = weight if keep_vars else weight.detach()
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the result of `state_dict`.
@@ -331,7 +331,7 @@ class CaptioningModule(L.LightningModule):
         }
 
     def _is_validated(self, epoch: int) -> bool:
-        """Whether the loop validates after an epoch."""
+        """Returns whether the loop validates after an epoch."""
         return self.trainer.enable_validation and (epoch + 1) % (self.trainer.check_val_every_n_epoch or 1) == 0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -372,8 +372,8 @@ class CaptioningModule(L.LightningModule):
         """Returns the sum of each value over all ranks."""
         if self.trainer.world_size == 1:
             return list(values)
-        own = torch.tensor(values, device=self.device, dtype=torch.float64)
-        total: Tensor = self.trainer.strategy.reduce(own, reduce_op="sum")
+        local = torch.tensor(values, device=self.device, dtype=torch.float64)
+        total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
         return [float(value) for value in total.tolist()]
 
     def _train_sampler(self) -> BatchSampler:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,28 +50,23 @@ def local_rank() -> int:
 
 
 def is_main(config: Config) -> bool:
-    """Whether this is the process that writes and prints."""
+    """Returns whether this is the process that writes and prints."""
     return process_rank(config) == 0
 
 
 def receives_weights(config: Config) -> bool:
-    """Whether this process loads no weights, because it receives its shards from the first process."""
+    """Returns whether this process loads no weights, because it receives its shards from the first process."""
     return config.trainer.strategy is Strategy.fsdp2 and not is_main(config)
 
 
-@contextmanager
-def run_folder(config: Config) -> Iterator[None]:
-    """Locks the run folder inside the context; the first process holds the lock for all of them.
+def run_folder(config: Config) -> AbstractContextManager[object]:
+    """Returns a context in which the run folder is locked; the first process holds the lock for all of them.
 
     Raises:
         InUseError: Another run writes to the folder.
     """
-    with (
-        claimed_folder(Path(config.paths.output_dir), "paths.output_dir")
-        if is_main(config)
-        else contextlib.nullcontext()
-    ):
-        yield
+    folder = Path(config.paths.output_dir)
+    return claimed_folder(folder, "paths.output_dir") if is_main(config) else contextlib.nullcontext()
 
 
 @contextmanager
@@ -91,9 +86,8 @@ def as_process(config: Config) -> Iterator[None]:
         torch.cuda.set_device(local_rank())
     with contextlib.ExitStack() as stack:
         if not is_main(config):
-            stack.enter_context(
-                contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w", encoding="utf-8")))
-            )
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         is_failed = True
         try:
             yield
@@ -112,13 +106,13 @@ def launch_command(config: Config) -> list[str]:
     folder = Path(config.paths.output_dir).resolve()
     kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(_REPLACED)]
     # All processes share one folder, in which Hydra writes for the first process alone.
-    own = [
+    added = [
         f"paths.output_dir={quoted(folder)}",
         f"hydra.run.dir={quoted(folder)}",
         "hydra.output_subdir=null",
         "hydra/job_logging=stdout",
     ]
-    return [*script, *kept, *own]
+    return [*script, *kept, *added]
 
 
 def _program_command() -> list[str]:
@@ -170,11 +164,9 @@ def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.devic
 
 def describe_batch(config: Config) -> str:
     """Formats the batch of one optimiser step, such as "4 clips × 8": micro-batch × accumulation (× devices)."""
-    budget, steps, devices = (
-        config.data.max_tokens_per_batch,
-        config.trainer.accumulate_grad_batches,
-        num_processes(config),
-    )
+    budget = config.data.max_tokens_per_batch
+    steps = config.trainer.accumulate_grad_batches
+    devices = num_processes(config)
     size, unit = (config.data.batch_size, "clips") if budget is None else (budget, "tokens")
     if devices == 1:
         return f"{size} {unit} × {steps}"

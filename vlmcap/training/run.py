@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmcap.assembly.clips import Splits, load_splits, open_skipped_log
-from vlmcap.assembly.features import prepare_features, warn_of_clips
+from vlmcap.assembly.features import prepare_features, warn_about_clips
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.assembly.resolving import resolve, resolve_from_data, with_model_kind
 from vlmcap.compose import to_plain, write_yaml
@@ -195,7 +195,7 @@ def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Co
     clips = clips or _read_splits(config)
     check_monitored_clips(config, clips)
     if is_main(config):
-        warn_of_clips(config, clips)
+        warn_about_clips(config, clips)
     return config, clips
 
 

@@ -36,9 +36,9 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
             uses the dtype of the weights. The projector stays in float32.
     """
     # 1. Take the weights out of the model, so that `fully_shard` allocates nothing.
-    found = _strip_to_meta(captioner)
-    weights: dict[str, Any] = {**found} if dist.get_rank() == 0 else {}
-    del found
+    stripped = _strip_to_meta(captioner)
+    weights: dict[str, Any] = {**stripped} if dist.get_rank() == 0 else {}
+    del stripped
     # 2. Divide the model into units, the inner ones first.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
@@ -52,8 +52,8 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
     fully_shard(captioner, mesh=mesh, reshard_after_forward=True)
     for method in _METHODS:
         register_fsdp_forward_method(captioner, method)
-    # 3. Allocate the shards, and fill them from the first process.
-    _materialize(captioner, device)
+    # 3. Allocate the shards, move all other tensors to the device, and fill the shards from the first process.
+    captioner._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(captioner, weights, options=options)
     for buffer in captioner.buffers():  # some, such as the rotary frequencies, are in no state dict
@@ -85,11 +85,6 @@ def _strip_to_meta(captioner: nn.Module) -> dict[str, Tensor]:
                     replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = replaced[id(parameter)]
     return {name: parameter.detach() for name, parameter in originals.items() if not parameter.is_meta}
-
-
-def _materialize(captioner: nn.Module, device: torch.device) -> None:
-    """Allocates memory for tensors on the meta device, and moves all other tensors to `device`."""
-    captioner._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
 
 
 def gather_full(tensor: Tensor) -> Tensor:

@@ -140,13 +140,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the optimiser state in the layout of a single process; every process must call this method."""
         plain = getattr(optimizer, "optimizer", optimizer)
-        found: dict[str, Any] = plain.state_dict()
-        return found | {
+        full: dict[str, Any] = plain.state_dict()
+        return full | {
             "state": {
                 index: {
                     name: gather_full(value) if isinstance(value, Tensor) else value for name, value in state.items()
                 }
-                for index, state in found["state"].items()
+                for index, state in full["state"].items()
             }
         }
 
@@ -172,11 +172,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _shard_state(value: Any, parameter: Tensor) -> Any:
-    return (
-        as_sharded_like(value, parameter)
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
-        else value
-    )
+    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+        return as_sharded_like(value, parameter)
+    return value
 
 
 def _launcher(strategy: Any) -> JobLauncher | None:

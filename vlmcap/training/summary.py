@@ -139,11 +139,11 @@ def summarize(
 
 def _versions() -> dict[str, str | None]:
     """Returns the version of each library, or None if it is not installed; PyAV and mecab-ko are optional."""
-    found: dict[str, str | None] = dict.fromkeys(_VERSIONS)
+    versions: dict[str, str | None] = dict.fromkeys(_VERSIONS)
     for name in _VERSIONS:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def planned_values(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dict[str, float] | None:
@@ -195,5 +195,5 @@ def _peak_memory_gib(config: Config) -> float | None:
 
 def _git_revision() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    return process.stdout.strip() or None

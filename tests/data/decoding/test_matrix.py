@@ -89,7 +89,7 @@ def reference_times(video: Video, decoded: Decoded, encoding: str, container: st
 
 
 def read(path: Path, sampling: DataConfig) -> tuple[list[float], float, Frames, list[float]]:
-    """Return moments and duration by the reader, and the frames (F, H, W, 3) and times, one for each moment."""
+    """Returns moments and duration by the reader, and the frames (F, H, W, 3) and times, one for each moment."""
     file = MediaFile(str(path))
     with file.open_container(60) as container:
         reader = FrameReader(file, container, time.monotonic() + 60, DecodeLimits())

@@ -198,7 +198,7 @@ def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
     mapped = indices.load(tmp_path)
     assert all(
         isinstance(array, np.memmap) or isinstance(array.base, np.memmap)
-        for array in (mapped.hashes, mapped.offsets, mapped.places)
+        for array in (mapped.hashes, mapped.offsets, mapped.layouts)
     )
     assert (tmp_path / FILE).stat().st_size < num_clips * 80 + 10_000
     for opened in (index, mapped, mapped.without({"0.safetensors"})):
@@ -211,8 +211,8 @@ def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
             i = position % per_shard
             assert row is not None
             assert opened.offsets[row].tolist() == [8 * i, 4 * i]
-            name = opened.files[opened.places[row, 0]].name
-            assert (name, opened.places[row, 1:].tolist()) == (
+            name = opened.files[opened.layouts[row, 0]].name
+            assert (name, opened.layouts[row, 1:].tolist()) == (
                 f"{position // per_shard}.safetensors",
                 [2, i % 9 + 1, 8, 0, 0, 0],
             )

@@ -24,11 +24,11 @@ def test_a_lease_lasts_as_long_as_its_process(tmp_path: Path) -> None:
     assert is_here(dead.name) and not is_alive(dead) and not dead.exists()
     lease = Lease(tmp_path)
     lease.renew()
-    (own,) = (tmp_path / ".users").iterdir()
-    assert is_alive(own) and own.name == process_name()
-    own.unlink()  # as a machine does that has not heard of this one for long
+    (lease,) = (tmp_path / ".users").iterdir()
+    assert is_alive(lease) and lease.name == process_name()
+    lease.unlink()  # as a machine does that has not heard of this one for long
     Lease(tmp_path).renew()
-    assert is_alive(own)
+    assert is_alive(lease)
 
 
 def renew_and_die(folder: Path) -> None:

@@ -179,7 +179,7 @@ def test_clips_of_different_sizes_share_a_store_without_padding(
         for i, size in enumerate(sizes)
     ]
 
-    def own(frames: Tensor, grids: Sequence[GridTHW] | None) -> Tensor | list[Tensor]:
+    def encode_by_size(frames: Tensor, grids: Sequence[GridTHW] | None) -> Tensor | list[Tensor]:
         assert grids == sizes
         assert frames.shape == (3, 4, 6, 3)  # zeros behind what is smaller
         features = frames.float()
@@ -187,7 +187,7 @@ def test_clips_of_different_sizes_share_a_store_without_padding(
 
     hashes = np.array([f"{i:032d}" for i in range(1, 4)], "S32")
     store = FeatureStore(tmp_path, make_recipe())
-    fill_store(store, hashes, lambda positions: [samples], own)
+    fill_store(store, hashes, lambda positions: [samples], encode_by_size)
     opened = FeatureStore(tmp_path, make_recipe())
     for sample, size, content in zip(samples, sizes, hashes, strict=True):
         features, grid = opened.read(content)
@@ -201,9 +201,11 @@ def test_times_are_kept_to_the_last_digit(tmp_path: Path, make_recipe: Make) -> 
     times_s: list[FrameTimes | None] = [(1 / 3, 2 / 3), (0.1, 7e4 / 3, 7e4), None, (0.0,)]
     samples: list[Sample | Skipped] = [
         Sample(
-            Clip(str(i), f"{i}.mp4", ()), frames=torch.zeros(len(own or (0,)), 3, 2, 2, dtype=torch.uint8), times_s=own
+            Clip(str(i), f"{i}.mp4", ()),
+            frames=torch.zeros(len(times or (0,)), 3, 2, 2, dtype=torch.uint8),
+            times_s=times,
         )
-        for i, own in enumerate(times_s)
+        for i, times in enumerate(times_s)
     ]
     hashes = np.array([f"{i:032d}" for i in range(1, 5)], "S32")
     store = FeatureStore(tmp_path, make_recipe(variable_frames=True))

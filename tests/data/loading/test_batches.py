@@ -53,11 +53,11 @@ def test_ranks_share_an_epoch(lengths: NDArray[np.int64], kind: str, world_size:
     counts = set()
     for epoch in (0, 1, 7):
         batches = [epoch_of(sampler, epoch) for sampler in ranks]
-        counts |= {len(own) for own in batches} | {len(sampler) for sampler in ranks}
-        every = [batch for own in batches for batch in own]
+        counts |= {len(rank_batches) for rank_batches in batches} | {len(sampler) for sampler in ranks}
+        every = [batch for rank_batches in batches for batch in rank_batches]
         clips = [index for batch in every for index in batch]
         assert sorted(clips) == list(range(len(lengths))), "each clip once"
-        empty = [(step, batch) for own in batches for step, batch in enumerate(own) if not batch]
+        empty = [(step, batch) for rank_batches in batches for step, batch in enumerate(rank_batches) if not batch]
         if empty:  # ranks wait for each other
             assert max(map(len, every)) == 1
             assert len(empty) < world_size and len({step for step, _ in empty}) == 1
@@ -245,6 +245,6 @@ def test_an_empty_batch_passes_the_loader(num_workers: int) -> None:
         for sampler in samplers
     ]
     batches = [list(loader) for loader in loaders]
-    assert [len(own) for own in batches] == [2, 2]
-    assert sorted(index for own in batches for batch in own for index in batch) == [0, 1, 2]
+    assert [len(rank_batches) for rank_batches in batches] == [2, 2]
+    assert sorted(index for rank_batches in batches for batch in rank_batches for index in batch) == [0, 1, 2]
     assert [] in batches[1]

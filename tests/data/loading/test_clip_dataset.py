@@ -122,10 +122,10 @@ def test_without_chance_a_draw_is_the_index_bit_by_bit(small_clips: list[Clip], 
 def test_short_clips_are_padded_unless_they_may_vary(small_clips: list[Clip], is_variable: bool) -> None:
     data = DataConfig(num_frames=40, variable_frames=is_variable)
     dataset = ClipDataset(small_clips[1:4], data, seed=0, frame_transform=keep, grid_of=grid_of)
-    own = [len(read_frames(clip, data)) for clip in dataset.clips]
-    assert max(own) < 40
+    counts = [len(read_frames(clip, data)) for clip in dataset.clips]
+    assert max(counts) < 40
     items = [dataset[index] for index in range(3)]
-    assert [len(frames_of(item)) for item in items] == (own if is_variable else [40] * 3)
+    assert [len(frames_of(item)) for item in items] == (counts if is_variable else [40] * 3)
     assert [item.grid_thw for item in items if isinstance(item, Sample)] == [
         (len(frames_of(item)), 48, 64) for item in items
     ]

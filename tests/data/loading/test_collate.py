@@ -162,13 +162,13 @@ def test_packed_clips_stand_one_behind_another(is_cached: bool) -> None:
     assert (len(batch), rows.position_ids) == (3, None)
     assert batch.clips == rows.clips
     # Each is what the rows hold without their padding, in their order, which is that of the visual tokens.
-    for own, padded in (
+    for features, padded in (
         (batch.input_ids, rows.input_ids),
         (batch.labels, rows.labels),
         (batch.visual_mask, rows.visual_mask),
     ):
-        assert own.shape == (1, int(real.sum()))
-        assert torch.equal(own[0], padded[real])
+        assert features.shape == (1, int(real.sum()))
+        assert torch.equal(features[0], padded[real])
     assert batch.attention_mask.all()
     assert batch.position_ids[0].tolist() == [place for length in real.sum(1).tolist() for place in range(length)]
     assert batch.num_label_tokens == rows.num_label_tokens
@@ -255,15 +255,15 @@ def test_places_and_numbers_are_those_of_the_masks() -> None:
     items = [make_sample("a", "배가 간다"), make_sample("b", "산"), make_sample("c", "")]
     batch = Collator(CharPrompt(), 7, 20)(items)
     flat = batch.input_ids.flatten()
-    assert batch.targets is not None and batch.label_places is not None and batch.labels is not None
+    assert batch.targets is not None and batch.label_indices is not None and batch.labels is not None
     assert (
         batch.targets.tolist()
         == [ord(char) for char in "배가 간다"] + [1, ord("산"), 1]
-        == flat[batch.label_places + 1].tolist()
+        == flat[batch.label_indices + 1].tolist()
     )
-    assert batch.labels.flatten()[batch.label_places + 1].tolist() == batch.targets.tolist()
+    assert batch.labels.flatten()[batch.label_indices + 1].tolist() == batch.targets.tolist()
     assert batch.num_label_tokens == len(batch.targets) == int((batch.labels != -100).sum())
-    assert batch.visual_places.tolist() == batch.visual_mask.flatten().nonzero().flatten().tolist()
+    assert batch.visual_indices.tolist() == batch.visual_mask.flatten().nonzero().flatten().tolist()
     assert batch.num_visual == (7, 7) and batch.num_tokens == sum(batch.lengths) == int(batch.attention_mask.sum())
 
 

@@ -277,7 +277,7 @@ class Numbers(Dataset[tuple[int, int]]):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_data_workers_have_children_too(num_workers: int) -> None:
     numbers = Numbers()
-    own = numbers[0][1]  # so that the workers are forked with a child of the main process
+    main_pid = numbers[0][1]  # so that the workers are forked with a child of the main process
     rows = [
         row for batch in DataLoader(numbers, batch_size=2, num_workers=num_workers, collate_fn=list) for row in batch
     ]
@@ -285,6 +285,6 @@ def test_data_workers_have_children_too(num_workers: int) -> None:
     pids = {pid for _, pid in rows}
     assert len(pids) == (3 if num_workers else 2)
     assert os.getpid() not in pids
-    assert (own in pids) == (num_workers == 0)
-    wait_until(lambda: not any(is_running(pid) for pid in pids - {own}) or num_workers == 0)
+    assert (main_pid in pids) == (num_workers == 0)
+    wait_until(lambda: not any(is_running(pid) for pid in pids - {main_pid}) or num_workers == 0)
     numbers.isolated.close()

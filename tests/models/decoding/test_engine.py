@@ -47,7 +47,7 @@ def make_model(kind: str, **changes: Any) -> nn.Module:
         "tie_word_embeddings": False,
         "initializer_range": 0.2,  # so that captions depend on what comes before them
     }
-    own: dict[str, dict[str, Any]] = {
+    by_class: dict[str, dict[str, Any]] = {
         "Llama": {},
         "Qwen3": {"num_key_value_heads": 2, "head_dim": 16},
         "Qwen3Moe": {
@@ -59,7 +59,7 @@ def make_model(kind: str, **changes: Any) -> nn.Module:
         },
     }
     torch.manual_seed(3)
-    config = getattr(transformers, f"{kind}Config")(**common | own[kind] | changes)
+    config = getattr(transformers, f"{kind}Config")(**common | by_class[kind] | changes)
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     return model
 
@@ -82,13 +82,13 @@ def prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
 
 
 @torch.no_grad()
-def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) -> list[list[int]]:
+def expected(model: nn.Module, prompts: list[Tensor], settings: GenerationSettings) -> list[list[int]]:
     """Generates with transformers in one left-padded batch, and truncates after the end token."""
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-    embeddings = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left")
+    embeddings = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
     mask = nn.utils.rnn.pad_sequence(
-        [torch.ones(len(one)).long() for one in own], batch_first=True, padding_side="left"
+        [torch.ones(len(one)).long() for one in prompts], batch_first=True, padding_side="left"
     )
     penalty = settings.rules.repetition_penalty
     ids = model.generate(  # type: ignore[operator]

@@ -136,10 +136,10 @@ def remote_layout(model: Any, values: dict[str, Any], folder: Path) -> None:
     """
     weights = dict(model.state_dict())
     for index in range(model.config.num_hidden_layers):
-        own = f"encoder.layer.{index}.attention."
+        attention = f"encoder.layer.{index}.attention."
         for kind in ("weight", "bias"):
-            if own + "q_proj." + kind in weights:
-                parts = [weights.pop(f"{own}{part}_proj.{kind}") for part in "qkv"]
+            if attention + "q_proj." + kind in weights:
+                parts = [weights.pop(f"{attention}{part}_proj.{kind}") for part in "qkv"]
                 weights[f"encoder.layers.{index}.attn.qkv.{kind}"] = torch.cat(parts)
     names = (
         ("embeddings.cls_token", "embeddings.class_embedding"),

@@ -246,5 +246,5 @@ def test_the_memory_efficient_kernel_runs_on_repeated_keys() -> None:
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         with pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
-        own, _ = repeated_keys_attention(torch.nn.Identity(), query, key, key, None)
-    torch.testing.assert_close(own, expected, atol=2e-3, rtol=2e-3)
+        repeated, _ = repeated_keys_attention(torch.nn.Identity(), query, key, key, None)
+    torch.testing.assert_close(repeated, expected, atol=2e-3, rtol=2e-3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmcap.compose import compose
 from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
-from vlmcap.data.loading.collate import Collator, places_of
+from vlmcap.data.loading.collate import Collator, flat_indices
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
 from vlmcap.models.captioner import VideoCaptioner
@@ -166,7 +166,7 @@ def test_labels_anywhere_and_rows_without_any(make: Make, spy: list[int]) -> Non
     labels[1] = -100
     labels[0, 1::3] = -100
     labels[2, 1:4] = batch.input_ids[2, 1:4]
-    batch = replace(batch, **places_of(batch.visual_mask, labels))
+    batch = replace(batch, **flat_indices(batch.visual_mask, labels))
     assert_alike(*both(captioner, batch, spy))
 
 
@@ -216,11 +216,11 @@ def test_float16_gradients_do_not_vanish_in_a_large_vocabulary(factor: float) ->
     weight = (torch.randn(50_000, 32, generator=generator) * 0.3).half()
     labels = torch.randint(0, 50_000, (6,), generator=generator)
     expected = exact_gradient(hidden, weight, labels)
-    own = hidden.clone().requires_grad_()
-    (chunked_cross_entropy(own, weight, labels, 4) * factor).backward()
-    assert own.grad is not None
-    assert own.grad.isfinite().all()
-    assert float((own.grad.double() / factor - expected).norm()) <= 3e-3 * float(expected.norm())
+    leaf = hidden.clone().requires_grad_()
+    (chunked_cross_entropy(leaf, weight, labels, 4) * factor).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert float((leaf.grad.double() / factor - expected).norm()) <= 3e-3 * float(expected.norm())
 
 
 def test_the_gradient_is_scaled_by_what_comes_after() -> None:

@@ -177,8 +177,8 @@ def test_a_setting_that_the_template_does_not_use_is_refused(llm_folder: Path, t
     with pytest.raises(UserError, match=r"llm\.system_prompt has no effect.*drops the system turn.*llm\.prompt"):
         load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", prompt="짧게 답한다.", chat_template=plain))
     # A template may have the very text as its own.
-    own = "{% if messages[0].role != 'system' %}짧게 답한다.{% else %}{{ messages[0].content }}{% endif %}" + plain
-    prompt = load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", chat_template=own))
+    template = "{% if messages[0].role != 'system' %}짧게 답한다.{% else %}{{ messages[0].content }}{% endif %}" + plain
+    prompt = load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", chat_template=template))
     assert tokenizer.decode(prompt.prefix_ids) == "짧게 답한다."
 
 

@@ -165,7 +165,7 @@ def test_more_frames_than_were_announced_are_caught(spec_of: Make) -> None:
     [
         (
             {"temporal": "position"},
-            ["before.norm.weight", "before.position.frame", "before.position.place", "projection.layers.2.weight"],
+            ["before.norm.weight", "before.position.frame", "before.position.patch", "projection.layers.2.weight"],
         ),
         (
             {"temporal": "attention"},

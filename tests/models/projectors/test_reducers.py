@@ -137,7 +137,7 @@ def test_merging_carries_the_positions_of_what_it_joins(spec_of: Make) -> None:
     """Similarity depends on the encoder's features only, so position embeddings do not keep equal patches apart."""
     projector = build_projector(*spec_of(temporal="position", reducer="merge"))
     with torch.no_grad():
-        projector.before.position.place.mul_(100)  # type: ignore[union-attr]
+        projector.before.position.patch.mul_(100)  # type: ignore[union-attr]
     colours = torch.randn(4, 6).repeat_interleave(4, 0).repeat(1, 4, 1, 1)
     tokens, _ = projector._prepare(colours, (4, 4), None)
     placed = projector.before(colours, (4, 4)).unflatten(2, (4, 4)).mean(3)  # type: ignore[misc]

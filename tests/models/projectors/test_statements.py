@@ -124,8 +124,8 @@ def test_stated_tokens_are_the_real_ones(data: st.DataObject) -> None:
     ],
 )
 def test_tokens_of_siglip_2(options: dict[str, Any], expected: int) -> None:
-    own = {name: value for name, value in options.items() if name not in ("grid", "num_prompt_tokens")}
-    config = settings_of(**{"kind": "mlp", "num_queries": 64} | own)
+    settings = {name: value for name, value in options.items() if name not in ("grid", "num_prompt_tokens")}
+    config = settings_of(**{"kind": "mlp", "num_queries": 64} | settings)
     sizes = ProjectorSizes(1152, 4096, options.get("grid", (27, 27)), 8, options.get("num_prompt_tokens"))
     assert count_tokens(config, sizes, 8) == expected
     with torch.device("meta"):

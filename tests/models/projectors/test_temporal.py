@@ -54,7 +54,7 @@ def test_places_of_another_grid_are_interpolated(spec_of: Make) -> None:
     projector = build_projector(*spec_of(temporal="position"))
     before: Any = projector.before
     features = torch.randn(1, 2, 8 * 6, DV)
-    place = before.position.place.transpose(1, 2).unflatten(2, (4, 4))
+    place = before.position.patch.transpose(1, 2).unflatten(2, (4, 4))
     places = F.interpolate(place, (8, 6), mode="bilinear").flatten(2).transpose(1, 2)
     expected = before.norm(features) + before.position.frame[:2] + places
     torch.testing.assert_close(before(features, (8, 6)), expected, atol=1e-6, rtol=1e-5)

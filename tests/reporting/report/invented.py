@@ -140,16 +140,21 @@ def make_report(
     runs, groups = [], []
     for place, encoder in enumerate(encoders):
         factors = {"encoder": encoder, "projector": "mlp"}
-        own = [
+        each = [
             make_run(f"r{place}{seed}", f"g{place}", factors, 3 - 0.9 * place / len(encoders) * 3 + 0.01 * seed)
             for seed in range(seeds)
         ]
         if place == 2:
-            own[0] = make_run(
-                own[0].id, "g2", factors, own[0].scores[METRIC], is_collapsed=True, warnings=["all captions are alike"]
+            each[0] = make_run(
+                each[0].id,
+                "g2",
+                factors,
+                each[0].scores[METRIC],
+                is_collapsed=True,
+                warnings=["all captions are alike"],
             )
-        runs += own
-        groups.append(make_group(f"g{place}", factors, own, is_best=place == 0, is_tied=place == 1))
+        runs += each
+        groups.append(make_group(f"g{place}", factors, each, is_best=place == 0, is_tied=place == 1))
     lost = {"encoder": "clip", "projector": HOSTILE}
     failed = make_run("rx0", "gx", lost, None)
     finished = list(runs)

@@ -77,10 +77,10 @@ def test_only_the_pages_own_code_may_run(page: str) -> None:
 
 
 def test_no_address_is_fetched(page: str) -> None:
-    own = page.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
+    without_namespace = page.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
     data = json.dumps(embedded(page))
-    assert not re.findall(r"https?://", own.replace(data, ""))
-    assert not re.findall(r"url\(|@import", own)
+    assert not re.findall(r"https?://", without_namespace.replace(data, ""))
+    assert not re.findall(r"url\(|@import", without_namespace)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -201,8 +201,8 @@ def test_the_number_and_size_of_frames_are_limited(video: Path) -> None:
 
 def test_frames_and_reasons_are_in_the_page() -> None:
     report = make_report(num_clips=3)
-    own = dataclasses.replace(report.clips[2], thumbnails=["own"])
-    report = dataclasses.replace(report, clips=[*report.clips[:2], own])
+    clip = dataclasses.replace(report.clips[2], thumbnails=["own"])
+    report = dataclasses.replace(report, clips=[*report.clips[:2], clip])
     data = page_data(
         report,
         {"clip_000": ClipFrames(("AAAA",)), "clip_001": ClipFrames(reason="lost"), "clip_002": ClipFrames(("BBBB",))},

@@ -111,9 +111,9 @@ def test_the_page_of_an_evaluation_has_no_training_commands(
     one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = json.loads((one_run / "summary.json").read_text())["scores"]
-    own = {key: value for key, value in scores.items() if key.startswith("test/")}
+    test_scores = {key: value for key, value in scores.items() if key.startswith("test/")}
     (tmp_path / "metrics.json").write_text(
-        json.dumps({"checkpoint": "first/best.ckpt", "tokenizer": "mecab_ko (1)", **own})
+        json.dumps({"checkpoint": "first/best.ckpt", "tokenizer": "mecab_ko (1)", **test_scores})
     )
     (tmp_path / "predictions.jsonl").write_bytes((one_run / "predictions" / "test.jsonl").read_bytes())
     (tmp_path / "evaluation.yaml").write_bytes((one_run / "config.yaml").read_bytes())

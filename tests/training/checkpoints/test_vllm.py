@@ -104,8 +104,8 @@ def test_captions_and_scores_are_those_of_the_own_path(
     made: tuple[Config, Path], vllm: FakeVllm, tmp_path: Path
 ) -> None:
     config, path = made
-    own = dataclasses.replace(config, paths=dataclasses.replace(config.paths, output_dir=str(tmp_path / "own")))
-    expected = evaluate(own, path)
+    native = dataclasses.replace(config, paths=dataclasses.replace(config.paths, output_dir=str(tmp_path / "own")))
+    expected = evaluate(native, path)
     assert not vllm.started
     found = evaluate(with_engine(config, tmp_path / "fast"), path)
     assert predictions(tmp_path / "fast") == predictions(tmp_path / "own")
@@ -217,8 +217,8 @@ def test_the_real_vllm(made: tuple[Config, Path], tmp_path: Path) -> None:
     if python is None and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     config, path = made
-    own = dataclasses.replace(config, paths=dataclasses.replace(config.paths, output_dir=str(tmp_path / "own")))
-    evaluate(own, path)
+    native = dataclasses.replace(config, paths=dataclasses.replace(config.paths, output_dir=str(tmp_path / "own")))
+    evaluate(native, path)
     evaluate(with_engine(config, tmp_path / "fast", vllm_python=python, vllm_gpu_memory=0.3), path)
     # Greedy, in float32, but other kernels: a near tie may fall the other way.
     same = [a == b for a, b in zip(predictions(tmp_path / "own"), predictions(tmp_path / "fast"), strict=True)]

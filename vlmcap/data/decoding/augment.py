@@ -22,7 +22,7 @@ _NUM_ROWS = 64  # image rows recoloured at a time; takes a third of the time of 
 
 
 def augment_frames(frames: Tensor, augment: AugmentConfig, rng: Generator) -> Tensor:
-    """Crop and recolour frames at random; all frames of a clip get the same change, so that its motion is kept.
+    """Crops and recolour frames at random; all frames of a clip get the same change, so that its motion is kept.
 
     Six numbers are always drawn from `rng`, so that enabling one change does not affect the other.
 
@@ -44,7 +44,7 @@ def augment_frames(frames: Tensor, augment: AugmentConfig, rng: Generator) -> Te
 
 
 def crop_frames(frames: Tensor, share: float, top: float, left: float) -> Tensor:
-    """Crop `share` of the height and width of frames; `top` and `left`, 0 to 1, give the share of it at the start."""
+    """Crops `share` of the height and width of frames; `top` and `left`, 0 to 1, give the share of it at the start."""
     height, width = frames.shape[-2:]
     kept_height, kept_width = math.ceil(height * (1 - share)), math.ceil(width * (1 - share))
     first_row, first_column = round(top * (height - kept_height)), round(left * (width - kept_width))
@@ -52,7 +52,7 @@ def crop_frames(frames: Tensor, share: float, top: float, left: float) -> Tensor
 
 
 def recolor_frames(frames: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
-    """Scale the colours of uint8 (F, 3, H, W) frames by three factors, where 1 means no change.
+    """Scales the colours of uint8 (F, 3, H, W) frames by three factors, where 1 means no change.
 
     Contrast is relative to the mean grey of the whole clip, saturation to each pixel's own grey. All three are linear,
     so they are one matrix and one offset, and values are clipped to 0 and 255 only at the end.

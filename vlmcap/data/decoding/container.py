@@ -87,7 +87,7 @@ class MediaFile:
 
     @contextmanager
     def open_bytes(self) -> Iterator[BinaryIO]:
-        """Open the file, seekable.
+        """Opens the file, seekable.
 
         Raises:
             VideoError: The file does not exist or is empty.
@@ -104,7 +104,7 @@ class MediaFile:
 
     @contextmanager
     def open_container(self, timeout_s: float, stream: BinaryIO | None = None) -> Iterator[InputContainer]:
-        """Open the container of a file.
+        """Opens the container of a file.
 
         No other file is opened, whatever this one contains: a playlist renamed to .mp4 cannot lead to other files or
         the network. Metadata is not used, so text in a legacy Korean encoding must not cause an error.
@@ -132,7 +132,7 @@ class MediaFile:
 
 @contextmanager
 def video_errors(name: str) -> Iterator[None]:
-    """Convert the exceptions of libraries on bad files into a `VideoError` of one sentence that names the file."""
+    """Converts the exceptions of libraries on bad files into a `VideoError` of one sentence that names the file."""
     try:
         yield
     except MemoryError:  # PyAV's is also one of its other errors, but says nothing about the file
@@ -151,14 +151,14 @@ def video_errors(name: str) -> Iterator[None]:
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that bad files raise; those of PyAV only if it was imported to open a video."""
+    """Returns the exceptions that bad files raise; those of PyAV only if it was imported to open a video."""
     av: Any = sys.modules.get("av")
-    own = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
-    return own if av is None else (av.FFmpegError, *own)
+    errors = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
+    return errors if av is None else (av.FFmpegError, *errors)
 
 
 def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
-    """Return the main video stream of `container`, set to decode on one thread, as data workers are processes already.
+    """Returns the main video stream of `container`, set to decode on one thread, as data workers are processes already.
 
     Raises:
         VideoError: There is no video stream (cover art does not count), or its frames have no pixels or more than
@@ -178,12 +178,12 @@ def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise `VideoError` unless a frame has 1 to `max_pixels` pixels."""
+    """Raises `VideoError` unless a frame has 1 to `max_pixels` pixels."""
     if not 0 < width * height <= max_pixels:
         raise VideoError(f"its frames are {width}x{height}, outside the allowed 1 to {max_pixels} pixels")
 
 
 def check_deadline(deadline_s: float) -> None:
-    """Raise `VideoError` if `time.monotonic()` is past `deadline_s`."""
+    """Raises `VideoError` if `time.monotonic()` is past `deadline_s`."""
     if time.monotonic() > deadline_s:
         raise VideoError(_TOO_SLOW, is_final=False)

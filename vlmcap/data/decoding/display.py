@@ -27,7 +27,7 @@ _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
 
 def square_size(frame: VideoFrame, aspect_ratio: float) -> tuple[int, int]:
-    """Return width and height of a frame with square pixels, as stored: the height is kept and the width is scaled.
+    """Returns width and height of a frame with square pixels, as stored: the height is kept and the width is scaled.
 
     Args:
         frame: Decoded frame.
@@ -42,7 +42,7 @@ def is_hd(width: int, height: int) -> bool:
 
 
 def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
-    """Return whether a frame needs at most a rotation, so that any decoder that follows rotation gives the same."""
+    """Returns whether a frame needs at most a rotation, so that any decoder that follows rotation gives the same."""
     matrix = display_matrix(frame)
     is_turn = matrix is None or matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0
     return (
@@ -55,7 +55,7 @@ def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
 
 
 def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-    """Scale a frame to `width` and `height`, then rotate and mirror it as its file requires; uint8 (3, H, W).
+    """Scales a frame to `width` and `height`, then rotates and mirrors it as its file requires; uint8 (3, H, W).
 
     Interlaced frames show the moment of their upper field, rather than two moments at once.
     """
@@ -76,7 +76,7 @@ def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
-    """Return a, b, c, d of the matrix that maps (x, y) of the stored picture to the displayed (a x + c y, b x + d y).
+    """Returns a, b, c, d of the matrix that maps (x, y) of the stored picture to the displayed (a x + c y, b x + d y).
 
     None if there is no matrix, or a singular one, such as all zeros.
     """
@@ -92,7 +92,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
 
 
 def _oriented(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int] | None) -> NDArray[np.uint8]:
-    """Return a view of (H, W, 3) pixels, rotated by the nearest multiple of 90 degrees and mirrored."""
+    """Returns a view of (H, W, 3) pixels, rotated by the nearest multiple of 90 degrees and mirrored."""
     if matrix is None:
         return pixels
     a, b, c, d = matrix
@@ -108,7 +108,7 @@ def _is_untagged_hd(frame: VideoFrame) -> bool:
 
 
 def _upper_field(frame: VideoFrame) -> VideoFrame:
-    """Return every second row of each plane, in YUV, because each field has chroma rows of its own."""
+    """Returns every second row of each plane, in YUV, because each field has chroma rows of its own."""
     field = VideoFrame(frame.width, (frame.height + 1) // 2, frame.format.name)
     field.colorspace, field.color_range = frame.colorspace, frame.color_range
     field.color_trc, field.color_primaries = frame.color_trc, frame.color_primaries

@@ -126,7 +126,7 @@ class FrameReader:
         return float(max(0, self._shown[0] - self.timeline.start) * self.timeline.tick_s)
 
     def choose_moments(self, data: DataConfig, rng: Generator | None) -> list[float]:
-        """Return the moments that `data.sampling` selects, ascending, in seconds from the start of the clip.
+        """Returns the moments that `data.sampling` selects, ascending, in seconds from the start of the clip.
 
         Raises:
             VideoError: The deadline has passed.
@@ -144,11 +144,11 @@ class FrameReader:
         return jitter_moments(moments, data, self.duration_s, rng)
 
     def stream_time_s(self, moment_s: float) -> float:
-        """Return a moment in the stream's own time, in the middle of the tick that decides which frame is on screen."""
+        """Returns a moment in the stream's time, in the middle of the tick that decides which frame is on screen."""
         return float((self._tick_of(moment_s) + Fraction(1, 2)) * self.timeline.tick_s)
 
     def frame_at(self, moment_s: float) -> VideoFrame:
-        """Return the frame on screen `moment_s` seconds after the start of the clip; moments must not descend.
+        """Returns the frame on screen `moment_s` seconds after the start of the clip; moments must not descend.
 
         Raises:
             VideoError: The clip ends well before it should, contains no frame, or the deadline has passed.
@@ -174,7 +174,7 @@ class FrameReader:
         return self._shown[1]
 
     def check_end(self, end_s: float) -> None:
-        """Raise `VideoError` if the frames end well before the picture should, by more than a tenth and a second.
+        """Raises `VideoError` if the frames end well before the picture should, by more than a tenth and a second.
 
         Args:
             end_s: Time at which the last frame leaves the screen, in seconds from the start of the clip.
@@ -193,7 +193,7 @@ class FrameReader:
 
     @contextmanager
     def _reopened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
-        """Open another container to scan the whole clip beforehand, as not every format can be rewound."""
+        """Opens another container to scan the whole clip beforehand, as not every format can be rewound."""
         with self._file.open_container(max(0.001, self._deadline_s - time.monotonic())) as container:
             yield container, find_video_stream(container, self._limits.max_pixels)
 
@@ -208,7 +208,7 @@ class FrameReader:
             self._shown, self._ahead = self._ahead, next(self._frames, None)
 
     def _saves_decoding(self, moment: int) -> bool:
-        """Return whether a known key frame lies far enough ahead of the decoder's position and not after `moment`."""
+        """Returns whether a known key frame lies far enough ahead of the decoder's position and not after `moment`."""
         if self._is_started and self._ahead is None:
             return False
         position = (self._ahead[0] if self._ahead else self.timeline.start) + _MIN_SEEK_FRAMES * self.timeline.step
@@ -222,7 +222,7 @@ class FrameReader:
         return entry >= 0 and index[entry].timestamp + delay > position
 
     def _seek(self, moment: int) -> None:
-        """Continue from a key frame that is not later than `moment`, the last one if possible.
+        """Continues from a key frame that is not later than `moment`, the last one if possible.
 
         Indices and timestamps of files can be wrong, and some key frames only begin to build up a picture. So the
         position after a seek and the first decoded frame are checked, and a seek further back is tried if they do not
@@ -242,7 +242,7 @@ class FrameReader:
         self._frames = self._decode_all()
 
     def _seek_attempts(self, moment: int) -> Iterator[Iterator[Packet[VideoStream]]]:
-        """Yield the packets from key frames that are not later than `moment`, each time from further back."""
+        """Yields the packets from key frames that are not later than `moment`, each time from further back."""
         if self.timeline.is_indexed:
             second = math.ceil(1 / self.timeline.tick_s)
             for goal in (moment, moment - second, moment - 10 * second, self.timeline.start):
@@ -253,11 +253,11 @@ class FrameReader:
             return
         keys = self._keys_until(moment)
         for back in _KEYS_BACK:
-            if back <= len(keys) and (found := self._find_key(keys[-back])) is not None:
-                yield found
+            if back <= len(keys) and (from_key := self._find_key(keys[-back])) is not None:
+                yield from_key
 
     def _find_key(self, key: KeyPacket) -> Iterator[Packet[VideoStream]] | None:
-        """Return the packets from `key` on, or None if no seek leads to it."""
+        """Returns the packets from `key` on, or None if no seek leads to it."""
         for goal in (key.time, key.decoding_time, key.decoding_time - math.ceil(1 / self.timeline.tick_s)):
             packets = self._packets_from(goal)
             for packet in packets:
@@ -284,7 +284,7 @@ class FrameReader:
             yield from self._decode(container.demux(stream), _BEFORE_ALL)
 
     def _decode(self, packets: Iterable[Packet[VideoStream]], first: int) -> Iterator[tuple[int, VideoFrame]]:
-        """Yield (time, frame) in display order from `first` on; earlier ones refer to frames that were not decoded."""
+        """Yields (time, frame) in display order from `first` on; earlier ones refer to frames that were not decoded."""
         return ((moment, frame) for moment, frame in self.timeline.clock(self._counted(packets)) if moment >= first)
 
     def _counted(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:

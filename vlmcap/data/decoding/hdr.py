@@ -20,7 +20,7 @@ _NUM_ROWS = 64  # image rows converted at a time, as float32 in the processor's 
 
 
 def to_sdr(pixels: NDArray[np.uint16], *, is_hlg: bool) -> NDArray[np.uint8]:
-    """Convert BT.2020 RGB with the curve of PQ or HLG, uint16 (H, W, 3), to BT.709 RGB, uint8 (H, W, 3).
+    """Converts BT.2020 RGB with the curve of PQ or HLG, uint16 (H, W, 3), to BT.709 RGB, uint8 (H, W, 3).
 
     Brightness is kept up to half of white; above it, everything up to 1000 cd/m² is compressed below the screen's
     maximum. Hues are kept.
@@ -40,7 +40,7 @@ def to_sdr(pixels: NDArray[np.uint16], *, is_hlg: bool) -> NDArray[np.uint8]:
 
 
 def _roll_off(light: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Map light, where 1 is white, to 0 to 1: extended Reinhard above the knee, with a continuous slope."""
+    """Maps light, where 1 is white, to 0 to 1: extended Reinhard above the knee, with a continuous slope."""
     largest = (_PEAK_NITS / _WHITE_NITS - _KNEE) / (1 - _KNEE)
     above = np.clip((light - _KNEE) / (1 - _KNEE), 0, largest)
     rolled = above * (1 + above / largest**2) / (1 + above)
@@ -49,7 +49,7 @@ def _roll_off(light: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @functools.cache
 def _decode_pq() -> NDArray[np.float32]:
-    """Return the light of each 16-bit value, where 1 is white."""
+    """Returns the light of each 16-bit value, where 1 is white."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
     power = np.linspace(0, 1, 1 << 16) ** (1 / m2)
     nits = 10_000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
@@ -58,7 +58,7 @@ def _decode_pq() -> NDArray[np.float32]:
 
 @functools.cache
 def _decode_hlg() -> NDArray[np.float32]:
-    """Return the scene light of each 16-bit value, 0 to 1."""
+    """Returns the scene light of each 16-bit value, 0 to 1."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     signal = np.linspace(0, 1, 1 << 16)
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12).astype(np.float32)

@@ -30,7 +30,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # data workers are processes already, a
 
 
 def is_image(stream: BinaryIO) -> bool:
-    """Return whether the first bytes are those of an image, since file names can be wrong."""
+    """Returns whether the first bytes are those of an image, since file names can be wrong."""
     head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     is_riff_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
@@ -45,7 +45,7 @@ def is_image(stream: BinaryIO) -> bool:
 def read_image(
     stream: BinaryIO, data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float
 ) -> Tensor:
-    """Read an image, or sampled frames of an animation, rotated by its EXIF data; uint8 (F', 3, H, W)."""
+    """Reads an image, or sampled frames of an animation, rotated by its EXIF data; uint8 (F', 3, H, W)."""
     frames = []
     with open_image(stream, limits) as image:
         num_all = count_frames(image)
@@ -60,7 +60,7 @@ def read_image(
 def read_image_list(
     addresses: Sequence[str], data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float
 ) -> Tensor:
-    """Read sampled images of a list, scaled to the size of the first one sampled; uint8 (F', 3, H, W)."""
+    """Reads sampled images of a list, scaled to the size of the first one sampled; uint8 (F', 3, H, W)."""
     frames: list[NDArray[np.uint8]] = []
     for index in sample_indices(len(addresses), data, rng):
         file = MediaFile(addresses[index])
@@ -72,7 +72,7 @@ def read_image_list(
 
 
 def sample_indices(num_all: int, data: DataConfig, rng: Generator | None) -> list[int]:
-    """Return which of `num_all` equally long frames are sampled, ascending, each at most once.
+    """Returns which of `num_all` equally long frames are sampled, ascending, each at most once.
 
     Without a clock and a stream, `fps`, `keyframe` and `adaptive` act like `uniform`.
     """
@@ -83,7 +83,7 @@ def sample_indices(num_all: int, data: DataConfig, rng: Generator | None) -> lis
 
 @contextmanager
 def open_image(stream: BinaryIO, limits: DecodeLimits) -> Iterator[Image.Image]:
-    """Open an image without reading its pixels.
+    """Opens an image without reading its pixels.
 
     Raises:
         VideoError: The image has no pixels or more than `limits.max_pixels`.
@@ -98,12 +98,12 @@ def open_image(stream: BinaryIO, limits: DecodeLimits) -> Iterator[Image.Image]:
 
 
 def count_frames(image: Image.Image) -> int:
-    """Return the number of frames of an animation; 1 for anything else."""
+    """Returns the number of frames of an animation; 1 for anything else."""
     return int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
 
 
 def _to_rgb(image: Image.Image, size: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
-    """Return an upright image, uint8 (3, H, W); `size` is (H, W) to scale to."""
+    """Returns an upright image, uint8 (3, H, W); `size` is (H, W) to scale to."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):  # PIL would clip 16 bits at 255 instead of scaling them
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))

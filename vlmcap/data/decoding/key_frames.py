@@ -27,7 +27,7 @@ _MAX_THUMBNAILS = 32  # times num_frames: largest number of pictures compared
 def key_frame_times(
     container: InputContainer, stream: VideoStream, timeline: Timeline, num_frames: int, deadline_s: float
 ) -> list[int]:
-    """Return the timestamps of at most `num_frames` key frames, evenly thinned, ascending.
+    """Returns the timestamps of at most `num_frames` key frames, evenly thinned, ascending.
 
     A file with a table of its frames is read at those key frames only; other files have been scanned already.
 
@@ -47,7 +47,7 @@ def key_frame_times(
 def picture_changes(
     container: InputContainer, stream: VideoStream, timeline: Timeline, num_frames: int, deadline_s: float
 ) -> tuple[list[int], list[float]]:
-    """Return ascending timestamps, and the mean absolute difference between the pictures at neighbouring ones.
+    """Returns ascending timestamps, and the mean absolute difference between the pictures at neighbouring ones.
 
     Pictures are compared at 32 x 32 grey pixels. They are the key frames if there are many, at most 8 · `num_frames` of
     them; otherwise all reference frames are decoded, and at most 32 · `num_frames` of them compared.
@@ -82,14 +82,14 @@ def picture_changes(
 
 
 def _indexed_keys(stream: VideoStream) -> list[int]:
-    """Return the index timestamps of the key frames."""
+    """Returns the index timestamps of the key frames."""
     return [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
 
 
 def _indexed_packets(
     container: InputContainer, stream: VideoStream, entries: list[int], deadline_s: float
 ) -> Iterator[Packet[VideoStream]]:
-    """Yield the packets at index timestamps, which are decoding times; some formats seek by display times instead."""
+    """Yields the packets at index timestamps, which are decoding times; some formats seek by display times instead."""
     delay = max(0, (stream.start_time or 0) - stream.index_entries[0].timestamp)
     for entry in entries:
         check_deadline(deadline_s)
@@ -102,7 +102,7 @@ def _indexed_packets(
 
 
 def _with_flushes(packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
-    """Yield each packet followed by a flush, so that the decoder returns frames that it holds for reordering."""
+    """Yields each packet followed by a flush, so that the decoder returns frames that it holds for reordering."""
     for packet in packets:
         yield packet
         flush = cast("Packet[VideoStream]", Packet())
@@ -113,7 +113,7 @@ def _with_flushes(packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[Vid
 def _reference_packets(
     container: InputContainer, stream: VideoStream, timeline: Timeline, deadline_s: float
 ) -> Iterator[Packet[VideoStream]]:
-    """Yield all packets; non-reference frames are not decoded, unless frames have to be counted."""
+    """Yields all packets; non-reference frames are not decoded, unless frames have to be counted."""
     if timeline.is_timed:
         stream.codec_context.skip_frame = "NONREF"
     for packet in container.demux(stream):

@@ -24,7 +24,7 @@ _EVEN_SHARE = 0.2
 
 
 def choose_moments(data: DataConfig, duration_s: float, rng: Generator | None = None) -> list[float]:
-    """Return moments of a clip by its duration alone, where its content is not needed or unknown.
+    """Returns moments of a clip by its duration alone, where its content is not needed or unknown.
 
     `keyframe` and `adaptive` then act like `uniform`, as does `random` without `rng`.
     """
@@ -39,7 +39,7 @@ def choose_moments(data: DataConfig, duration_s: float, rng: Generator | None = 
 
 
 def jitter_moments(moments: list[float], data: DataConfig, duration_s: float, rng: Generator | None) -> list[float]:
-    """Move each moment by up to `data.augment.jitter` of a segment within the clip; no change without `rng`."""
+    """Moves each moment by up to `data.augment.jitter` of a segment within the clip; no change without `rng`."""
     jitter = data.augment.jitter
     if rng is None or jitter == 0:
         return moments
@@ -50,7 +50,7 @@ def jitter_moments(moments: list[float], data: DataConfig, duration_s: float, rn
 
 
 def uniform_moments(duration_s: float, num_frames: int) -> list[float]:
-    """Return the centres of `num_frames` equal segments of a clip.
+    """Returns the centres of `num_frames` equal segments of a clip.
 
     They are centres and not edges, as the first and last frame of a clip are often black or a fade.
     """
@@ -58,7 +58,7 @@ def uniform_moments(duration_s: float, num_frames: int) -> list[float]:
 
 
 def fps_moments(duration_s: float, fps: float, num_frames: int) -> list[float]:
-    """Return the centres of intervals of 1 / fps seconds, evenly thinned to `num_frames`.
+    """Returns the centres of intervals of 1 / fps seconds, evenly thinned to `num_frames`.
 
     A clip shorter than half an interval gives its middle.
     """
@@ -69,7 +69,7 @@ def fps_moments(duration_s: float, fps: float, num_frames: int) -> list[float]:
 
 
 def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames: int) -> list[float]:
-    """Return `num_frames` key frames, evenly thinned; if there are fewer, the middles of the longest gaps are added."""
+    """Returns `num_frames` key frames, evenly thinned; if there are fewer, middles of the longest gaps are added."""
     moments = [key_moments[i] for i in spread(len(key_moments), min(len(key_moments), num_frames))]
     while len(moments) < num_frames:
         edges = [0.0, *moments, duration_s]
@@ -81,7 +81,7 @@ def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames
 def adaptive_moments(
     times: Sequence[float], changes: Sequence[float], duration_s: float, num_frames: int
 ) -> list[float]:
-    """Return the moments that divide the clip's change into `num_frames` equal shares, each in the middle of its share.
+    """Returns the moments that divide the clip's change into `num_frames` equal shares, in the middle of each share.
 
     A fifth of the change is spread evenly over the clip, and all of it if nothing changes.
 
@@ -101,5 +101,5 @@ def adaptive_moments(
 
 
 def spread(num_items: int, num_picks: int) -> list[int]:
-    """Return the middle indices of `num_picks` equal segments of `num_items` items; they repeat if items are fewer."""
+    """Returns the middle indices of `num_picks` equal segments of `num_items` items; they repeat if items are fewer."""
     return [(2 * i + 1) * num_items // (2 * num_picks) for i in range(num_picks)]

@@ -75,7 +75,7 @@ class Timeline:
         return self.start + self.duration
 
     def clock(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[tuple[int, VideoFrame]]:
-        """Yield (time, frame) in display order; untimed packets must be all packets from the start on."""
+        """Yields (time, frame) in display order; untimed packets must be all packets from the start on."""
         following, num_frames = self.start, 0
         for packet in packets:
             for frame in packet.decode():
@@ -88,12 +88,12 @@ class Timeline:
 
 
 def frame_rate(stream: VideoStream) -> Fraction:
-    """Return the average number of frames per second; a guess if the file does not state it."""
+    """Returns the average number of frames per second; a guess if the file does not state it."""
     return stream.average_rate or stream.guessed_rate or Fraction(_DEFAULT_FPS)
 
 
 def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
-    """Return whether the index contains every frame, with reliable times; other formats fill it while they are read."""
+    """Returns whether the index contains every frame, with reliable times; other formats fill it while being read."""
     return (
         container.format.name.startswith("mov,")
         and 0 < stream.frames <= len(stream.index_entries)
@@ -102,14 +102,14 @@ def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
 
 
 def indexed_timeline(stream: VideoStream) -> Timeline:
-    """Return the timeline of a file with a sample table."""
+    """Returns the timeline of a file with a sample table."""
     tick_s, step = _ticks(stream)
     duration = max(step, stream.duration or 0)
     return Timeline(stream.start_time or 0, duration, step, tick_s, is_indexed=True)
 
 
 def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s: float) -> Timeline:
-    """Build the timeline of any other file from all its packets.
+    """Builds the timeline of any other file from all its packets.
 
     Args:
         container: Container that was just opened; it is read to its end.
@@ -186,7 +186,7 @@ class _Scan:
         return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))
 
     def drop_before_first_key(self) -> None:
-        """Drop packets before the first key frame, as in a truncated stream; most formats cannot decode them."""
+        """Drops packets before the first key frame, as in a truncated stream; most formats cannot decode them."""
         first = self.keys[0] if self.keys else 0
         if first == 0:
             return
@@ -195,12 +195,12 @@ class _Scan:
         del self.times[:first], self.decoding_times[:first], self.sizes[:first]
 
     def order(self, i: int) -> int:
-        """Return the time by which packet `i` is found in the file."""
+        """Returns the time by which packet `i` is found in the file."""
         decoding_time, time = self.decoding_times[i], self.times[i]
         return next((value for value in (decoding_time, time) if value is not None), 0)
 
     def slots(self, is_reordered: bool, is_slotted: bool, largest_jump: int) -> list[int]:
-        """Return ascending times of all frames if packets do not carry display times; empty if they do."""
+        """Returns ascending times of all frames if packets do not carry display times; empty if they do."""
         times = [time for time in self.times if time is not None]
         start = times[0] if times else 0
         even = [start + self._step * i for i in range(len(self.times))]
@@ -220,7 +220,7 @@ class _Scan:
         return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
 
     def _between_known(self) -> list[int]:
-        """Interpolate between the few packets that have a time; empty if these are too few or out of order."""
+        """Interpolates between the few packets that have a time; empty if these are too few or out of order."""
         known = [i for i in range(len(self.times)) if self.times[i] is not None or self.decoding_times[i] is not None]
         orders = [self.order(i) for i in known]
         if len(known) < 2 or any(after <= before for before, after in pairwise(orders)):
@@ -233,24 +233,24 @@ class _Scan:
         return [start + round(float(time - spread[0])) for time in spread]
 
     def first_time(self) -> int:
-        """Return the time of the first frame of an AVI; that of MPEG-1 is too early by the frames the decoder holds."""
+        """Returns the time of the first frame of an AVI; in MPEG-1 it is too early by the frames the decoder holds."""
         first, *others = sorted(time for time in self.times if time is not None)
         return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
 
 
 def _shortest(times: list[int], default: int) -> int:
-    """Return the smallest difference between neighbouring ascending times, at least 1."""
+    """Returns the smallest difference between neighbouring ascending times, at least 1."""
     return max(1, min((after - before for before, after in pairwise(times)), default=default))
 
 
 def check_missing(missing_s: float, whole_s: float) -> None:
-    """Raise `VideoError` if more than a tenth and a second of `whole_s` are missing."""
+    """Raises `VideoError` if more than a tenth and a second of `whole_s` are missing."""
     if missing_s > max(1.0, 0.1 * whole_s):
         raise VideoError(f"it is truncated: {missing_s:.1f} of {whole_s:.1f} seconds are missing")
 
 
 def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
-    """Return seconds per tick, and the ticks from frame to frame."""
+    """Returns seconds per tick, and the ticks from frame to frame."""
     rate = frame_rate(stream)
     tick_s = stream.time_base or 1 / rate
     return tick_s, max(1, round(1 / (rate * tick_s)))

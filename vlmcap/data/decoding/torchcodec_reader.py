@@ -22,7 +22,7 @@ from vlmcap.errors import UserError, first_line
 
 @functools.cache
 def _load() -> ModuleType | str:
-    """Return `torchcodec.decoders`, or why it cannot be imported.
+    """Returns `torchcodec.decoders`, or why it cannot be imported.
 
     It loads FFmpeg's shared libraries, which may be missing or have the wrong version.
     """
@@ -33,7 +33,7 @@ def _load() -> ModuleType | str:
 
 
 def resolve_decoder(decoder: Decoder) -> Decoder:
-    """Return the decoder that `decoder` selects here: `auto` is torchcodec if it can be loaded.
+    """Returns the decoder that `decoder` selects here: `auto` is torchcodec if it can be loaded.
 
     Raises:
         UserError: torchcodec is requested but cannot be loaded.
@@ -75,7 +75,7 @@ class TorchcodecReader:
         self.start_s, self.end_s = float(metadata.begin_stream_seconds), float(metadata.end_stream_seconds)
 
     def frames_at(self, moments_s: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
-        """Read the distinct frames on screen at the given moments.
+        """Reads the distinct frames on screen at the given moments.
 
         Args:
             moments_s: Ascending moments, in seconds of the stream's own clock.

@@ -59,7 +59,7 @@ class DecodedFrames(NamedTuple):
 def read_frames(
     clip: Clip | str, data: DataConfig, *, rng: Generator | None = None, limits: DecodeLimits | None = None
 ) -> Tensor:
-    """Read frames of a video, an image or a list of images, upright, in the order of time.
+    """Reads frames of a video, an image or a list of images, upright, in the order of time.
 
     There are fewer than `data.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips;
     `pad_frames` repeats frames of such clips. Reading stops after the last wanted frame, and jumps to key frames if the
@@ -85,7 +85,7 @@ def read_frames(
 def read_timed_frames(
     clip: Clip | str, data: DataConfig, *, rng: Generator | None = None, limits: DecodeLimits | None = None
 ) -> DecodedFrames:
-    """Read frames as `read_frames` does, with the time of each; `pad_frames` repeats times like frames."""
+    """Reads frames as `read_frames` does, with the time of each; `pad_frames` repeats times like frames."""
     limits = limits or DecodeLimits()
     deadline_s = time.monotonic() + data.decode_timeout_s
     file = MediaFile(clip if isinstance(clip, str) else clip.video)
@@ -112,7 +112,7 @@ def read_timed_frames(
 
 
 def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | None = None) -> Tensor:
-    """Read the frames at the centres of `num_frames` equal segments of a clip, upright, always exactly `num_frames`.
+    """Reads the frames at the centres of `num_frames` equal segments of a clip, upright, always exactly `num_frames`.
 
     A clip with fewer frames repeats them.
 
@@ -127,7 +127,7 @@ def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | N
 
 
 def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
-    """Repeat frames, as evenly as possible and in the order of time, until there are `num_frames`.
+    """Repeats frames, as evenly as possible and in the order of time, until there are `num_frames`.
 
     Args:
         frames: (F', ...), F' at least 1.
@@ -139,7 +139,7 @@ def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
 
 
 def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Return the distinct frames on screen at the moments, their times, and the index of the frame at each moment."""
+    """Returns the distinct frames on screen at the moments, their times, and the index of the frame at each moment."""
     from vlmcap.data.decoding.display import square_size, to_rgb
 
     frames: Tensor | None = None
@@ -169,7 +169,7 @@ def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[T
 
 
 def _without_repeats(frames: Tensor, times_s: Tensor, indices: list[int]) -> DecodedFrames:
-    """Select the frame of each moment; only the distinct frames if `pad_frames` repeats them in the same way."""
+    """Selects the frame of each moment; only the distinct frames if `pad_frames` repeats them in the same way."""
     if indices == spread(len(frames), len(indices)):
         return DecodedFrames(frames, times_s)
     return DecodedFrames(frames[indices], times_s[indices])
@@ -181,7 +181,7 @@ _REPRODUCIBLE = "cpu-independent=1"
 
 
 def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23) -> None:
-    """Write an H.264 yuv420p MP4 completely or not at all; equal frames give equal bytes.
+    """Writes an H.264 yuv420p MP4 completely or not at all; equal frames give equal bytes.
 
     Args:
         path: Output file; its folder must exist.

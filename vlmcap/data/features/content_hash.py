@@ -36,20 +36,20 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def content_hashes(
-    clips: Sequence[Clip], memo: Path, progress: Callable[[int, int], None] | None = None
+    clips: Sequence[Clip], hash_file: Path, progress: Callable[[int, int], None] | None = None
 ) -> NDArray[np.bytes_]:
-    """Return 32 hexadecimal digits for the media of each clip, S32 (N,); zeros where a file cannot be read.
+    """Returns 32 hexadecimal digits for the media of each clip, S32 (N,); zeros where a file cannot be read.
 
     Captions have no influence.
 
     Args:
         clips: N clips; the hash of a clip of several images is the hash of their hashes.
-        memo: SQLite file that caches hashes by address, size and version; processes may share it. If it cannot be used,
-            all files are read again, which only costs time.
+        hash_file: SQLite file that caches hashes by address, size and version; processes may share it. If it cannot be
+            used, all files are read again, which only costs time.
         progress: Callback `(done, N)` on clips.
     """
     hashes = np.full(len(clips), UNREADABLE, "S32")
-    with _HashCache(memo) as known, ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with _HashCache(hash_file) as known, ThreadPoolExecutor(_NUM_THREADS) as pool:
         for start in range(0, len(clips), _BATCH_SIZE):
             block = [clips[position] for position in range(start, min(start + _BATCH_SIZE, len(clips)))]
             now = _file_hashes(block, known, pool)
@@ -61,7 +61,7 @@ def content_hashes(
 
 
 def media_hash(address: str, stat: MediaStat) -> str:
-    """Return 32 hexadecimal digits for the content of a file.
+    """Returns 32 hexadecimal digits for the content of a file.
 
     Files up to 1 MiB are hashed completely. For larger ones the hash covers the size and 16 evenly spread blocks of
     64 KiB, the first and last among them: that reads 1 MiB per clip instead of everything, and the table of sample
@@ -84,11 +84,11 @@ def media_hash(address: str, stat: MediaStat) -> str:
 
 
 def _file_hashes(clips: Sequence[Clip], cache: _HashCache, pool: ThreadPoolExecutor) -> dict[str, _HashRecord | None]:
-    """Return a record for the address of each file of some clips, and cache the new ones."""
+    """Returns a record for the address of each file of some clips, and caches the new ones."""
     addresses = list(dict.fromkeys(address for clip in clips for address in clip.frames or (clip.video,)))
     names = [_absolute_address(address) for address in addresses]
-    found = cache.find(names)
-    before = [found.get(name) for name in names]
+    cached = cache.find(names)
+    before = [cached.get(name) for name in names]
     # Files whose size and version are those in the cache are not read.
     now = list(pool.map(_hash_file, addresses, before))
     cache.add(
@@ -109,7 +109,7 @@ def _clip_hash(clip: Clip, known: dict[str, _HashRecord | None]) -> bytes:
 
 
 def _absolute_address(address: str) -> str:
-    """Return an address that does not depend on the working directory."""
+    """Returns an address that does not depend on the working directory."""
     try:
         path = local_path(address)
     except MediaError:
@@ -118,7 +118,7 @@ def _absolute_address(address: str) -> str:
 
 
 def _hash_file(address: str, before: _HashRecord | None) -> _HashRecord | None:
-    """Return size, version and hash of a file; None if it cannot be read."""
+    """Returns size, version and hash of a file; None if it cannot be read."""
     try:
         stat = stat_media(address)
         if before is not None and before[:2] == (stat.size, stat.version):
@@ -157,8 +157,8 @@ class _HashCache:
             self._connection.close()
 
     def find(self, addresses: Iterable[str]) -> dict[str, _HashRecord]:
-        """Return the cached records of some files."""
-        found: dict[str, _HashRecord] = {}
+        """Returns the cached records of some files."""
+        records: dict[str, _HashRecord] = {}
         names = list(addresses)
         for start in range(0, len(names), 500):  # SQLite limits the number of values in a statement
             if self._connection is None:
@@ -168,17 +168,17 @@ class _HashCache:
             query = f"SELECT address, size, version, hash, checksum FROM hashes WHERE address IN ({marks})"
             try:
                 rows = self._connection.execute(query, chunk).fetchall()
-                found |= {
+                records |= {
                     address: tuple(known)
                     for address, *known, checksum in rows
                     if checksum == _checksum(address, *known)
                 }
             except sqlite3.Error as error:
                 self._reset(error)
-        return found
+        return records
 
     def add(self, rows: Sequence[tuple[str, int, str, str]]) -> None:
-        """Cache the records of some files."""
+        """Caches the records of some files."""
         if self._connection is None or not rows:
             return
         try:
@@ -190,7 +190,7 @@ class _HashCache:
             self._reset(error)
 
     def _reset(self, error: Exception) -> None:
-        """Replace the file if it is damaged; for other errors go on without a cache."""
+        """Replaces the file if it is damaged; for other errors go on without a cache."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None

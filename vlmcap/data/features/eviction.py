@@ -46,12 +46,12 @@ class StoreInfo:
 
 
 def list_stores(root: Path) -> list[StoreInfo]:
-    """List the stores under `root`, the most recently used first."""
+    """Lists the stores under `root`, the most recently used first."""
     return sorted((_info(folder) for folder in store_folders(root)), key=lambda info: -info.last_used)
 
 
 def remove_store(root: Path, key: str) -> int:
-    """Remove a store and return the number of bytes freed.
+    """Removes a store and returns the number of bytes freed.
 
     Raises:
         UserError: There is no store of this name, or it is in use.
@@ -71,7 +71,7 @@ def remove_store(root: Path, key: str) -> int:
 
 
 def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
-    """Free space until all stores together take at most `max_bytes`, as far as possible; return the bytes freed.
+    """Frees space until all stores together take at most `max_bytes`, as far as possible; returns the bytes freed.
 
     Whole shards are removed, the oldest of the least recently used store first; the rest of a store remains usable and
     can be filled again.
@@ -94,7 +94,7 @@ def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
 
 
 def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
-    """Evict shards until `incoming` more bytes fit under `max_bytes`.
+    """Evicts shards until `incoming` more bytes fit under `max_bytes`.
 
     Args:
         root: Folder of all stores.
@@ -118,7 +118,7 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
 
 
 def store_folders(root: Path) -> list[Path]:
-    """Return the sorted folders of the stores under `root`."""
+    """Returns the sorted folders of the stores under `root`."""
     try:
         return [
             path for path in sorted(root.iterdir()) if is_key(path.name) and path.is_dir() and not path.is_symlink()
@@ -128,7 +128,7 @@ def store_folders(root: Path) -> list[Path]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """Return the shards of a store, the oldest first."""
+    """Returns the shards of a store, the oldest first."""
     return sorted(path for path in folder.glob(f"[!.]*{SUFFIX}") if path.name != indices.FILE)
 
 
@@ -148,7 +148,7 @@ def _info(folder: Path) -> StoreInfo:
 
 
 def _size(folder: Path) -> int:
-    """Return the total size of a store's files in bytes."""
+    """Returns the total size of a store's files in bytes."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -158,7 +158,7 @@ def _size(folder: Path) -> int:
 
 
 def _evict(folder: Path, num_bytes: int) -> int:
-    """Evict about `num_bytes` of a store, or all of it if no shard is left; return the bytes freed."""
+    """Evicts about `num_bytes` of a store, or all of it if no shard is left; returns the bytes freed."""
     freed, shards = 0, shards_of(folder)
     while shards and freed < num_bytes:
         with contextlib.suppress(FileNotFoundError):  # another process evicts at the same time

@@ -67,7 +67,7 @@ class FeatureDataset(Dataset[Sample | Skipped]):
 
 
 def pooled_grid(grid_thw: GridTHW, size: int) -> GridTHW:
-    """Return a clip's size in patches after averaging windows of `size` × `size`, also smaller ones at the edges."""
+    """Returns a clip's size in patches after averaging windows of `size` × `size`, also smaller ones at the edges."""
     num_frames, rows, columns = grid_thw
     return num_frames, math.ceil(rows / size), math.ceil(columns / size)
 

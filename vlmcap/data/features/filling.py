@@ -61,7 +61,7 @@ def fill_store(
     max_bytes: int | None = None,
     settings: FillSettings | None = None,
 ) -> None:
-    """Encode all missing clips together with the other processes that call this, and return when all are stored.
+    """Encodes all missing clips together with the other processes that call this, and returns when all are stored.
 
     A process may be killed at any time: what it wrote stays, and the others or the next call do the rest.
 
@@ -120,7 +120,7 @@ class _Filling:
         self._last_message_s = -math.inf
 
     def run(self, batches: Batches) -> None:
-        """Fill the store and return when all features are there."""
+        """Fills the store and returns when all features are there."""
         self.store.refresh()
         chunks = [chunk for chunk in self._chunks() if self._is_incomplete(chunk)]
         self._report()
@@ -156,17 +156,17 @@ class _Filling:
             self._flush()
 
     def _chunks(self) -> list[_Chunk]:
-        """Split all clips, not only the missing ones, so that processes started at different times get equal chunks."""
+        """Splits all clips, not only the missing ones, so that processes that start at other times get equal chunks."""
         positions = np.sort(np.unique(self.hashes, return_index=True)[1])
         size = self.settings.chunk_clips
         slices = [positions[start : start + size].astype(np.int64) for start in range(0, len(positions), size)]
         return [_Chunk(hashlib.sha256(self.hashes[part].tobytes()).hexdigest()[:24], part) for part in slices]
 
     def _missing(self, chunk: _Chunk) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = chunk.positions[
+        positions: NDArray[np.int64] = chunk.positions[
             self.store.missing(self.hashes[chunk.positions], retry_lost=self.retry_lost)
         ]
-        return found
+        return positions
 
     def _is_incomplete(self, chunk: _Chunk) -> bool:
         self._left[chunk.name] = len(self._missing(chunk))
@@ -177,7 +177,7 @@ class _Filling:
             self.progress(len(self.hashes) - sum(self._left.values()), len(self.hashes))
 
     def _encode_chunk(self, chunk: _Chunk, batches: Batches) -> None:
-        """Encode the missing clips of a chunk, and write shards when they are due."""
+        """Encodes the missing clips of a chunk, and writes shards when they are due."""
         self.store.refresh()  # another process may have encoded it between the last check and the claim
         positions, start, writer = self._missing(chunk), 0, self._writer
         self._left[chunk.name] = len(positions)
@@ -204,13 +204,13 @@ class _Filling:
         self._left[chunk.name] = 0
 
     def _flush(self) -> None:
-        """Write a shard, then release its chunks: other processes see the features only when they are written."""
+        """Writes a shard, then releases its chunks: other processes see the features only when they are written."""
         self._writer.flush()
         self._claims.release(self._done)
         self._done.clear()
 
     def _wait(self) -> None:
-        """Sleep for a poll interval, with a message now and then."""
+        """Sleeps for a poll interval, with a message now and then."""
         if self.on_wait is not None and time.monotonic() - self._last_message_s >= _MESSAGE_INTERVAL_S:
             self.on_wait(
                 f"waiting for {sum(self._left.values())} clips that {self._owner()} encodes into {self.store.folder}"
@@ -219,18 +219,18 @@ class _Filling:
         time.sleep(self.settings.poll_s)
 
     def _owner(self) -> str:
-        """Describe the process that holds the first of the remaining chunks."""
+        """Describes the process that holds the first of the remaining chunks."""
         described = (self._claims.owner(name)[0].partition("\n")[2] for name, left in self._left.items() if left)
         return next(filter(None, described), "another process")
 
     def _known_shape(self) -> tuple[int, int] | None:
-        """Return (F, P) of a stored clip, which all clips without a size of their own must share."""
-        places = self.store.places()  # columns: shard, F, P, Dv, and the size in patches or zeros
-        without_size = places[places[:, 4] == 0]
+        """Returns (F, P) of a stored clip, which all clips without a size of their own must share."""
+        layouts = self.store.layouts()  # columns: shard, F, P, Dv, and the size in patches or zeros
+        without_size = layouts[layouts[:, 4] == 0]
         return (int(without_size[0, 1]), int(without_size[0, 2])) if len(without_size) else None
 
     def _check_room(self, num_bytes: int) -> None:
-        """Check early that there is room for all missing clips, estimated from the first ones."""
+        """Checks early that there is room for all missing clips, estimated from the first ones."""
         free = shutil.disk_usage(self.store.folder).free
         hint = "set cache.dtype=int8, cache.pooled=true or cache.enabled=false, or lower data.num_frames"
         if self.max_bytes is not None:
@@ -253,7 +253,7 @@ class _Filling:
             make_room(self.store.root, self.max_bytes, num_bytes, self.store.key)
 
     def _check_any_stored(self) -> None:
-        """Raise if no clip could be stored; training would fail later with a less clear message."""
+        """Raises if no clip could be stored; training would fail later with a less clear message."""
         if len(self.hashes) and not any(bytes(content) in self.store for content in self.hashes):
             reasons = (self.store.skipped(bytes(content)) for content in self.hashes)
             reason = next((reason for reason in reasons if reason), "their files cannot be opened")

@@ -36,7 +36,7 @@ class Lease:
         self._renewed: tuple[int, float] = (0, 0.0)
 
     def renew(self) -> None:
-        """Mark the store as in use; cheap enough to call at each read."""
+        """Marks the store as in use; cheap enough to call at each read."""
         pid, now = self._renewed
         if pid == os.getpid() and time.monotonic() - now < _RENEW_S:
             return
@@ -68,7 +68,7 @@ def _remove_own(path: Path, pid: int) -> None:
 
 
 def is_alive(lease: Path) -> bool:
-    """Return whether the process of a lease is alive, and remove the lease if not.
+    """Returns whether the process of a lease is alive, and removes the lease if not.
 
     It is if it holds the lock, or, on another machine, if it has renewed the lease within half an hour.
     """
@@ -91,7 +91,7 @@ def is_alive(lease: Path) -> bool:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Return whether a living process has the store open."""
+    """Returns whether a living process has the store open."""
     try:
         leases = sorted((folder / USERS).iterdir())
     except OSError:
@@ -100,7 +100,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def last_used(folder: Path) -> float:
-    """Return when the store was last used, in seconds since 1970."""
+    """Returns when the store was last used, in seconds since 1970."""
     for path in (folder / _STAMP, folder):
         with contextlib.suppress(OSError):
             return path.stat().st_mtime

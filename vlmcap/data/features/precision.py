@@ -25,14 +25,14 @@ _INT8_MAX = 127
 
 
 def stored_type(dtype: str) -> torch.dtype:
-    """Return the torch type for a name in `DTYPES`; raise `UserError` for another name."""
+    """Returns the torch type for a name in `DTYPES`; raises `UserError` for another name."""
     if dtype not in _TYPES:
         raise UserError(f"cache.dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
     return _TYPES[dtype]
 
 
 def size_bytes(num_clips: int, num_frames: int, num_patches: int, embed_dim: int, dtype: str) -> int:
-    """Return the size of the features of N clips in bytes, without the header of about 150 bytes per clip."""
+    """Returns the size of the features of N clips in bytes, without the header of about 150 bytes per clip."""
     token = embed_dim * stored_type(dtype).itemsize + (_SCALE_BYTES if dtype == "int8" else 0)
     return num_clips * num_frames * num_patches * token
 
@@ -60,7 +60,7 @@ class ErrorSums:
     count: int = 0
 
     def add(self, other: ErrorSums) -> None:
-        """Add the errors of other numbers."""
+        """Adds the errors of other numbers."""
         self.worst = max(self.worst, other.worst)
         self.squared_error += other.squared_error
         self.squared += other.squared
@@ -76,7 +76,7 @@ class ErrorSums:
 
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize to int8 numbers (..., Dv) and float32 scales (...): symmetric; a token's largest number becomes 127.
+    """Quantizes to int8 numbers (..., Dv) and float32 scales (...): symmetric; a token's largest number becomes 127.
 
     The error of a number is at most half its token's scale, plus the rounding to float16 when it is read.
     """
@@ -87,17 +87,17 @@ def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
-    """Return float16 features (..., Dv)."""
+    """Returns float16 features (..., Dv)."""
     return numbers.float().mul_(scale[..., None]).half()
 
 
 def is_finite(numbers: Tensor) -> bool:
-    """Return, in a single pass, whether no number is NaN or infinite."""
+    """Returns, in a single pass, whether no number is NaN or infinite."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(numbers))).all())
 
 
 def measure(features: Tensor, read: Tensor) -> ErrorSums:
-    """Measure the errors of the numbers that will be read against the features."""
+    """Measures the errors of the numbers that will be read against the features."""
     exact = features.float()
     if read is features:  # stored unchanged
         return ErrorSums(0.0, 0.0, _squared(exact), exact.numel())
@@ -107,5 +107,5 @@ def measure(features: Tensor, read: Tensor) -> ErrorSums:
 
 
 def _squared(numbers: Tensor) -> float:
-    """Return the sum of squares, accumulated in float32 within a token and in float64 over tokens."""
+    """Returns the sum of squares, accumulated in float32 within a token and in float64 over tokens."""
     return float(torch.linalg.vector_norm(numbers, dim=-1).double().square().sum())

@@ -63,12 +63,12 @@ class Recipe:
         return cache_key(**{name: value for name, value in self.as_dict().items() if name not in _DESCRIPTIVE})
 
     def as_dict(self) -> dict[str, object]:
-        """Return the recipe as plain data."""
+        """Returns the recipe as plain data."""
         return asdict(self)
 
 
 def cache_key(**values: object) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of `values` as canonical JSON, which does not depend on their order.
+    """Returns 16 hexadecimal digits of the SHA-256 of `values` as canonical JSON, which does not depend on their order.
 
     Args:
         values: Plain values: None, booleans, integers, finite floats, text, and lists, tuples and text-keyed
@@ -84,7 +84,7 @@ def cache_key(**values: object) -> str:
 
 
 def is_key(text: str) -> bool:
-    """Return whether `text` can be a key, which excludes paths to elsewhere."""
+    """Returns whether `text` can be a key, which excludes paths to elsewhere."""
     return re.fullmatch(r"[0-9a-f]{16}", text) is not None
 
 

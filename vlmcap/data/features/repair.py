@@ -19,7 +19,7 @@ from vlmcap.types import Clip, Skipped
 
 
 def damaged_entries(path: Path) -> list[str]:
-    """Return the content hashes of the clips of a shard whose entries are damaged.
+    """Returns the content hashes of the clips of a shard whose entries are damaged.
 
     Raises:
         BrokenFileError: Nothing in the shard can be read.
@@ -46,7 +46,7 @@ def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
 
 
 def repair_shard(path: Path) -> bool:
-    """Write the valid entries of a shard to a new one that marks the damaged ones for a retry, and remove the old one.
+    """Writes the valid entries of a shard to a new one that marks the damaged ones for a retry, and removes the old.
 
     Returns:
         Whether anything was damaged.

@@ -58,8 +58,8 @@ class DamagedEntryError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """The position of a tensor's bytes in its file."""
+class TensorInfo:
+    """Type, shape and bytes of a tensor in its file, from byte `start` to `stop`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Header:
     """Metadata and tensors of a safetensors file."""
 
     metadata: Mapping[str, str]
-    tensors: Mapping[str, TensorPlace]
+    tensors: Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Shard:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read the header of a file and check the file's length against it.
+    """Reads the header of a file and checks the file's length against it.
 
     It is read and not mapped, as an index of thousands of shards is built from the first bytes of each.
 
@@ -125,29 +125,29 @@ def read_header(file: BinaryIO) -> Header:
     try:
         raw = json.loads(file.read(length))
         metadata = dict(raw.pop("__metadata__", {}))
-        tensors = {name: _place(8 + length, **entry) for name, entry in raw.items()}
+        tensors = {name: _tensor_info(8 + length, **entry) for name, entry in raw.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFileError("its header is damaged") from error
     # The tensors must fill the file without gaps and overlaps, so a truncated file is noticed here.
     end = 8 + length
-    for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
-        if place.start != end or place.stop - place.start != math.prod(place.shape) * _ITEM_BYTES[place.dtype]:
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != end or tensor.stop - tensor.start != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
             raise BrokenFileError("its header contradicts itself")
-        end = place.stop
+        end = tensor.stop
     if end != size:
         raise BrokenFileError(f"it has {size} bytes instead of {end}")
     return Header(metadata, tensors)
 
 
-def _place(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> TensorPlace:
+def _tensor_info(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> TensorInfo:
     start, stop = data_offsets
     if dtype not in _ITEM_BYTES or not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(dtype)
-    return TensorPlace(dtype, tuple(shape), base + start, base + stop)
+    return TensorInfo(dtype, tuple(shape), base + start, base + stop)
 
 
 def read_shard(path: Path) -> Shard:
-    """Read the entries of a shard.
+    """Reads the entries of a shard.
 
     Raises:
         BrokenFileError: The file is truncated, or not a shard of features.
@@ -198,7 +198,7 @@ def _entry(
 def entry_checksum(
     content: str, shape: Sequence[int], grid_thw: GridTHW | None, times_s: FrameTimes, buffers: Iterable[Any]
 ) -> int:
-    """Return the CRC-32 of an entry: its clip, sizes and times, and the bytes of its numbers and scales.
+    """Returns the CRC-32 of an entry: its clip, sizes and times, and the bytes of its numbers and scales.
 
     Args:
         content: Hash of the clip's content.
@@ -214,7 +214,7 @@ def entry_checksum(
 
 
 def tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: GridTHW | None, times_s: FrameTimes) -> int:
-    """Return the `entry_checksum` of an entry whose numbers and scales are tensors."""
+    """Returns the `entry_checksum` of an entry whose numbers and scales are tensors."""
     buffers = [
         tensors[name].reshape(-1).view(torch.uint8).numpy() for name in (content, content + SCALE) if name in tensors
     ]
@@ -230,7 +230,7 @@ def write_shard(
     errors: ErrorSums,
     times_s: Mapping[str, FrameTimes] | None = None,
 ) -> Path:
-    """Write a new shard into `folder`; its data is on the disk before it gets its name.
+    """Writes a new shard into `folder`; its data is on the disk before it gets its name.
 
     Times are written in full precision: a prompt rounds them to a tenth of a second, and must be the same with and
     without a store.
@@ -275,7 +275,7 @@ def write_shard(
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, on systems that can do so for folders."""
+    """Flushes the names in a folder to the disk, on systems that can do so for folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -314,7 +314,7 @@ class ShardWriter:
     _errors: ErrorSums = field(default_factory=ErrorSums)
 
     def add(self, batch: list[Sample | Skipped], contents: Sequence[bytes], encode: Encode) -> list[int]:
-        """Encode and collect a batch; return the number of bytes of each clip that has features.
+        """Encodes and collects a batch; returns the number of bytes of each clip that has features.
 
         Args:
             batch: Samples with frames.
@@ -345,7 +345,7 @@ class ShardWriter:
         ]
 
     def flush(self) -> None:
-        """Write the collected features as a shard.
+        """Writes the collected features as a shard.
 
         Raises:
             UserError: There is no room.
@@ -405,7 +405,7 @@ class ShardWriter:
 
 
 def _remove_padding(features: Tensor, sample: Sample) -> Tensor:
-    """Return the features of a clip without the padding of a batch of clips of different sizes."""
+    """Returns the features of a clip without the padding of a batch of clips of different sizes."""
     if sample.grid_thw is None:
         assert sample.frames is not None
         return features[: len(sample.frames)]
@@ -414,6 +414,6 @@ def _remove_padding(features: Tensor, sample: Sample) -> Tensor:
 
 
 def _to_own_memory(tensor: Tensor, features: Tensor) -> Tensor:
-    """Copy to main memory that is not shared with the features, which an encoder may overwrite."""
+    """Copies to main memory that is not shared with the features, which an encoder may overwrite."""
     copy = tensor.cpu().contiguous()
     return copy.clone() if copy.untyped_storage().data_ptr() == features.untyped_storage().data_ptr() else copy

@@ -82,11 +82,11 @@ class FeatureStore:
         return len(self._opened().hashes)
 
     def __contains__(self, content: object) -> bool:
-        """Return whether there are features of the clip with this content hash."""
+        """Returns whether there are features of the clip with this content hash."""
         return isinstance(content, bytes) and self._opened().find(content) is not None
 
     def refresh(self) -> None:
-        """Update the index to what other processes have written or removed."""
+        """Updates the index to what other processes have written or removed."""
         if self._index is None:
             self._index = self._saved = indices.load(self.folder)
         before = self._index
@@ -99,7 +99,7 @@ class FeatureStore:
             self._lost_hashes = np.array(sorted(self._index.lost()), "S32")
 
     def missing(self, hashes: NDArray[np.bytes_], *, retry_lost: bool = False) -> NDArray[np.int64]:
-        """Return the ascending positions of the clips to encode; of clips with equal content only the first.
+        """Returns the ascending positions of the clips to encode; of clips with equal content only the first.
 
         Args:
             hashes: S32 (N,), from `content_hashes`. Clips that cannot be opened are never missing, since they can never
@@ -114,27 +114,27 @@ class FeatureStore:
         return np.sort(first[is_missing]).astype(np.int64)
 
     def skipped(self, content: bytes) -> str | None:
-        """Return why a clip could not be read when the store was filled; None if it has features or is unknown."""
+        """Returns why a clip could not be read when the store was filled; None if it has features or is unknown."""
         return None if content in self else self._skipped.get(bytes(content))
 
     def shape(self, content: bytes) -> tuple[int, int, int]:
-        """Return (F, P, Dv) of a clip; raise `KeyError` if it has no features."""
-        num_frames, num_patches, embed_dim = self._place(content)[1][1:4]
+        """Returns (F, P, Dv) of a clip; raises `KeyError` if it has no features."""
+        num_frames, num_patches, embed_dim = self._location(content)[1][1:4]
         return int(num_frames), int(num_patches), int(embed_dim)
 
     def grid_thw(self, content: bytes) -> GridTHW | None:
-        """Return a clip's size in patches, None if it has the encoder's; raise `KeyError` if it has no features."""
-        frames, height, width = self._place(content)[1][4:7]
+        """Returns a clip's size in patches, None if it has the encoder's; raises `KeyError` if it has no features."""
+        frames, height, width = self._location(content)[1][4:7]
         return (int(frames), int(height), int(width)) if frames else None
 
     def times_s(self, content: bytes) -> FrameTimes | None:
-        """Return the times of a clip's frames, None if unknown; raise `KeyError` if it has no features."""
+        """Returns the times of a clip's frames, None if unknown; raises `KeyError` if it has no features."""
         row = self._row(content)
         times_s = self._opened().times_s[row]
         return tuple(times_s[~np.isnan(times_s)].tolist()) or None
 
     def read(self, content: bytes) -> tuple[Tensor, GridTHW | None]:
-        """Return the features (F, P, Dv) as stored, or float16 for int8, and the clip's size in patches.
+        """Returns the features (F, P, Dv) as stored, or float16 for int8, and the clip's size in patches.
 
         The tensor owns its memory. The checksum is verified when this process reads an entry for the first time.
 
@@ -160,18 +160,18 @@ class FeatureStore:
             ) from error
 
     def drop_damaged(self, content: bytes) -> None:
-        """Remove the damaged entries of the shard that contains this clip.
+        """Removes the damaged entries of the shard that contains this clip.
 
         They count as skipped, and the next filling encodes them again. In a folder that is not writable they remain,
         and every process finds them damaged again.
         """
         with contextlib.suppress(KeyError, OSError, BrokenFileError):
-            if not repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name):
+            if not repair_shard(self.folder / self._opened().files[int(self._location(content)[1][0])].name):
                 (self.folder / indices.FILE).unlink()  # the shard is valid, but not the one that the index describes
         self.refresh()
 
     def make_folder(self) -> None:
-        """Create the folder, with the recipe in a readable form."""
+        """Creates the folder, with the recipe in a readable form."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "recipe.json"
         if not path.is_file():
@@ -179,16 +179,16 @@ class FeatureStore:
         self._lease.renew()
 
     def save_index(self) -> None:
-        """Write the index if it has changed, so that other processes open the store fast and share its memory."""
+        """Writes the index if it has changed, so that other processes open the store fast and share its memory."""
         self.refresh()
         if self._index is not self._saved:
             indices.save(self._opened(), self.folder)
             self._index = None
             self.refresh()
 
-    def places(self) -> NDArray[np.int32]:
-        """int32 (N, 7), one row per clip with features: number of the shard, F, P, Dv, and size in patches or zeros."""
-        return self._opened().places
+    def layouts(self) -> NDArray[np.int32]:
+        """Returns int32 (N, 7) of all clips: number of the shard, F, P, Dv, and size in patches or zeros."""
+        return self._opened().layouts
 
     def _opened(self) -> indices.ShardIndex:
         if self._index is None:
@@ -196,9 +196,9 @@ class FeatureStore:
         assert self._index is not None
         return self._index
 
-    def _place(self, content: bytes) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def _location(self, content: bytes) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         row = self._row(content)
-        return self._opened().offsets[row], self._opened().places[row]
+        return self._opened().offsets[row], self._opened().layouts[row]
 
     def _row(self, content: bytes) -> int:
         row = self._opened().find(content)
@@ -207,9 +207,9 @@ class FeatureStore:
         return row
 
     def _read(self, content: bytes) -> Tensor:
-        (start, scale_start), place = self._place(content)
+        (start, scale_start), layout = self._location(content)
         shape, dtype = self.shape(content), stored_type(self.recipe.dtype)
-        file = self._opened().files[int(place[0])]
+        file = self._opened().files[int(layout[0])]
         buffers = [self._shards.read(file, int(start), math.prod(shape) * dtype.itemsize)]
         if self.recipe.dtype == "int8":
             buffers.append(self._shards.read(file, int(scale_start), math.prod(shape[:2]) * torch.float32.itemsize))
@@ -247,7 +247,7 @@ class OpenShards:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
     def read(self, file: ShardFile, start: int, size: int) -> NDArray[np.uint8]:
-        """Read bytes `start` to `start + size`.
+        """Reads bytes `start` to `start + size`.
 
         Raises:
             OSError: The shard cannot be opened or read.
@@ -264,7 +264,7 @@ class OpenShards:
         return content
 
     def close(self) -> None:
-        """Close all shards."""
+        """Closes all shards."""
         self._files.clear()
 
     def _open(self, file: ShardFile) -> BinaryIO:

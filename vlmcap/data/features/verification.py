@@ -30,7 +30,7 @@ class Damage:
 
 
 def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
-    """Find and remove the damaged entries and files of all stores under `root`; runs create them again.
+    """Finds and removes the damaged entries and files of all stores under `root`; runs create them again.
 
     Programs that have a store open can continue: they keep their open files and find entries that have moved.
 
@@ -40,17 +40,17 @@ def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None
     """
     folders = store_folders(root)
     shards = [path for folder in folders for path in shards_of(folder)]
-    found: list[Damage] = []
+    damages: list[Damage] = []
     for number, path in enumerate(shards, 1):
-        found += _verify_shard(path)
+        damages += _verify_shard(path)
         if progress is not None:
             progress(number, len(shards))
     for folder in folders:
         path = folder / indices.FILE
         if path.is_file() and not indices.is_intact(folder):
             reason = "it is not a complete index, or belongs to other shards"
-            found.append(Damage(path, (), reason, _is_done(path.unlink)))
-    return found
+            damages.append(Damage(path, (), reason, _is_done(path.unlink)))
+    return damages
 
 
 def _verify_shard(path: Path) -> Iterator[Damage]:

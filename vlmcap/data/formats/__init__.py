@@ -15,7 +15,7 @@ FORMATS = ("aihub", "jsonl", "coco_ko", "nikl", "msrvtt", "vatex", "llava", "web
 
 
 def read_records(settings: DataConfig, split: str | None = None) -> Entries:
-    """Yield the entries of a data set lazily and in a stable order: a `Record`, or a `Skipped` with the reason.
+    """Yields the entries of a data set lazily and in a stable order: a `Record`, or a `Skipped` with the reason.
 
     Args:
         settings: Data configuration, whose class is that of a format.
@@ -34,7 +34,7 @@ def read_records(settings: DataConfig, split: str | None = None) -> Entries:
 
 
 def _plugin_entries(reader: Reader, settings: DataConfig, split: str | None) -> Entries:
-    """Yield the entries of a user's own reader, and report its exceptions in one sentence."""
+    """Yields the entries of a user's own reader, and report its exceptions in one sentence."""
     try:
         yield from reader(settings, split)
     except UserError:

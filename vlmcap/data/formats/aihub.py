@@ -46,7 +46,7 @@ class _Named:
 
 
 def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
-    """Yield the clips of labels, sorted by path.
+    """Yields the clips of labels, sorted by path.
 
     The layout is `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
 
@@ -63,16 +63,16 @@ def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
     """
     labels: list[_Named] = []
     media: list[_Named] = []
-    for found in list_files(settings.root, "follow" if settings.allow_outside else "refuse"):
-        if isinstance(found, Skipped):
-            if split is None or split_in_path(f"{found.clip.id}/")[0] in ("", standard_split(split)):
-                yield found
+    for file in list_files(settings.root, "follow" if settings.allow_outside else "refuse"):
+        if isinstance(file, Skipped):
+            if split is None or split_in_path(f"{file.clip.id}/")[0] in ("", standard_split(split)):
+                yield file
             continue
-        ending = PurePosixPath(found.path).suffix.lower()
+        ending = PurePosixPath(file.path).suffix.lower()
         if ending == ".json":
-            labels.append(_named(found))
+            labels.append(_named(file))
         elif ending in VIDEO_ENDINGS or ending in IMAGE_ENDINGS:
-            media.append(_named(found))
+            media.append(_named(file))
     if not labels:
         raise UserError(
             f"{settings.root} contains {len(media)} clips but no labels (.json); set data.root to the folder that "
@@ -98,7 +98,7 @@ def _named(file: TreeFile) -> _Named:
 
 
 def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_Named, str, _Named | Skipped]]:
-    """Yield each label with its id and its clip, or with what is wrong, sorted by path."""
+    """Yields each label with its id and its clip, or with what is wrong, sorted by path."""
     clips_at = {key: _videos_first(group) for key, group in _grouped(media, "key").items()}
     labels_at = _grouped(labels, "key")
     # Files without a counterpart of the same path are compared by their stem alone.
@@ -142,7 +142,7 @@ def _grouped(files: Iterable[_Named], name: str) -> Mapping[str, list[_Named]]:
 
 
 def _videos_first(files: list[_Named]) -> list[_Named]:
-    """Return the videos among files of one name, as the pictures are then previews; the pictures if there are none."""
+    """Returns the videos among files of one name, as the pictures are then previews; the pictures if there are none."""
     videos = [file for file in files if PurePosixPath(file.file.path).suffix.lower() in VIDEO_ENDINGS]
     return videos or files
 
@@ -157,9 +157,7 @@ def _read_label(label: _Named, clip_id: str, video: str, settings: AihubConfig) 
         return skip(clip_id, f"the label {name} is not JSON ({error}); repair or remove it", video)
     captions = captions_at(content, settings.caption_key)
     if not captions.texts:
-        found = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
-        return skip(
-            clip_id, f"the label {name} has {found}; set data.caption_key, or repair or remove the label", video
-        )
+        why = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
+        return skip(clip_id, f"the label {name} has {why}; set data.caption_key, or repair or remove the label", video)
     category = text_at(content, settings.category_key) if settings.category_key else ""
     return Record(Clip(clip_id, video, captions.texts, category), label.split, num_empty=captions.num_empty)

@@ -21,7 +21,7 @@ _MAX_NAMED_KEYS = 12
 
 
 def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tuple[str, str]]:
-    """Return splits and addresses of the annotation files; the split is "" unless `data.annotations` has `{split}`.
+    """Returns splits and addresses of the annotation files; the split is "" unless `data.annotations` has `{split}`.
 
     `{split}` stands for `train`, `val`, `test` and their other spellings, of which the first that finds files is used.
 
@@ -31,14 +31,14 @@ def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tup
     pattern = settings.annotations or ""
     if "{split}" not in pattern:
         return [("", address) for address in annotation_files(settings)]
-    found: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for name in dict.fromkeys([*SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
-            if found.setdefault(address, name) != name:
+            if split_of.setdefault(address, name) != name:
                 raise UserError(
-                    f"data.annotations={pattern}: {address} could belong to {found[address]} or to {name}; rename it"
+                    f"data.annotations={pattern}: {address} could belong to {split_of[address]} or to {name}; rename it"
                 )
-    wanted = [(name, address) for address, name in found.items() if split in (None, name)]
+    wanted = [(name, address) for address, name in split_of.items() if split in (None, name)]
     if not wanted:
         # Raises an error that lists the existing files, if there is no file at all.
         annotation_files(replace(settings, annotations=pattern.replace("{split}", split or "train")))
@@ -63,7 +63,7 @@ def _first_spelling(settings: AnnotatedConfig, pattern: str, split: str) -> list
 
 
 def load_json(address: str) -> Any:
-    """Load a whole JSON file, which takes about five times its size in memory.
+    """Loads a whole JSON file, which takes about five times its size in memory.
 
     Raises:
         UserError: The file cannot be read or is not JSON in UTF-8.
@@ -79,14 +79,14 @@ def load_json(address: str) -> Any:
 
 
 def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
-    """Return the list in a JSON file, which is its content or at `key` of it.
+    """Returns the list in a JSON file, which is its content or at `key` of it.
 
     Raises:
         UserError: There is no such list.
     """
-    found = content if key is None else content.get(key) if isinstance(content, dict) else None
-    if isinstance(found, list):
-        return found
+    entries = content if key is None else content.get(key) if isinstance(content, dict) else None
+    if isinstance(entries, list):
+        return entries
     wanted = "a list of entries" if key is None else f"an object with a list '{key}'"
     raise UserError(
         f"data.annotations: {address} contains {_describe(content)} instead of {wanted}; name another file, or choose "
@@ -95,7 +95,7 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
 
 
 def list_entries(settings: AnnotatedConfig, split: str | None) -> Iterator[tuple[str, int, Any]]:
-    """Yield split, number and value of each entry of annotation files that are lists.
+    """Yields split, number and value of each entry of annotation files that are lists.
 
     Raises:
         UserError: There is no file, or one is not a list.
@@ -106,7 +106,7 @@ def list_entries(settings: AnnotatedConfig, split: str | None) -> Iterator[tuple
 
 
 def json_lines(address: str) -> Iterator[tuple[int, Any | Skipped]]:
-    """Yield numbers and values of the non-empty lines of a JSON Lines file; a `Skipped` if a line is not JSON.
+    """Yields numbers and values of the non-empty lines of a JSON Lines file; a `Skipped` if a line is not JSON.
 
     Raises:
         UserError: The file cannot be read.
@@ -125,13 +125,13 @@ def json_lines(address: str) -> Iterator[tuple[int, Any | Skipped]]:
 
 
 def name_at(entry: Any, key: str) -> str:
-    """Return the file name at a dotted path, with its blanks; "" if there is none."""
+    """Returns the file name at a dotted path, with its blanks; "" if there is none."""
     value = value_at(entry, key)
     return value if isinstance(value, str) else text_at(entry, key)
 
 
 def media_name(settings: PatternConfig, id: str) -> str:
-    """Return the file name of a clip by its id and `data.media_pattern`."""
+    """Returns the file name of a clip by its id and `data.media_pattern`."""
     return settings.media_pattern.replace("{id}", id)
 
 
@@ -145,7 +145,7 @@ def make_record(
     split: str = "",
     group: str = "",
 ) -> Record | Skipped:
-    """Build the record of an entry, or a `Skipped`: it has no caption, or a file is missing or outside the root.
+    """Builds the record of an entry, or a `Skipped`: it has no caption, or a file is missing or outside the root.
 
     Args:
         settings: Configuration of the data set.
@@ -173,7 +173,7 @@ def make_record(
 
 
 def checked(entries: Entries, settings: AnnotatedConfig) -> Entries:
-    """Yield the entries if at least one is good.
+    """Yields the entries if at least one is good.
 
     Raises:
         UserError: There are none, or all are bad, which points to the settings and not to the data.

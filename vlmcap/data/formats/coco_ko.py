@@ -16,7 +16,7 @@ _YEAR = re.compile(r"(?<=\w)20\d\d(?=/)")
 
 
 def read_coco_ko(settings: CocoKoConfig, split: str | None = None) -> Entries:
-    """Yield a record for each image with all its captions; the split is that of its folder (`train2014/`, `val2014/`).
+    """Yields a record for each image with all its captions; the split is that of its folder (`train2014/`, `val2014/`).
 
     `file_path` is relative to `data.root/data.media`.
 

@@ -28,7 +28,7 @@ class _BadLineError(Exception):
 
 
 def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
-    """Yield the clips of all lines in order, file by file, without blank lines.
+    """Yields the clips of all lines in order, file by file, without blank lines.
 
     Keys of a line: one of `video`, `image` and `frames` (a list of images), paths below `root/media`; the caption at
     `caption_key`, a string or a list, or else `captions`; and, optionally, `id` (else the file's name and the number of
@@ -60,7 +60,7 @@ def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the lines without their ends; None for a line that is too long to hold in memory."""
+    """Yields the lines without their ends; None for a line that is too long to hold in memory."""
     while line := file.readline(MAX_LINE_BYTES):
         if line.endswith(b"\n") or len(line) < MAX_LINE_BYTES:
             yield line
@@ -74,7 +74,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 def _read_line(
     line: bytes | None, location: str, number: int, file_split: str, settings: JsonlConfig, wanted: str | None
 ) -> Record | Skipped | None:
-    """Return the entry of a line, or None if it is blank or of another split."""
+    """Returns the entry of a line, or None if it is blank or of another split."""
     if line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf"):
         return None
     content: Any = None
@@ -109,14 +109,14 @@ def _parse(line: bytes | None) -> dict[str, Any]:
 
 
 def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[Clip, int]:
-    """Return the clip of a line, and the number of its captions that are empty."""
+    """Returns the clip of a line, and the number of its captions that are empty."""
     names = _media_names(content)
     try:
         addresses = [resolve_media(settings, name) for name in names]
     except OutsideRootError as error:
         raise _BadLineError(str(error)) from error
     keys = (settings.caption_key, "captions")
-    captions = next((found for key in keys if (found := captions_at(content, key)).texts), None)
+    captions = next((at_key for key in keys if (at_key := captions_at(content, key)).texts), None)
     if captions is None:
         raise _BadLineError(
             f"there is no caption at data.caption_key={settings.caption_key} or "
@@ -135,8 +135,8 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
 def _media_names(content: dict[str, Any]) -> list[str]:
     keys = [key for key in _MEDIA_KEYS if key in content]
     if len(keys) != 1:
-        found = " and ".join(keys) or f"none of them, but {', '.join(map(str, content))}"
-        raise _BadLineError(f"a line must have one of video, image and frames, but this one has {found}")
+        stated = " and ".join(keys) or f"none of them, but {', '.join(map(str, content))}"
+        raise _BadLineError(f"a line must have one of video, image and frames, but this one has {stated}")
     value = content[keys[0]]
     names = value if keys[0] == "frames" else [value]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):

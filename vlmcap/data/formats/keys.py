@@ -26,7 +26,7 @@ class Captions(NamedTuple):
 
 
 def value_at(label: Any, key: str) -> Any:
-    """Return the value at a dotted path, where a number is an index of a list; None if the path leads nowhere.
+    """Returns the value at a dotted path, where a number is an index of a list; None if the path leads nowhere.
 
     Keys may contain dots themselves: the longest existing key that leads to a value is used.
     """
@@ -35,8 +35,8 @@ def value_at(label: Any, key: str) -> Any:
             return label[key]
         words = key.split(".")
         names = (".".join(words[:count]) for count in range(len(words) - 1, 0, -1))
-        found = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
-        return next((value for value in found if value is not None), None)
+        values = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
+        return next((value for value in values if value is not None), None)
     first, _, rest = key.partition(".")
     if isinstance(label, list) and first.isdecimal() and int(first) < len(label):
         return value_at(label[int(first)], rest) if rest else label[int(first)]
@@ -44,7 +44,7 @@ def value_at(label: Any, key: str) -> Any:
 
 
 def captions_at(label: Any, key: str) -> Captions:
-    """Return the captions at a dotted path, text or a list of it; null and empty items are left out and counted.
+    """Returns the captions at a dotted path, text or a list of it; null and empty items are left out and counted.
 
     If a list contains anything but text and null, it is not a list of captions, and there are none.
     """
@@ -58,7 +58,7 @@ def captions_at(label: Any, key: str) -> Captions:
 
 
 def why_no_caption(label: Any, *keys: str) -> str:
-    """Describe what is at the first key that leads to a value instead of a caption, or where else a label has text."""
+    """Describes what is at the first key that leads to a value instead of a caption, or where else a label has text."""
     value = next((value for key in keys if (value := value_at(label, key)) is not None), None)
     if value is None:
         there = ""
@@ -66,8 +66,8 @@ def why_no_caption(label: Any, *keys: str) -> str:
         there = " (the text there is empty, or has only invisible characters)"
     else:
         there = f" (there is {_KINDS.get(type(value), 'an object')})"
-    found = describe_keys(label)
-    return f"{there}, {'and' if found == _NO_TEXT else 'but'} {found}"
+    description = describe_keys(label)
+    return f"{there}, {'and' if description == _NO_TEXT else 'but'} {description}"
 
 
 def _is_texts(value: list[Any]) -> bool:
@@ -75,20 +75,20 @@ def _is_texts(value: list[Any]) -> bool:
 
 
 def text_at(label: Any, key: str) -> str:
-    """Return the text or number at a dotted path as text on one line; "" if there is neither."""
+    """Returns the text or number at a dotted path as text on one line; "" if there is neither."""
     value = value_at(label, key)
     return normalize_caption(str(value)) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 
 def describe_keys(label: Any) -> str:
-    """Describe where a label has text, for the message on a key that leads nowhere."""
+    """Describes where a label has text, for the message on a key that leads nowhere."""
     paths = [path for path, _ in zip(_text_paths(label, ""), range(_MAX_KEYS_SEEN), strict=False)]
     more = f" and {len(paths) - _MAX_KEYS_NAMED} more" if len(paths) > _MAX_KEYS_NAMED else ""
     return ("text at " + ", ".join(paths[:_MAX_KEYS_NAMED]) + more) if paths else _NO_TEXT
 
 
 def _text_paths(value: Any, prefix: str) -> Iterator[str]:
-    """Yield the dotted paths of all visible text in a label; a list of strings counts as one."""
+    """Yields the dotted paths of all visible text in a label; a list of strings counts as one."""
     if isinstance(value, str):
         if prefix and normalize_caption(value):
             yield prefix

@@ -19,7 +19,7 @@ _ANSWERERS = ("gpt", "assistant")
 
 
 def read_llava(settings: LlavaConfig, split: str | None = None) -> Entries:
-    """Yield a record for each conversation, whose caption is the first answer; questions and later turns are left out.
+    """Yields a record for each conversation, whose caption is the first answer; questions and later turns are left out.
 
     Turns have `from` and `value`. A list under `image` gives the frames of one clip. Repeated ids, as in mixtures, get
     a number: `000123`, `000123#2`.

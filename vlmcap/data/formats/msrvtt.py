@@ -14,7 +14,7 @@ from vlmcap.types import Skipped
 
 
 def read_msrvtt(settings: MsrvttConfig, split: str | None = None) -> Entries:
-    """Yield a record for each video with all its sentences (`video_id`, `caption`), in the order of `videos`.
+    """Yields a record for each video with all its sentences (`video_id`, `caption`), in the order of `videos`.
 
     The group is the film that the video was taken from (`url`). `data.caption_key` is a path in a sentence,
     `data.category_key` one in a video.
@@ -39,15 +39,15 @@ def _entries(settings: MsrvttConfig, split: str | None) -> Entries:
 def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str, Captions]:
     captions: defaultdict[str, list[Captions]] = defaultdict(list)
     for sentence in sentences:
-        found = captions_at(sentence, settings.caption_key)
-        captions[text_at(sentence, "video_id")].append(found if found.texts else Captions((), max(1, found.num_empty)))
-    if sentences and not any(found.texts for of_video in captions.values() for found in of_video):
+        one = captions_at(sentence, settings.caption_key)
+        captions[text_at(sentence, "video_id")].append(one if one.texts else Captions((), max(1, one.num_empty)))
+    if sentences and not any(one.texts for of_video in captions.values() for one in of_video):
         raise UserError(
             f"no sentence has a caption at data.caption_key={settings.caption_key}, the first has "
             f"{describe_keys(sentences[0])}; set data.caption_key"
         )
     return {
-        id: Captions(sum((found.texts for found in of_video), ()), sum(found.num_empty for found in of_video))
+        id: Captions(sum((one.texts for one in of_video), ()), sum(one.num_empty for one in of_video))
         for id, of_video in captions.items()
     }
 
@@ -58,9 +58,9 @@ def _record(
     id = text_at(video, "video_id")
     if not id:
         return skip(f"video {number}", "the video has no video_id")
-    found = captions.pop(id, Captions(()))
+    of_video = captions.pop(id, Captions(()))
     file = media_name(settings, id)
-    if not found.texts:
+    if not of_video.texts:
         return skip(id, "no sentence of the video has a caption", file)
     split = split or text_at(video, "split")
-    return make_record(settings, id, [file], found, video, split=split, group=text_at(video, "url"))
+    return make_record(settings, id, [file], of_video, video, split=split, group=text_at(video, "url"))

@@ -15,7 +15,7 @@ from vlmcap.types import Skipped
 
 
 def read_nikl(settings: NiklConfig, split: str | None = None) -> Entries:
-    """Yield a record for each line; the split is that of the file if `data.annotations` has `{split}`.
+    """Yields a record for each line; the split is that of the file if `data.annotations` has `{split}`.
 
     `input` names the image: a file below `data.root/data.media` if it has an ending, else the `{id}` of
     `data.media_pattern`.

@@ -33,10 +33,10 @@ class Reader(Protocol):
     """Yields the entries of a data set in a stable order, of one split if given; it may yield others too."""
 
     def __call__(self, settings: Any, split: str | None = None) -> Entries:
-        """Yield the entries."""
+        """Yields the entries."""
 
 
 def skip(name: str, reason: str, video: str = "") -> Skipped:
-    """Build a bad entry, with its name as text that any file can contain."""
+    """Builds a bad entry, with its name as text that any file can contain."""
     name, video, reason = (text.encode("utf-8", "backslashreplace").decode() for text in (name, video, reason))
     return Skipped(Clip(name, video, ()), reason)

@@ -15,7 +15,7 @@ _EXCERPT = re.compile(r"(.+)_\d{6}_\d{6}")  # a film's name, and the seconds at 
 
 
 def read_vatex(settings: VatexConfig, split: str | None = None) -> Entries:
-    """Yield a record for each video with all captions of one language; the group is the film it was taken from.
+    """Yields a record for each video with all captions of one language; the group is the film it was taken from.
 
     The split is that of the file, if `data.annotations` has `{split}`; the video is the `{id}` of `data.media_pattern`.
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
-from typing import Any
 
 from vlmcap.config import WebdatasetConfig
 from vlmcap.data.formats.annotations import annotation_sources, checked
@@ -46,7 +45,7 @@ class _Sample:
 
 
 def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Entries:
-    """Yield a record for each sample, shard by shard; its id is the shard's path below the root and its basename.
+    """Yields a record for each sample, shard by shard; its id is the shard's path below the root and its basename.
 
     `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; a `{split}` in it stands
     for the split of a shard. The caption is at `data.caption_key` of the json member, or else it is the whole txt
@@ -59,7 +58,7 @@ def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Ent
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `{a,b}` and `{000..099}` into a list of patterns, in order; `{split}` is kept.
+    """Expands `{a,b}` and `{000..099}` into a list of patterns, in order; `{split}` is kept.
 
     Raises:
         UserError: Braces contain something else, or there are more than 100 000 patterns.
@@ -106,7 +105,7 @@ def _shard_entries(settings: WebdatasetConfig, shard: str, split: str) -> Entrie
 
 
 def _samples(settings: WebdatasetConfig, shard: str) -> Iterator[_Sample]:
-    """Return the samples of a shard in its order, without hidden members and those of other endings."""
+    """Returns the samples of a shard in its order, without hidden members and those of other endings."""
     try:
         members = list_members(shard)
     except MediaError as error:
@@ -128,7 +127,8 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
         return skip(sample.id, f"the sample has no video or image, only {', '.join(sample.members)}")
     try:
         # The caption is in the json member, or else the whole txt member.
-        label = _read_label(sample)
+        file = sample.members.get("json")
+        label = None if file is None else json.loads(read_text(file, _MAX_LABEL_BYTES))
         captions = captions_at(label, settings.caption_key)
         if not captions.texts and "txt" in sample.members:
             text = normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))
@@ -148,7 +148,3 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
         )
     category = text_at(label, settings.category_key) if settings.category_key else ""
     return Record(Clip(sample.id, video, captions.texts, category), split, num_empty=captions.num_empty)
-
-
-def _read_label(sample: _Sample) -> Any:
-    return json.loads(read_text(sample.members["json"], _MAX_LABEL_BYTES)) if "json" in sample.members else None

@@ -49,7 +49,7 @@ class BatchPlan:
         return len(self.bounds) - 1
 
     def divided_by(self, world_size: int) -> BatchPlan:
-        """Return the plan with large batches halved until all ranks get equally many, or all are single clips."""
+        """Returns the plan with large batches halved until all ranks get equally many, or all are single clips."""
         bounds = self.bounds
         while (len(bounds) - 1) % world_size:
             sizes = np.diff(bounds)
@@ -69,13 +69,13 @@ class BatchPlan:
 
 
 def shuffled_plan(num_clips: int, batch_size: int) -> BatchPlan:
-    """Plan batches of `batch_size` arbitrary clips; the last batch holds the rest."""
+    """Plans batches of `batch_size` arbitrary clips; the last batch holds the rest."""
     clips = np.arange(num_clips)
     return BatchPlan(clips, np.zeros_like(clips), clips, _batch_bounds(0, num_clips, batch_size))
 
 
 def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None = None) -> BatchPlan:
-    """Plan batches of clips of similar length, to reduce padding.
+    """Plans batches of clips of similar length, to reduce padding.
 
     The number of batches per bucket is the cube root of their total, 11 of 1 250 and 50 of 125 000: with more clips,
     batches become more even and more varied.
@@ -104,7 +104,7 @@ def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None
 
 
 def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
-    """Plan packed rows of up to `max_tokens`, by first-fit decreasing.
+    """Plans packed rows of up to `max_tokens`, by first-fit decreasing.
 
     Each clip is packed as if it were as long as the longest of its bucket, so that any clip of a bucket fits into any
     of its slots. Equal rows are planned together, which takes seconds for a million clips.
@@ -138,7 +138,7 @@ def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
 
 
 def _fill_row(sizes: Indices, counts: Indices, max_tokens: int) -> dict[int, int]:
-    """Map buckets to the number of clips a row takes of them, the largest first; `sizes` must be descending."""
+    """Maps buckets to the number of clips a row takes of them, the largest first; `sizes` must be descending."""
     row: dict[int, int] = {}
     free = max_tokens
     for bucket in np.flatnonzero(counts):
@@ -150,7 +150,7 @@ def _fill_row(sizes: Indices, counts: Indices, max_tokens: int) -> dict[int, int
 
 
 def _batch_bounds(start: int, end: int, size: int) -> Indices:
-    """Return `start`, then each multiple of `size` after it, then `end`."""
+    """Returns `start`, then each multiple of `size` after it, then `end`."""
     return np.append(np.arange(start, end, size), end)
 
 
@@ -199,22 +199,22 @@ class BatchSampler(Sampler[list[Draw]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of `epoch` in the next iteration, which starts at its first batch or at a loaded state."""
+        """Uses the order of `epoch` in the next iteration, which starts at its first batch or at a loaded state."""
         if epoch != self._epoch:
             self._epoch, self._start = epoch, 0
 
     def position(self, epoch: int, batches: int) -> dict[str, Any]:
-        """Return the state, as plain data, after `batches` batches of an epoch; after the last, the next epoch."""
+        """Returns the state, as plain data, after `batches` batches of an epoch; after the last, the next epoch."""
         if batches >= len(self):
             epoch, batches = epoch + 1, 0
         return {"epoch": epoch, "batches": batches, "order": self.digest}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the batches drawn so far."""
+        """Returns the position after the batches drawn so far."""
         return self.position(self._epoch, self._drawn)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration start at a position.
+        """Lets the next iteration start at a position.
 
         Raises:
             UserError: The position is inside an epoch of different batches.
@@ -241,7 +241,7 @@ class BatchSampler(Sampler[list[Draw]]):
         self._start = 0
 
     def _epoch_order(self, epoch: int) -> tuple[Indices, Indices]:
-        """Return (N,) clips by slot, and the batches of this rank in order; those beyond the plan are empty."""
+        """Returns (N,) clips by slot, and the batches of this rank in order; those beyond the plan are empty."""
         plan = self.plan
         # The seed is a pair: with seed + epoch, seed 1 would have the orders of seed 0, one epoch late.
         generator = np.random.default_rng([self.seed, epoch])

@@ -101,7 +101,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         )
 
     def _read(self, request: list[int | None]) -> Answer:
-        """Return grid, times and frames of a clip, or the reason why it cannot be read."""
+        """Returns grid, times and frames of a clip, or the reason why it cannot be read."""
         epoch, index = request
         assert index is not None
         clip = self.clips[index]
@@ -137,6 +137,6 @@ def _cannot_read(clip: Clip, reason: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Describe an error with the line that raised it, since its traceback ends here."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first_line(error)} ({PurePath(place.filename).name}:{place.lineno})"
+    """Describes an error with the line that raised it, since its traceback ends here."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({PurePath(frame.filename).name}:{frame.lineno})"

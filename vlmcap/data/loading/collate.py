@@ -41,7 +41,7 @@ class PromptEncoder(Protocol):
         ...
 
     def encode_caption(self, text: str) -> list[int]:
-        """Return the tokens of a caption, without the end token."""
+        """Returns the tokens of a caption, without the end token."""
         ...
 
 
@@ -99,7 +99,7 @@ class Collator:
             raise ValueError(f"mode must be 'train' or 'generate', not '{self.mode}'")
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
-        """Collate the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
+        """Collates the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
         # 1. A sequence of token ids per clip; a clip without a caption has no loss and is skipped.
         skipped = [item for item in items if isinstance(item, Skipped)]
         sequences: list[_Sequence] = []
@@ -142,14 +142,14 @@ class Collator:
         return self.is_packed and self.mode == "train"
 
     def _caption_ids(self, clip: Clip) -> tuple[int, ...]:
-        """Return the untruncated target with its end token; empty for generation and if there is nothing to learn."""
+        """Returns the untruncated target with its end token; empty for generation and if there is nothing to learn."""
         if self.mode == "generate" or not clip.captions:
             return ()
         ids = self.prompt.encode_caption(clip.captions[0])
         return (*ids, self.prompt.end_id) if ids else ()
 
     def _prompt(self, grid_thw: GridTHW | None, times_s: FrameTimes | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Return the ids up to the caption, and which of them are placeholders."""
+        """Returns the ids up to the caption, and which of them are placeholders."""
         video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw, times_s)
         ids: list[int] = []
         is_visual: list[bool] = []
@@ -161,7 +161,7 @@ class Collator:
         return tuple(ids), tuple(is_visual)
 
     def _layout(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-        """Return (R, S), and the row and start of each clip."""
+        """Returns (R, S), and the row and start of each clip."""
         lengths = [len(sequence) for sequence in sequences]
         if self._is_packing and sequences:
             *starts, width = accumulate(lengths, initial=0)
@@ -172,13 +172,13 @@ class Collator:
         ]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
-        """Return ids, mask and positions, each (R, S), and places, by their names in a `Batch`."""
-        shape, places = self._layout(sequences)
+        """Returns ids, mask and positions, each (R, S), and indices, by their names in a `Batch`."""
+        shape, starts = self._layout(sequences)
         ids = torch.full(shape, self.prompt.pad_id, dtype=torch.int64)
         attention, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         labels = torch.full_like(ids, IGNORED)
-        for sequence, (row, start) in zip(sequences, places, strict=True):
+        for sequence, (row, start) in zip(sequences, starts, strict=True):
             middle, end = start + len(sequence.prompt), start + len(sequence)  # prompt | caption
             ids[row, start:end] = torch.tensor([*sequence.prompt, *sequence.caption], dtype=torch.int64)
             attention[row, start:end] = 1
@@ -189,7 +189,7 @@ class Collator:
         return {
             "input_ids": ids,
             "attention_mask": attention,
-            **places_of(visual, labels if self.mode == "train" else None),
+            **flat_indices(visual, labels if self.mode == "train" else None),
             "position_ids": positions if self._is_packing else None,
         }
 
@@ -211,7 +211,7 @@ class ValidationCollator:
     is_captioned: bool = True
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
-        """Collate the usable samples."""
+        """Collates the usable samples."""
         bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
         labelled = [
             self.labelled(bare[start : start + self.batch_size]) for start in range(0, len(bare), self.batch_size)
@@ -219,27 +219,24 @@ class ValidationCollator:
         return ValidationBatch(self.prompts(items), tuple(labelled), self.is_captioned)
 
 
-def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
-    """Locate visual tokens and labels, by their names in a `Batch`.
+def flat_indices(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    """Locates visual tokens and labels, by their names in a `Batch`.
 
     Args:
         visual_mask: bool (R, S), True where a projected visual token goes.
         labels: int64 (R, S), `IGNORED` where the loss skips a token, as at the start of a row; None for generation.
     """
-    found: dict[str, Any] = {
-        "visual_places": visual_mask.flatten().nonzero().flatten(),  # (R, S) -> (R * S,) -> (V of all clips,)
-        "targets": None,
-        "label_places": None,
-    }
-    if labels is not None:
-        flat = labels.flatten()  # (R, S) -> (R * S,)
-        places = (flat != IGNORED).nonzero().flatten()
-        found |= {"targets": flat[places], "label_places": places - 1}  # the hidden state before a token predicts it
-    return found
+    visual_indices = visual_mask.flatten().nonzero().flatten()  # (R, S) -> (R · S,) -> (V of all clips,)
+    if labels is None:
+        return {"visual_indices": visual_indices, "targets": None, "label_indices": None}
+    flat = labels.flatten()  # (R, S) -> (R · S,)
+    target_indices = (flat != IGNORED).nonzero().flatten()
+    # The hidden state in front of a token predicts it.
+    return {"visual_indices": visual_indices, "targets": flat[target_indices], "label_indices": target_indices - 1}
 
 
 def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:
-    """Stack tensors, (B, ...), padded with zeros to the largest; None if the samples have none."""
+    """Stacks tensors, (B, ...), padded with zeros to the largest; None if the samples have none."""
     present = [tensor for tensor in tensors if tensor is not None]
     assert len(present) in (0, len(tensors)), "a batch mixes decoded and cached clips"
     if not present:

@@ -65,7 +65,7 @@ class CaptionDataModule(L.LightningDataModule):
         self._position: Mapping[str, Any] | None = None
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
-        """Return the training loader, ordered by seed and epoch; after a resume it starts at the saved position."""
+        """Returns the training loader, ordered by seed and epoch; after a resume it starts at the saved position."""
         rank, world_size = self._rank
         content = _clips_digest(self.clips["train"])
         plan = self._plan()
@@ -80,16 +80,16 @@ class CaptionDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self, *, is_captioned: bool = True) -> DataLoader[Any]:
-        """Return the validation clips of the training loop, as prompts and with labels, or only for the loss."""
+        """Returns the validation clips of the training loop, as prompts and with labels, or only for the loss."""
         collator = ValidationCollator(self.prompt_collator, self.train_collator, self.data.batch_size, is_captioned)
         return self._eval_loader(self.clips["val"][: self.max_eval_clips], collator, self.prompt_batch_size)
 
     def prompt_loader(self, split: str) -> DataLoader[Any]:
-        """Return every clip of a split once, as prompts."""
+        """Returns every clip of a split once, as prompts."""
         return self._eval_loader(self.clips[split], self.prompt_collator, self.prompt_batch_size)
 
     def sample_loader(self, clips: Sequence[Clip]) -> DataLoader[Any]:
-        """Return the clips once over all ranks, as lists of `Sample` and `Skipped`, one per batch of prompts."""
+        """Returns the clips once over all ranks, as lists of `Sample` and `Skipped`, one per batch of prompts."""
         rank, world_size = self.evaluation_rank
         size = self.prompt_batch_size
         return DataLoader(
@@ -97,11 +97,11 @@ class CaptionDataModule(L.LightningDataModule):
         )
 
     def resume_at(self, position: Mapping[str, Any]) -> None:
-        """Let the next training loader start at a `BatchSampler.position`."""
+        """Lets the next training loader start at a `BatchSampler.position`."""
         self._position = position
 
     def _plan(self) -> BatchPlan:
-        """Plan the training batches.
+        """Plans the training batches.
 
         Raises:
             UserError: A clip is longer than a batch may be.
@@ -125,19 +125,19 @@ class CaptionDataModule(L.LightningDataModule):
     def _eval_loader(
         self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], batch_size: int
     ) -> DataLoader[Any]:
-        """Return each clip once over all ranks; ranks may differ by one clip, as a repeated clip would count twice."""
+        """Returns each clip once over all ranks; ranks may differ by one clip, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
-        own = range(rank, len(clips), world_size)
+        indices = range(rank, len(clips), world_size)
         # A batch keeps a GPU busy for minutes, so each worker prefetches only one; the frames of a large batch take
         # gigabytes.
         prefetch = 1 if self.data.num_workers else None
         options = self._loader_options(clips, collator, batch_size)
-        return DataLoader(sampler=own, batch_size=batch_size, prefetch_factor=prefetch, **options)
+        return DataLoader(sampler=indices, batch_size=batch_size, prefetch_factor=prefetch, **options)
 
     def _loader_options(
         self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], num_clips: int
     ) -> dict[str, Any]:
-        """Return the arguments common to all loaders; batches have at most `num_clips` clips."""
+        """Returns the arguments common to all loaders; batches have at most `num_clips` clips."""
         workers, dataset = self.data.num_workers, self.make_dataset(clips)
         return {
             "dataset": self.watch.watch(dataset, clips) if workers else dataset,
@@ -161,7 +161,7 @@ class CaptionDataModule(L.LightningDataModule):
 
 
 def _clips_digest(clips: Sequence[Clip]) -> str:
-    """Return eight hexadecimal digits for the ids and captions of a thousand clips, evenly spread."""
+    """Returns eight hexadecimal digits for the ids and captions of a thousand clips, evenly spread."""
     content = hashlib.sha256()
     for index in range(0, len(clips), max(1, len(clips) // 1000)):
         clip = clips[index]

@@ -53,12 +53,12 @@ class LostError(Exception):
 
 
 def is_available() -> bool:
-    """Return whether calls can be isolated here; macOS can fork, but its libraries do not survive it."""
+    """Returns whether calls can be isolated here; macOS can fork, but its libraries do not survive it."""
     return hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an allocation failed, which torch reports as a RuntimeError."""
+    """Returns whether an allocation failed, which torch reports as a RuntimeError."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
@@ -85,7 +85,7 @@ class Isolated:
         self._reset()
 
     def call(self, function: Callable[[Any], Answer], request: Any) -> Answer:
-        """Return what `function` returns for `request`.
+        """Returns what `function` returns for `request`.
 
         Args:
             function: Function to call, the same in every call, because the child has it from its fork.
@@ -109,7 +109,7 @@ class Isolated:
             return self._ask(self._living_child(function), request)
 
     def close(self) -> None:
-        """End the child; another call would fork a new one."""
+        """Ends the child; another call would fork a new one."""
         if self._child is not None and self._owner == os.getpid():
             self._discard(self._child)
 
@@ -151,7 +151,7 @@ class Isolated:
         return facts, tensor
 
     def _discard(self, child: _Child, patience_s: float = 0.0) -> int | None:
-        """End the child; return its status as `os.waitpid` gives it, or None if it does not end."""
+        """Ends the child; returns its status as `os.waitpid` gives it, or None if it does not end."""
         self._child = None
         status = child.end(patience_s)
         if status is None:
@@ -179,7 +179,7 @@ class _Child:
         self._finalizer = weakref.finalize(self, _end, self.pid, self._connection, parent)
 
     def ask(self, request: Any, deadline_s: float) -> Answer:
-        """Send a request and return the answer.
+        """Sends a request and returns the answer.
 
         Raises:
             TimeoutError: No answer came by `deadline_s` of the monotonic clock.
@@ -201,12 +201,12 @@ class _Child:
         return facts, tensor.reshape(shape)
 
     def end(self, patience_s: float) -> int | None:
-        """Kill the child after `patience_s`; return its status, or None if it does not end."""
+        """Kills the child after `patience_s`; returns its status, or None if it does not end."""
         self._finalizer.detach()
         return _end(self.pid, self._connection, os.getpid(), patience_s)
 
     def close(self) -> None:
-        """Close the connection to a child that has ended."""
+        """Closes the connection to a child that has ended."""
         self._finalizer.detach()
         self._connection.close()
 
@@ -232,7 +232,7 @@ def _end(pid: int, connection: socket.socket, parent: int, patience_s: float = 0
 
 
 def _reap(pid: int, patience_s: float) -> int | None:
-    """Wait for a child; return its status, or None while it runs."""
+    """Waits for a child; returns its status, or None while it runs."""
     deadline_s = time.monotonic() + patience_s
     while True:
         try:
@@ -259,7 +259,7 @@ def _describe(status: int | None) -> str:
 
 
 def _serve(connection: socket.socket, function: Callable[[Any], Answer], memory_bytes: int, parent: int) -> NoReturn:
-    """Answer requests with the results of `function`; never return.
+    """Answers requests with the results of `function`; never returns.
 
     Args:
         connection: Connection to the parent.
@@ -299,7 +299,7 @@ def _prepare(connection: socket.socket, memory_bytes: int, parent: int) -> None:
 
 
 def _reset_signals() -> None:
-    """Let faults kill the child silently, and ignore signals for the run's processes, which the parent handles."""
+    """Lets faults kill the child silently, and ignores signals for the run's processes, which the parent handles."""
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):  # SIGKILL and SIGSTOP cannot be set
             signal.signal(number, signal.SIG_DFL)
@@ -310,7 +310,7 @@ def _reset_signals() -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Die with the parent. Outside Linux the end of the connection serves, which a child that hangs does not see."""
+    """Dies with the parent. Outside Linux the end of the connection serves, which a child that hangs does not see."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -318,7 +318,7 @@ def _die_with(parent: int) -> None:
 
 
 def _redirect_open_files(keep: int) -> None:
-    """Redirect every other descriptor to /dev/null, since pipes and locks held open here would outlive the parent.
+    """Redirects every other descriptor to /dev/null, since pipes and locks held open here would outlive the parent.
 
     They are not closed: their numbers would be given to new files, which the owners of the old ones would close.
     """
@@ -340,7 +340,7 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    """Return the next request, or None at the end."""
+    """Returns the next request, or None at the end."""
     length = connection.recv(_LENGTH.size, socket.MSG_WAITALL)
     if len(length) < _LENGTH.size:
         return None

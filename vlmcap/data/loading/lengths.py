@@ -27,7 +27,7 @@ _encode: Encode | None = None  # set in the processes of the pool
 def caption_lengths(
     clips: Sequence[Clip], encode: Encode, *, folder: Path, fingerprint: str, num_processes: int | None = None
 ) -> NDArray[np.int32]:
-    """Count the tokens of each clip's first caption, end token included, (N,); 0 where there is nothing to learn from.
+    """Counts the tokens of each clip's first caption, end token included, (N,); 0 where there is nothing to learn from.
 
     Args:
         clips: Clips, read in slices and never copied.
@@ -49,7 +49,7 @@ def caption_lengths(
 def sequence_lengths(
     captions: NDArray[np.int32], *, max_caption_tokens: int, prompt_tokens: int, visual_tokens: int | NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the number of tokens of each clip's sequence in a training batch, (N,).
+    """Returns the number of tokens of each clip's sequence in a training batch, (N,).
 
     Args:
         captions: Caption lengths from `caption_lengths`.
@@ -77,7 +77,7 @@ def _counts(clips: Sequence[Clip], encode: Encode, num_processes: int) -> Iterat
 
 
 def count_tokens(clips: Sequence[Clip], encode: Encode) -> NDArray[np.int32]:
-    """Count the tokens of each first caption, end token included; 0 for empty ones."""
+    """Counts the tokens of each first caption, end token included; 0 for empty ones."""
     counts = (len(encode(clip.captions[0])) if clip.captions else 0 for clip in clips)
     return np.fromiter((count + 1 if count else 0 for count in counts), dtype=np.int32, count=len(clips))
 

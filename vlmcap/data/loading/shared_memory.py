@@ -21,7 +21,7 @@ _ENOUGH_BYTES = 2**30
 
 
 def shared_memory_problem(needed_bytes: int = _ENOUGH_BYTES) -> str | None:
-    """Describe in one sentence why shared memory may be too small for batches of data workers; None if it is not."""
+    """Describes in one sentence why shared memory may be too small for batches of data workers; None if it is not."""
     try:
         free = shutil.disk_usage(_SHM_FOLDER).free
     except OSError:  # systems without it have no such limit
@@ -35,12 +35,12 @@ def shared_memory_problem(needed_bytes: int = _ENOUGH_BYTES) -> str | None:
 
 
 def use_pipes_when_full() -> None:
-    """Let this process, a data worker, send tensors through its pipe when shared memory is full."""
+    """Lets this process, a data worker, send tensors through its pipe when shared memory is full."""
     ForkingPickler.register(torch.UntypedStorage, _reduce_storage)
 
 
 def shared_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return zeros that this process shares with its forks; not shared if shared memory is full."""
+    """Returns zeros that this process shares with its forks; not shared if shared memory is full."""
     zeros = torch.zeros(*shape, dtype=dtype)
     with contextlib.suppress(RuntimeError, OSError):
         zeros.share_memory_()

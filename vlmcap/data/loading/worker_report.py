@@ -32,7 +32,7 @@ _MARGIN_S = 3.0  # per clip, on top of the limit at which its decoder is stopped
 
 
 def worker_options(num_workers: int, num_clips: int, clip_timeout_s: float) -> dict[str, Any]:
-    """Return the loader arguments for the startup of its workers and for how long it waits for a batch.
+    """Returns the loader arguments for the startup of its workers and for how long it waits for a batch.
 
     Args:
         num_workers: Number of workers; 0 loads in the main process.
@@ -46,13 +46,13 @@ def worker_options(num_workers: int, num_clips: int, clip_timeout_s: float) -> d
 
 
 def start_worker(_worker_id: int) -> None:
-    """Prepare a data worker; its `worker_init_fn`."""
+    """Prepares a data worker; its `worker_init_fn`."""
     leave_signals_to_main()
     use_pipes_when_full()
 
 
 def leave_signals_to_main() -> None:
-    """Make a worker survive the signals that stop a run, which a terminal and Slurm send to all of its processes.
+    """Makes a worker survive the signals that stop a run, which a terminal and Slurm send to all of its processes.
 
     The main process needs batches until the end of its step and ends its workers itself. A worker that hangs is ended
     by an alarm, because torch also uses SIGTERM to end workers. Windows knows Ctrl-C alone.
@@ -82,7 +82,7 @@ class WorkerNotes:
 
     @contextmanager
     def reading(self, worker_id: int, index: int) -> Iterator[None]:
-        """Note that a worker reads a clip inside the block."""
+        """Notes that a worker reads a clip inside the block."""
         self._notes[worker_id, 0], self._notes[worker_id, 1] = os.getpid(), 1 + index
         try:
             yield
@@ -90,15 +90,15 @@ class WorkerNotes:
             self._notes[worker_id, 1] = 0
 
     def clips_read(self) -> list[Clip]:
-        """Return the clips that workers are reading."""
+        """Returns the clips that workers are reading."""
         return [self._clips[int(noted) - 1] for _, noted in self._notes.tolist() if noted]
 
     def readers(self) -> list[int]:
-        """Return the ids of the processes that are reading a clip or died while they read one."""
+        """Returns the ids of the processes that are reading a clip or died while they read one."""
         return [pid for pid, noted in self._notes.tolist() if noted]
 
     def clip_read_by(self, pid: int) -> Clip | None:
-        """Return the clip that a worker process is reading or died of.
+        """Returns the clip that a worker process is reading or died of.
 
         None between two clips, and for processes that are not workers of this loader.
         """
@@ -132,7 +132,7 @@ class WorkerWatch:
         self._notes: list[WorkerNotes] = []
 
     def watch(self, dataset: Dataset[T_co], clips: Sequence[Clip]) -> WatchedDataset[T_co]:
-        """Wrap a data set for a loader.
+        """Wraps a data set for a loader.
 
         Args:
             dataset: Data set whose keys are an index of `clips` or (epoch, index).
@@ -144,7 +144,7 @@ class WorkerWatch:
 
     @contextmanager
     def as_user_errors(self) -> Iterator[None]:
-        """Convert the death or silence of a worker inside the block into a `UserError` that names its clip.
+        """Converts the death or silence of a worker inside the block into a `UserError` that names its clip.
 
         torch raises the error out of a signal handler, at any point of the main process, so the block must contain the
         whole training.
@@ -167,7 +167,7 @@ class WorkerWatch:
             raise UserError(self._describe_death(self._dead_workers(), None)) from error
 
     def _dead_workers(self) -> list[int]:
-        """Return the ids of the processes that ended while they read a clip."""
+        """Returns the ids of the processes that ended while they read a clip."""
         alive = {child.pid for child in multiprocessing.active_children()}
         return [pid for notes in self._notes for pid in notes.readers() if pid not in alive]
 
@@ -182,8 +182,8 @@ class WorkerWatch:
         return f"no batch came from the data workers for {seconds:.0f} s{reading}: {cause}"
 
     def _describe_death(self, pids: list[int], signal_name: str | None) -> str:
-        found = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]
-        clips = {clip.video: clip for clip in found if clip is not None}
+        being_read = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]
+        clips = {clip.video: clip for clip in being_read if clip is not None}
         how = f" (signal {signal_name.strip()})" if signal_name else ""
         which = f", process {', '.join(map(str, pids))}," if pids else ""
         who = f"a data worker{which} died{how}"
@@ -200,13 +200,13 @@ class WorkerWatch:
 
 
 def _is_from_tensor_transfer(error: BaseException) -> bool:
-    """Return whether the error arose while a tensor was fetched from its worker, which died before handing it over."""
+    """Returns whether the error arose while a tensor was fetched from its worker, which died before handing it over."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
 
 
 def _chained_message(error: BaseException) -> str:
-    """Join the messages of the error and its causes; which of its two errors torch raises first depends on timing."""
+    """Joins the messages of the error and its causes; which of its two errors torch raises first depends on timing."""
     texts, cause = [str(error)], error.__cause__ or error.__context__
     while cause is not None:
         texts.append(str(cause))

@@ -63,7 +63,7 @@ class Address(NamedTuple):
 
 
 def parse_address(address: str) -> Address:
-    """Split an address into its components.
+    """Splits an address into its components.
 
     Raises:
         MediaError: The address names a member but no archive, or an archive within an archive.
@@ -83,7 +83,7 @@ def parse_address(address: str) -> Address:
 
 
 def member_address(archive: str, member: str) -> str:
-    """Return the address of a member of an archive, whose name ends in .zip or .tar.
+    """Returns the address of a member of an archive, whose name ends in .zip or .tar.
 
     Raises:
         MediaError: The name has another ending.
@@ -92,14 +92,14 @@ def member_address(archive: str, member: str) -> str:
 
 
 def local_path(address: str) -> Path | None:
-    """Return the path of a plain local file, or None for other addresses."""
+    """Returns the path of a plain local file, or None for other addresses."""
     parts = parse_address(address)
     path = None if parts.kind else local_file(parts.file)
     return None if path is None else Path(path)
 
 
 def open_media(address: str) -> BinaryIO:
-    """Open the content, readable and seekable; each call opens it again, so this is safe in any process.
+    """Opens the content, readable and seekable; each call opens it again, so this is safe in any process.
 
     Raises:
         MediaError: The content does not exist, is encrypted, damaged, or compressed in a way or to a degree that is
@@ -117,7 +117,7 @@ def open_media(address: str) -> BinaryIO:
 
 
 def stat_media(address: str) -> MediaStat:
-    """Return size in bytes and version of the content; for a member, the archive's version and the position in it.
+    """Returns size in bytes and version of the content; for a member, the archive's version and the position in it.
 
     Raises:
         MediaError: The content does not exist.
@@ -130,7 +130,7 @@ def stat_media(address: str) -> MediaStat:
 
 
 def list_members(archive: str) -> Sequence[Member]:
-    """List the files in an archive in its order, without folders, links and devices.
+    """Lists the files in an archive in its order, without folders, links and devices.
 
     Raises:
         MediaError: The archive cannot be read, or is not a .zip or uncompressed .tar file.
@@ -139,7 +139,7 @@ def list_members(archive: str) -> Sequence[Member]:
 
 
 def read_text(address: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read the content as UTF-8 text without a byte order mark.
+    """Reads the content as UTF-8 text without a byte order mark.
 
     Raises:
         MediaError: The content cannot be read, is larger than `max_bytes`, or is not UTF-8.
@@ -196,7 +196,7 @@ def _open_zipped(address: str, archive: str, span: MemberSpan) -> BinaryIO:
 
 
 def _content_start(address: str, header: bytes, span: MemberSpan) -> int:
-    """Return the position in the archive at which the content begins.
+    """Returns the position in the archive at which the content begins.
 
     The extra field of the local header may differ from that of the central directory.
     """

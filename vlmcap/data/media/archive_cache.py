@@ -19,7 +19,7 @@ _folder: Path | None = None
 
 
 def use_index_folder(folder: Path | None) -> None:
-    """Let this process and its forks keep the indices of archives in `folder`; None keeps them in memory only.
+    """Lets this process and its forks keep the indices of archives in `folder`; None keeps them in memory only.
 
     This pays off for shards on object storage, whose headers cost a request for each member.
     """
@@ -28,7 +28,7 @@ def use_index_folder(folder: Path | None) -> None:
 
 
 def index_of(archive: str, kind: str) -> ArchiveIndex:
-    """Return the index of an archive.
+    """Returns the index of an archive.
 
     A local archive that has changed is read again; a remote one is assumed not to change while the process runs.
 

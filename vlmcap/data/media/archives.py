@@ -82,14 +82,14 @@ class ArchiveIndex(Sequence[Member]):
         return Member(self.names[key], int(self.spans["size"][key]))
 
     def find(self, name: str) -> MemberSpan | None:
-        """Return the location of a member, or None."""
+        """Returns the location of a member, or None."""
         positions = cast("dict[str, int]", self._positions)  # type: ignore[attr-defined]
         position = positions.get(name)
         return None if position is None else MemberSpan(*self.spans[position].item())
 
 
 def kind_of(archive: str) -> str:
-    """Return the kind of an archive by the ending of its name: "zip" or "tar".
+    """Returns the kind of an archive by the ending of its name: "zip" or "tar".
 
     Raises:
         MediaError: It is neither, or a compressed tar, whose members can only be reached by reading all before them.
@@ -103,7 +103,7 @@ def kind_of(archive: str) -> str:
 
 
 def read_index(archive: str, kind: str, version: str) -> ArchiveIndex:
-    """Read the index of an archive from its central directory (zip) or its headers (tar).
+    """Reads the index of an archive from its central directory (zip) or its headers (tar).
 
     Raises:
         MediaError: The archive cannot be read, is damaged, is of another kind, or is a compressed tar.
@@ -158,7 +158,7 @@ def _tar_spans(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]
 
 
 def decode_name(raw: bytes, *, is_utf8: bool) -> str:
-    """Decode the name of a member.
+    """Decodes the name of a member.
 
     Korean Windows writes cp949 and macOS UTF-8, both without setting a zip's flag, where the standard implies cp437.
     The name is decoded as UTF-8 if that is valid and has Hangul, else as cp949 if that has Hangul, else as valid UTF-8,

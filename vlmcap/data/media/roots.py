@@ -28,7 +28,7 @@ class OutsideRootError(Exception):
 
 
 def resolve_media(settings: MediaConfig, name: str) -> str:
-    """Return the address of a file that annotations name, below `root/media`, in a folder or inside an archive.
+    """Returns the address of a file that annotations name, below `root/media`, in a folder or inside an archive.
 
     The name is tried in NFC and in NFD. An archive counts as a folder of its name and also as the folder that contains
     it. A remote root is not asked whether the file exists.
@@ -51,17 +51,17 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
         if re.search(r"[%?#]", relative):  # a server may decode %2e%2e to ..
             raise OutsideRootError(f"{name!r} contains %, ? or #, which have a meaning in a URL; rename the file")
         return f"{settings.root.rstrip('/')}/{relative}"
-    found = _local_file(settings, relative) or _archive_member(settings, relative, "/".join(parts))
-    if found is None:
+    address = _local_file(settings, relative) or _archive_member(settings, relative, "/".join(parts))
+    if address is None:
         broken = [archive.error for archive in _archives(settings) if archive.error]
         raise OutsideRootError(
             f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else "")
         )
-    return found
+    return address
 
 
 def annotation_files(settings: AnnotatedConfig) -> list[str]:
-    """Return the sorted addresses of the files that `data.annotations` names.
+    """Returns the sorted addresses of the files that `data.annotations` names.
 
     Its value is a file or a pattern with `*`, `?` and `**` below the root.
 
@@ -79,19 +79,19 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
         except OutsideRootError as error:
             raise UserError(f"data.annotations: {error}") from error
     try:
-        found = sorted(_matching(settings, pattern))
+        addresses = sorted(_matching(settings, pattern))
     except MediaError as error:
         raise UserError(f"data.root={root}: {error}") from error
-    if not found:
+    if not addresses:
         raise UserError(
             f"data.annotations={settings.annotations} is not a file below data.root={root}; "
             f"{_describe_root(root, pattern)}"
         )
-    return found
+    return addresses
 
 
 def real_address(address: str) -> str:
-    """Return the address with all links resolved, so that a file has one address however it is spelled.
+    """Returns the address with all links resolved, so that a file has one address however it is spelled.
 
     Remote addresses are returned unchanged.
     """
@@ -106,14 +106,14 @@ def real_address(address: str) -> str:
 
 
 def relative_address(address: str, root: str) -> str:
-    """Return the address relative to the root, in NFC, which does not depend on where the data set is stored."""
+    """Returns the address relative to the root, in NFC, which does not depend on where the data set is stored."""
     member, separator, location = address.rpartition("::")
     below = location.removeprefix(root.rstrip("/")).lstrip("/")
     return unicodedata.normalize("NFC", f"{member}{separator}{below}")
 
 
 def _split_name(name: str, allow_outside: bool, *, is_folder: bool = False) -> list[str]:
-    """Split a relative path into its components; raise `OutsideRootError` for other names."""
+    """Splits a relative path into its components; raises `OutsideRootError` for other names."""
     if "\0" in name or any("\ud800" <= char <= "\udfff" for char in name):
         raise OutsideRootError(f"{name!r} is not a file name")
     if is_folder and allow_outside:
@@ -172,7 +172,7 @@ def _real(folder: str) -> str:
 
 
 def _archive_member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
-    """Return the address of the archive member below the root that has this path, or this name."""
+    """Returns the address of the archive member below the root that has this path, or this name."""
     archives = [archive for archive in _archives(settings) if not archive.error]
     below = [
         (a, relative.removeprefix(a.folder).lstrip("/"))
@@ -181,13 +181,13 @@ def _archive_member(settings: AnnotatedConfig, relative: str, name: str) -> str 
     ]
     # A member may have its path below the archive's folder, its path below the root, or its name in the annotations.
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
-        found = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
-        if len(found) > 1:
+        addresses = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
+        if len(addresses) > 1:
             raise OutsideRootError(
-                f"{found[0]} and {found[1]} have the same name; set data.media to the archive to use"
+                f"{addresses[0]} and {addresses[1]} have the same name; set data.media to the archive to use"
             )
-        if found:
-            return found[0]
+        if addresses:
+            return addresses[0]
     return None
 
 
@@ -243,7 +243,7 @@ def _refuse_link(settings: AnnotatedConfig, path: str) -> None:
 
 
 def _describe_root(root: str, pattern: str) -> str:
-    """Describe which files the root has with the ending of the pattern, and what to set."""
+    """Describes which files the root has with the ending of the pattern, and what to set."""
     ending = os.path.splitext(pattern)[1]
     if "://" in root or not os.path.isdir(root):
         if "://" in root or os.path.isfile(root):

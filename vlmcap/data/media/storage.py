@@ -52,7 +52,7 @@ class MediaStat:
 
 
 def scheme_of(location: str) -> str:
-    """Return the scheme of a URL, "" for a local path.
+    """Returns the scheme of a URL, "" for a local path.
 
     Raises:
         MediaError: The scheme is not in `SCHEMES`, or the URL chains file systems.
@@ -72,14 +72,14 @@ def scheme_of(location: str) -> str:
 
 
 def local_file(location: str) -> str | None:
-    """Return the path of the local file that `location` names, `file://` URLs included; None for other URLs."""
+    """Returns the path of the local file that `location` names, `file://` URLs included; None for other URLs."""
     scheme = scheme_of(location)
     return location.removeprefix("file://") if scheme in ("", "file") else None
 
 
 @contextmanager
 def as_media_errors(location: str) -> Iterator[None]:
-    """Convert errors of the operating system and of fsspec's backends into a `MediaError` that names the location."""
+    """Converts errors of the operating system and of fsspec's backends into a `MediaError` that names the location."""
     try:
         yield
     except MediaError:
@@ -95,7 +95,7 @@ def as_media_errors(location: str) -> Iterator[None]:
 
 
 def stat_file(location: str) -> MediaStat:
-    """Return size and version of a file.
+    """Returns size and version of a file.
 
     The version is made of its modification time, change time and inode, or of what the store reports (entity tag,
     checksum, time).
@@ -116,7 +116,7 @@ def stat_file(location: str) -> MediaStat:
 
 
 def open_file(location: str) -> BinaryIO:
-    """Open a file, readable and seekable; a remote one is read on demand in ranges of about `REMOTE_BLOCK_BYTES`.
+    """Opens a file, readable and seekable; a remote one is read on demand in ranges of about `REMOTE_BLOCK_BYTES`.
 
     Raises:
         MediaError: The file cannot be opened.
@@ -133,7 +133,7 @@ def open_file(location: str) -> BinaryIO:
 
 
 def read_range(location: str, start: int, end: int) -> bytes:
-    """Read bytes `start` to `end` of a file, in one request if it is remote; fewer if the file is shorter.
+    """Reads bytes `start` to `end` of a file, in one request if it is remote; fewer if the file is shorter.
 
     Raises:
         MediaError: The file cannot be read.
@@ -150,7 +150,7 @@ def read_range(location: str, start: int, end: int) -> bytes:
 
 
 def list_files(pattern: str) -> list[str]:
-    """List the files that match a pattern with `*`, `?` and `**`, sorted; their names begin like the pattern.
+    """Lists the files that match a pattern with `*`, `?` and `**`, sorted; their names begin like the pattern.
 
     Raises:
         MediaError: The folder cannot be listed.
@@ -160,9 +160,9 @@ def list_files(pattern: str) -> list[str]:
         system, name = _file_system(pattern)
         base = str(system._strip_protocol(folder))
         infos: Mapping[str, Mapping[str, Any]] = system.glob(name, detail=True)
-        found = sorted(str(match) for match, info in infos.items() if info.get("type", "file") == "file")
+        files = sorted(str(match) for match, info in infos.items() if info.get("type", "file") == "file")
         prefix = f"{folder}/" if folder else ""
-        return [prefix + match.removeprefix(base).lstrip("/") for match in found]
+        return [prefix + match.removeprefix(base).lstrip("/") for match in files]
 
 
 def _stat_local(path: str) -> MediaStat:
@@ -174,7 +174,7 @@ def _stat_local(path: str) -> MediaStat:
 
 
 def _file_system(location: str) -> tuple[Any, str]:
-    """Return the file system that fsspec caches in this process, and its name for the location."""
+    """Returns the file system that fsspec caches in this process, and its name for the location."""
     import fsspec
 
     scheme = scheme_of(location) or "file"
@@ -190,23 +190,23 @@ class Window(io.RawIOBase):
 
     @classmethod
     def of(cls, file: BinaryIO, start: int, size: int) -> BinaryIO:
-        """Return a buffered window on `size` bytes of `file` from `start`."""
+        """Returns a buffered window on `size` bytes of `file` from `start`."""
         return io.BufferedReader(cls(file, start, size), REMOTE_BLOCK_BYTES)
 
     def readable(self) -> bool:
-        """Return True."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
+        """Returns True."""
         return True
 
     def tell(self) -> int:
-        """Return the position in the window."""
+        """Returns the position in the window."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a position in the window and return it; reads beyond the end are empty."""
+        """Moves to a position in the window and returns it; reads beyond the end are empty."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise OSError("a position before the beginning")
@@ -214,7 +214,7 @@ class Window(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Buffer) -> int:
-        """Fill `buffer` by a single read and return the number of bytes."""
+        """Fills `buffer` by a single read and returns the number of bytes."""
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self._size - self._position))
         if not count:
@@ -231,7 +231,7 @@ class Window(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        """Close the window and the underlying file."""
+        """Closes the window and the underlying file."""
         if not self.closed:
             self._file.close()
         super().close()

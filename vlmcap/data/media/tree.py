@@ -62,12 +62,12 @@ class WalkState:
 
 
 def is_archive(name: str) -> bool:
-    """Return whether the name is that of an archive that can be read in place."""
+    """Returns whether the name is that of an archive that can be read in place."""
     return PurePosixPath(name).suffix.lower() in ARCHIVES
 
 
 def list_files(root: str, outside: Outside = "refuse", state: WalkState | None = None) -> Iterator[TreeFile | Skipped]:
-    """Yield every file below `root`, archive members included; hidden files are left out, broken archives reported.
+    """Yields every file below `root`, archive members included; hidden files are left out, broken archives reported.
 
     Raises:
         UserError: `root` is neither a folder nor an archive, or a link leaves it.
@@ -84,7 +84,7 @@ def list_files(root: str, outside: Outside = "refuse", state: WalkState | None =
 
 
 def walk(root: str, outside: Outside = "refuse", state: WalkState | None = None) -> Iterator[str]:
-    """Yield the paths of the regular files below a folder, sorted within each folder, without hidden ones.
+    """Yields the paths of the regular files below a folder, sorted within each folder, without hidden ones.
 
     Links to folders are followed, but not to those that contain the link. With `state`, each folder is visited one
     time, by its real name if that is below `root` too; without it, under every name that leads to it, since annotations
@@ -144,7 +144,7 @@ def _walk(
 
 
 def _entries(folder: str, state: WalkState | None) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder by name; if it cannot be opened, record that in `state` and return none."""
+    """Returns the entries of a folder by name; if it cannot be opened, records that in `state` and returns none."""
     try:
         with os.scandir(folder) as scan:
             return sorted(scan, key=lambda entry: entry.name)
@@ -164,12 +164,12 @@ def _no_folder_error(root: str) -> UserError:
 
 
 def is_below(real: str, real_root: str) -> bool:
-    """Return whether a path is `real_root` or below it; both must have their links resolved."""
+    """Returns whether a path is `real_root` or below it; both must have their links resolved."""
     return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
 def archives_below(root: str, outside: Outside = "skip") -> tuple[Archive, ...]:
-    """Return the archives below `root`, or `root` itself; cached in the process until `root` changes.
+    """Returns the archives below `root`, or `root` itself; cached in the process until `root` changes.
 
     Raises:
         UserError: `root` is neither a folder nor an archive.
@@ -184,8 +184,8 @@ def archives_below(root: str, outside: Outside = "skip") -> tuple[Archive, ...]:
 
 @lru_cache(maxsize=8)
 def _archives_below(root: str, outside: Outside, version: tuple[int, ...]) -> tuple[Archive, ...]:
-    found = [path for path in walk(root, outside) if is_archive(path)]
-    return tuple(_archive(path, os.path.splitext(Path(path).relative_to(root).as_posix())[0]) for path in found)
+    paths = [path for path in walk(root, outside) if is_archive(path)]
+    return tuple(_archive(path, os.path.splitext(Path(path).relative_to(root).as_posix())[0]) for path in paths)
 
 
 def _archive(path: str, folder: str) -> Archive:
@@ -212,12 +212,12 @@ def _members(path: str, folder: str, state: WalkState | None) -> Iterator[TreeFi
 
 
 def is_hidden_path(name: str) -> bool:
-    """Return whether a member of an archive is hidden or in a hidden folder."""
+    """Returns whether a member of an archive is hidden or in a hidden folder."""
     return any(map(_is_hidden, _name_components(name)))
 
 
 def _name_components(name: str) -> list[str]:
-    """Split a member's name, which is a label and not a path to open, into folders and file."""
+    """Splits a member's name, which is a label and not a path to open, into folders and file."""
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 

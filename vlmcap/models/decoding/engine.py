@@ -73,7 +73,7 @@ def native_engine_obstacle(llm: nn.Module) -> str:
 
 
 def supports_native_engine(config: Any, generation_config: Any) -> bool:
-    """Whether `greedy_ids` can decode a language model, judged by its configuration without weights.
+    """Returns whether `greedy_ids` can decode a language model, judged by its configuration without weights.
 
     Args:
         config: transformers' configuration of the language model.
@@ -291,7 +291,7 @@ class _Decoder:
             return {}
         # 2. The ids of finished captions are copied to the host.
         ids = torch.stack([texts.ids[index] for index in finished]).tolist()
-        found = {self.slots[index].request: own[: counts[index]] for index, own in zip(finished, ids, strict=True)}
+        done = {self.slots[index].request: tokens[: counts[index]] for index, tokens in zip(finished, ids, strict=True)}
         # 3. The remaining captions move to the front, so that steps run on the first slots only.
         num_left = num_slots - len(finished)
         free = [index for index in finished if index < num_left]
@@ -302,7 +302,7 @@ class _Decoder:
             self.slots[target] = self.slots[source]
         texts.is_done[num_left:num_slots] = True
         del self.slots[num_left:]
-        return found
+        return done
 
 
 def _round_up(number: int, block: int) -> int:

@@ -77,10 +77,10 @@ class SlotTexts:
         windows = ids.unfold(1, size, 1)[:, :-1]  # (N, M) -> (N, M - n, n): those with a token after them
         is_match = (windows == _tail(ids, self.counts[:count], size)[:, None]).all(-1) & (starts < counts - size)
         # (N, 1): column after the latest match, -1 without a match.
-        place = (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)
-        period = (counts - place).clamp(min=1)
-        index = place.clamp(min=0) + torch.arange(num_tokens, device=ids.device) % period
-        return ids.gather(1, index).masked_fill(place < 0, -1)
+        continuation = (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)
+        period = (counts - continuation).clamp(min=1)
+        index = continuation.clamp(min=0) + torch.arange(num_tokens, device=ids.device) % period
+        return ids.gather(1, index).masked_fill(continuation < 0, -1)
 
     def write(self, logits: Tensor, drafts: Tensor, first: int = 0) -> None:
         """Appends the best next token to slots `first` to `first` + N, and further ones while drafts are confirmed.
@@ -93,15 +93,15 @@ class SlotTexts:
         written = slice(first, first + len(logits))
         ids, counts, is_done = self.ids[written], self.counts[written], self.is_done[written]
         is_active = ~is_done
-        for place in range(logits.shape[1]):
-            tokens = self._apply_penalties(logits[:, place], ids, counts).argmax(-1)
+        for step in range(logits.shape[1]):
+            tokens = self._apply_penalties(logits[:, step], ids, counts).argmax(-1)
             column = counts.clamp(max=self.max_tokens - 1)[:, None]
             ids.scatter_(1, column, torch.where(is_active[:, None], tokens[:, None], ids.gather(1, column)))
             counts += is_active
             is_over = (tokens[:, None] == self.stops).any(1) | (counts >= self.max_tokens)
             is_done |= is_active & is_over
-            if place < drafts.shape[1]:
-                is_active = is_active & ~is_over & (drafts[:, place] == tokens)
+            if step < drafts.shape[1]:
+                is_active = is_active & ~is_over & (drafts[:, step] == tokens)
 
     def _apply_penalties(self, logits: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
         """Returns logits (N, vocabulary) after the repetition controls."""
@@ -125,9 +125,9 @@ def penalised(logits: Tensor, ids: Tensor, counts: Tensor, penalty: float) -> Te
     """
     is_used = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
     used = torch.where(is_used, ids, ids[:, :1])  # the first token replaces those not written yet
-    found = logits.gather(1, used)
-    lowered = torch.where(found < 0, found * penalty, found / penalty)
-    return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, found))
+    used_logits = logits.gather(1, used)
+    lowered = torch.where(used_logits < 0, used_logits * penalty, used_logits / penalty)
+    return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, used_logits))
 
 
 def without_repeats(logits: Tensor, ids: Tensor, counts: Tensor, size: int) -> Tensor:

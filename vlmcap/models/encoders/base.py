@@ -205,8 +205,8 @@ class VideoEncoder(VisionEncoder):
         encoded: dict[int, Tensor] = {}
         for count in dict.fromkeys(steps):  # attention runs over a clip, so clips of one length are encoded together
             clips = [clip for clip, other in enumerate(steps) if other == count]
-            own = frames[on_device(clips, frames.device), : count * self.frames_per_token]
-            features = self.encode(own, ())  # (N, F, 3, S, S) -> (N, T, P, Dv)
+            selected = frames[on_device(clips, frames.device), : count * self.frames_per_token]
+            features = self.encode(selected, ())  # (N, F, 3, S, S) -> (N, T, P, Dv)
             padded = F.pad(features, (0, 0, 0, 0, 0, num_steps - count))
             encoded |= dict(zip(clips, padded, strict=True))
         return torch.stack([encoded[clip] for clip in range(len(frames))])
@@ -310,9 +310,9 @@ def _image_size(
 
     If the class supports any size, the processor file has priority over the configuration.
     """
-    own = frame_size(config)
-    own = None if own is None else square_side(own)
-    default = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
+    native = frame_size(config)
+    native = None if native is None else square_side(native)
+    default = (preprocessing.image_size or native) if layout.is_any_size or native is None else native
     size = default if options.image_size is None else options.image_size
     if size is None:
         raise UserError(
@@ -322,13 +322,13 @@ def _image_size(
     patch = layout.patch_size
     if size < patch:
         raise UserError(f"encoder.image_size={size} is less than one patch; the smallest possible is {patch}")
-    if size == own:
+    if size == native:
         return size, ()
     if layout.arguments:
         return size, layout.arguments
     if not layout.is_any_size:
         raise UserError(
-            f"encoder.image_size={size} is not possible, as this encoder has position embeddings for {own} pixels "
+            f"encoder.image_size={size} is not possible, as this encoder has position embeddings for {native} pixels "
             "only; leave it out"
         )
     if size % patch:

@@ -29,16 +29,16 @@ def tower_class(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     try:
-        found = MODEL_MAPPING[type(config)]
+        classes = MODEL_MAPPING[type(config)]
     except (KeyError, ValueError):
         module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
         models: list[Any] = [
             value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PreTrainedModel)
         ]
-        found = [model for model in models if model.config_class is type(config) and "forward" in vars(model)]
-        if not found:
+        classes = [model for model in models if model.config_class is type(config) and "forward" in vars(model)]
+        if not classes:
             raise UnknownLayoutError("has no class of its own in transformers") from None
-    return found[0] if isinstance(found, list | tuple) else found
+    return classes[0] if isinstance(classes, list | tuple) else classes
 
 
 def pixels_argument(model_class: Any) -> str:

@@ -60,9 +60,9 @@ class Videomae(Family):
 
     def positions(self, config: Any, grid: tuple[int, int]) -> Tensor:
         """Returns the sinusoids of the class, (1, T · P, Dv)."""
-        places = torch.arange(config.max_frames // config.tubelet_size * math.prod(grid), dtype=torch.float64)
+        positions = torch.arange(config.max_frames // config.tubelet_size * math.prod(grid), dtype=torch.float64)
         channels = torch.arange(config.hidden_size)
-        angles = places[:, None] / 10000 ** (channels // 2 * 2 / config.hidden_size).double()  # (T · P, Dv)
+        angles = positions[:, None] / 10000 ** (channels // 2 * 2 / config.hidden_size).double()  # (T · P, Dv)
         return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()[None]
 
 

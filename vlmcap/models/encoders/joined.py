@@ -70,7 +70,7 @@ class JoinedEncoder(nn.Module):
 
     def __init__(self, first: VisionEncoder, second: VisionEncoder) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([first, second])
+        self.encoders = nn.ModuleList([first, second])
         self.frames_per_token, self.grid, self.feature_layer = first.frames_per_token, first.grid, first.feature_layer
         self.embed_dim = first.embed_dim + second.embed_dim
         self.grids = first.grid, second.grid
@@ -88,7 +88,7 @@ class JoinedEncoder(nn.Module):
         Raises:
             UserError: One of the encoders does not support this number of frames.
         """
-        first, _ = (cast(VisionEncoder, part).possible_grids(num_frames) for part in self.parts)
+        first, _ = (cast(VisionEncoder, encoder).possible_grids(num_frames) for encoder in self.encoders)
         return first
 
     def forward(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
@@ -98,14 +98,14 @@ class JoinedEncoder(nn.Module):
             frames: Frames as returned by `transform`, padded at the end of F if clips have fewer.
             grid_thw: Size of each clip for the first encoder, if sizes are stated.
         """
-        first, second = self.parts
-        own, other = self.transform.split(frames)
+        first, second = self.encoders
+        first_frames, second_frames = self.transform.split(frames)
         grids = None
         if grid_thw is not None:
             per_step = cast(VisionEncoder, second).frames_per_token
             steps = [math.ceil(count * self.frames_per_token / per_step) for count, _, _ in grid_thw]
             grids = [(count, *self.grids[1]) for count in steps]
-        return join_features(first(own, grid_thw), second(other, grids), self.grids)
+        return join_features(first(first_frames, grid_thw), second(second_frames, grids), self.grids)
 
 
 def join_features(first: Tensor, second: Tensor, grids: tuple[Grid, Grid]) -> Tensor:

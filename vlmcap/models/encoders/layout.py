@@ -197,10 +197,10 @@ def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) ->
     """
     small = copy.deepcopy(config)
     set_depth(small, depth)
-    own = frame_size(config)
-    if size is not None and own is not None:
+    native = frame_size(config)
+    if size is not None and native is not None:
         name = "image_size" if getattr(config, "image_size", None) else "crop_size"
-        setattr(small, name, type(own)([size] * len(own)) if isinstance(own, list | tuple) else size)
+        setattr(small, name, type(native)([size] * len(native)) if isinstance(native, list | tuple) else size)
         if small.model_type == TIMM:
             small.model_args = {**small.model_args, "img_size": size}
     if is_narrow:
@@ -220,13 +220,13 @@ def _shrunk(config: Any, model_class: Any, *, depth: int, size: int | None) -> t
     side = square_side(frame_size(config)) if size is None else size
     try:
         tower = _random_tower(model_class, _small_config(config, depth, size, is_narrow=True))
-        found = _run(tower, torch.randn(1, 3, side, side))
+        output = _run(tower, torch.randn(1, 3, side, side))
     except ImportError:
         raise
     except Exception:  # the widths of the class are related in another way
         tower = _random_tower(model_class, _small_config(config, depth, size, is_narrow=False))
-        found = _run(tower, torch.randn(1, 3, side, side))
-    width = found.shape[-1]
+        output = _run(tower, torch.randn(1, 3, side, side))
+    width = output.shape[-1]
     return tower, int(config.hidden_size if width == tower.config.hidden_size else width)
 
 
@@ -273,7 +273,7 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
     # Image 0 is random, and image 1 + i differs from it in patch i.
     pixels = torch.randn(1, 3, _SIDE * patch, _SIDE * patch).repeat(1 + _SIDE**2, 1, 1, 1)
     for index in range(_SIDE**2):
-        rows, columns = (slice(place * patch, (place + 1) * patch) for place in divmod(index, _SIDE))
+        rows, columns = (slice(offset * patch, (offset + 1) * patch) for offset in divmod(index, _SIDE))
         pixels[1 + index, :, rows, columns] = torch.randn(3, patch, patch)
     tokens = run(tower, pixels)
     is_map = _call(tower, pixels[:1]).last_hidden_state.dim() == 4
@@ -281,10 +281,10 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
     patches = is_moved.any(1).nonzero().flatten().tolist()
     if len(patches) != _SIDE**2 or patches[-1] - patches[0] != len(patches) - 1:
         raise UnknownLayoutError(f"returns {len(patches)} tokens for {_SIDE**2} patches, not one for each")
-    found = is_moved[patches[0] : patches[-1] + 1]
+    moved_by = is_moved[patches[0] : patches[-1] + 1]
     # A convolution after the blocks lets a token of a map see the neighbours of its own patch, but no other patch.
     allowed = _neighbours() if is_map else torch.eye(_SIDE**2, dtype=torch.bool)
-    if not found.diagonal().all() or (found & ~allowed).any():
+    if not moved_by.diagonal().all() or (moved_by & ~allowed).any():
         raise UnknownLayoutError("mixes its patches or returns them in another order than row by row")
     return int(patches[0])
 
@@ -306,32 +306,32 @@ def _check_time(config: Any, model_class: Any, patch: int, num_joined: int) -> N
 
 def _neighbours() -> Tensor:
     """Returns whether two patches touch, bool (P, P)."""
-    places = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE))
-    return (places[:, None] - places[None]).abs().amax(-1) <= 1
+    positions = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE))
+    return (positions[:, None] - positions[None]).abs().amax(-1) <= 1
 
 
 @torch.no_grad()
 def _has_patches(tower: Any, size: int, patch: int, first: int, **arguments: Any) -> bool:
-    """Whether an image of another size gives the expected number of patches."""
+    """Returns whether an image of another size gives the expected number of patches."""
     known = _run(tower, torch.zeros(1, 3, _SIDE * patch, _SIDE * patch)).shape[1] - _SIDE**2
     try:
-        found = _run(tower, torch.zeros(1, 3, size, size), **arguments).shape[1]
+        num_tokens = _run(tower, torch.zeros(1, 3, size, size), **arguments).shape[1]
     except Exception:  # position embeddings of one size only
         return False
-    return found - known == (size // patch) ** 2 and first <= known
+    return num_tokens - known == (size // patch) ** 2 and first <= known
 
 
 def _check_true_size(config: Any, model_class: Any, patch: int, first: int, depth: int) -> None:
     """Raises `UnknownLayoutError` if images of the configured size give too few patches, as in hierarchical towers."""
-    own = frame_size(config)
-    if own is None:
+    native = frame_size(config)
+    if native is None:
         return
-    side = square_side(own)
+    side = square_side(native)
     tower, _ = _shrunk(config, model_class, depth=depth, size=None)
     with torch.no_grad():
-        found = _run(tower, torch.zeros(1, 3, side, side)).shape[1]
-    if found < first + (side // patch) ** 2:
-        raise UnknownLayoutError(f"returns {found} tokens for {(side // patch) ** 2} patches")
+        num_tokens = _run(tower, torch.zeros(1, 3, side, side)).shape[1]
+    if num_tokens < first + (side // patch) ** 2:
+        raise UnknownLayoutError(f"returns {num_tokens} tokens for {(side // patch) ** 2} patches")
 
 
 def _find_unused(tower: Any, size: int) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -356,10 +356,10 @@ def _find_unused(tower: Any, size: int) -> tuple[frozenset[str], tuple[str, ...]
 @torch.no_grad()
 def _is_same(compute: Callable[[], Tensor], expected: Tensor) -> bool:
     try:
-        found = compute()
+        output = compute()
     except Exception:  # the caller of the module expects more than a tensor
         return False
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
+    return output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5, rtol=1e-5)
 
 
 @cache

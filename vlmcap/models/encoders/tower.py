@@ -256,8 +256,8 @@ class _TensorNames:
     def _is_known(self, name: str) -> bool:
         from transformers.core_model_loading import rename_source_key
 
-        found, _ = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
-        return found in self._state or name in self._state
+        renamed, _ = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        return renamed in self._state or name in self._state
 
 
 def read_weights(folder: Path, names: Callable[[str], tuple[str, ...]]) -> dict[str, Tensor]:
@@ -298,9 +298,9 @@ def read_weights(folder: Path, names: Callable[[str], tuple[str, ...]]) -> dict[
 def _check_loading(folder: Path, required: set[str], loading: Mapping[str, Any]) -> None:
     """Raises a `UserError` for weights that transformers initialised randomly."""
     source = f"encoder.checkpoint {folder}"
-    for name, found, expected in sorted(loading["mismatched_keys"]):
+    for name, shape, expected in sorted(loading["mismatched_keys"]):
         raise UserError(
-            f"{source} has {name} of shape {tuple(found)}, but its config.json needs {tuple(expected)}; use "
+            f"{source} has {name} of shape {tuple(shape)}, but its config.json needs {tuple(expected)}; use "
             "config.json and weights of the same checkpoint"
         )
     if missing := sorted(required & set(loading["missing_keys"])):

@@ -98,7 +98,7 @@ def check_packing(folder: Path, name: str) -> None:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether all layers of a language model are marked as causal; False without such marks.
+    """Returns whether all layers of a language model are marked as causal; False without such marks.
 
     In a causal model, right padding does not affect real tokens, with or without a mask, including windowed and
     recurrent layers.
@@ -128,20 +128,20 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
 
 
 def _takes_functions(model_class: Any) -> bool:
-    """Whether a class claims to support attention functions that are registered with transformers."""
+    """Returns whether a class claims to support attention functions that are registered with transformers."""
     can_set = getattr(model_class, "_can_set_attn_implementation", None)
     return can_set is not None and bool(can_set())
 
 
 def _is_installed(name: str) -> bool:
-    """Whether the package is installed; otherwise transformers might download compiled code from the hub."""
+    """Returns whether the package is installed; otherwise transformers might download compiled code from the hub."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     return bool(is_flash_attn_2_available() if name == "flash_attention_2" else is_flash_attn_3_available())
 
 
 def needs_repeated_keys(device: str) -> bool:
-    """Whether the fused kernels of a device cannot group queries."""
+    """Returns whether the fused kernels of a device cannot group queries."""
     return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 

@@ -43,7 +43,7 @@ def labels_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
 
 
 def can_chunk(model: Any) -> bool:
-    """Whether the logits of a causal language model are `lm_head(hidden)`, with a frozen, unquantised head."""
+    """Returns whether the logits of a causal language model are `lm_head(hidden)`, with a frozen, unquantised head."""
     head: Any = getattr(model, "lm_head", None)
     if (
         type(model).__name__ not in UNSCALED

@@ -70,7 +70,7 @@ def pack_experts(weight: Tensor) -> Params4bit:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether the weights are packed 4-bit numbers with a quantisation state."""
+    """Returns whether the weights are packed 4-bit numbers with a quantisation state."""
     return weight.dtype == torch.uint8 and getattr(weight, "quant_state", None) is not None
 
 
@@ -93,9 +93,9 @@ def unpack_experts(weight: Params4bit, dtype: torch.dtype, experts: Tensor | Non
         scale = dequantize_blockwise(state.absmax, state.state2)
     else:
         # Only the scales of these experts are unpacked: those of all experts would be half of a token's memory traffic.
-        own = state.absmax.view(num_experts, -1)[experts]  # (E · blocks,) -> (S, blocks)
-        places = experts[:, None] * own.shape[1] + torch.arange(own.shape[1], device=own.device)
-        scale = (state.state2.code[own.int()] * state.state2.absmax[places // SCALE_BLOCK]).flatten()
+        absmax = state.absmax.view(num_experts, -1)[experts]  # (E · blocks,) -> (S, blocks)
+        indices = experts[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=absmax.device)
+        scale = (state.state2.code[absmax.int()] * state.state2.absmax[indices // SCALE_BLOCK]).flatten()
         bits = bits.view(num_experts, -1)[experts].view(-1, 1)  # (E · bytes, 1) -> (S · bytes, 1)
     whole = torch.Size((num_experts if experts is None else len(experts), *shape))
     scale.add_(state.offset)
@@ -133,7 +133,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch lacks a kernel for grouped products, so that the host waits for group sizes and loops.
+    """Returns whether PyTorch lacks a kernel for grouped products, so that the host waits for group sizes and loops.
 
     Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel supports bfloat16 on compute capabilities 9
     and 10.
@@ -205,18 +205,18 @@ class FusedExperts(nn.Module):
         if top_k_index.numel() < self.num_experts:
             # Few pairs: one matrix per pair.
             rows = hidden_states[:, None].expand(-1, top_k, -1).flatten(0, 1)  # (N, H) -> (S, H)
-            found = self._run(rows[:, None], top_k_index.flatten(), None).unflatten(0, (-1, top_k)).squeeze(2)
+            outputs = self._run(rows[:, None], top_k_index.flatten(), None).unflatten(0, (-1, top_k)).squeeze(2)
         elif num_tokens <= _DENSE_TOKENS and waits_for_groups(device, dtype) and not torch.is_grad_enabled():
             # Few tokens without a grouped kernel: all tokens go through all experts.
             every = self._run(hidden_states.expand(self.num_experts, -1, -1), None, None)  # (E, N, H)
-            found = every[top_k_index, torch.arange(num_tokens, device=device)[:, None]]
+            outputs = every[top_k_index, torch.arange(num_tokens, device=device)[:, None]]
         else:
             # Many tokens: pairs are sorted by expert for a grouped product.
             chosen, order = top_k_index.flatten().sort(stable=True)
             experts = torch.arange(self.num_experts, device=device)
             offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
-            found = self._run(hidden_states[order // top_k], None, offsets)[order.argsort()].unflatten(0, (-1, top_k))
-        return (found * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)  # (N, K, H) -> (N, H)
+            outputs = self._run(hidden_states[order // top_k], None, offsets)[order.argsort()].unflatten(0, (-1, top_k))
+        return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)  # (N, K, H) -> (N, H)
 
     def _run(self, rows: Tensor, experts: Tensor | None, offsets: Tensor | None) -> Tensor:
         """Runs experts on rows in the layout of `_product`.
@@ -250,7 +250,7 @@ class FusedExperts(nn.Module):
         return output + (_product(low, up.transpose(1, 2), offsets) * self.lora_scale).to(output.dtype)
 
     def _is_frozen(self, name: str) -> bool:
-        """Whether autograd saves nothing for a product with these matrices."""
+        """Returns whether autograd saves nothing for a product with these matrices."""
         return is_packed(getattr(self, name))
 
     def _unpack(self, name: str, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
@@ -292,8 +292,8 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
     """
     from bitsandbytes.nn import Params4bit
 
-    found = list(stock_experts(model))
-    for name, module in found:
+    experts = list(stock_experts(model))
+    for name, module in experts:
         weights: list[Any] = [getattr(module, matrix) for matrix in MATRICES]
         if to_pack and any(weight[0].numel() % BLOCK for weight in weights):
             raise UserError(
@@ -304,7 +304,7 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
         model.set_submodule(
             name, FusedExperts(weights[0], weights[1], cast(nn.Module, module.act_fn)).train(module.training)
         )
-    return len(found)
+    return len(experts)
 
 
 def fused_experts(model: nn.Module) -> list[FusedExperts]:
@@ -313,7 +313,7 @@ def fused_experts(model: nn.Module) -> list[FusedExperts]:
 
 
 def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a module is a router, judged by its class, or by its name and number of outputs."""
+    """Returns whether a module is a router, judged by its class, or by its name and number of outputs."""
     if "router" in type(module).__name__.lower():
         return True
     config: Any = getattr(model, "config", None)

@@ -12,18 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm.experts import (
-    BLOCK,
-    SCALE_BLOCK,
     FusedExperts,
     is_packed,
     pack_experts,
     replace_experts,
-    stock_experts,
 )
 from vlmcap.models.versions import check_transformers
 
@@ -59,35 +55,6 @@ def check_experts_packed(model: nn.Module) -> None:
         UserError: A weight is not in 4 bits.
     """
     _check_experts(is_packed, model)
-
-
-def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Returns the bytes of a model's parameters with linear layers and experts in 4 bits, and the rest in `dtype`.
-
-    bitsandbytes' constant tables, about 1 KB per matrix, are not included.
-
-    Args:
-        model: Unquantised causal language model of transformers, possibly on the meta device.
-        dtype: Dtype of unquantised parameters: embeddings, head, norms, router.
-    """
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    kept = set(get_keys_to_not_convert(model))
-    linear = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in kept
-    }
-    experts = {id(weight) for _, module in stock_experts(model) for weight in module.parameters()}
-    total = 0
-    for parameter in model.parameters():
-        count = parameter.numel()
-        if id(parameter) in linear | experts:
-            scales = -(-count // BLOCK)
-            total += -(-count // 2) + scales + 4 * -(-scales // SCALE_BLOCK)
-        else:
-            total += count * dtype.itemsize
-    return total
 
 
 def _check_experts(is_quantized: Callable[[Tensor], bool], model: nn.Module) -> None:

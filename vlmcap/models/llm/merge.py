@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.files import new_folder
 from vlmcap.models.llm.experts import is_router, merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
 
@@ -34,37 +33,6 @@ _COPIED = (
 )
 
 
-def merge_adapters(
-    base_folder: Path,
-    weights: Mapping[str, Tensor],
-    output: Path,
-    *,
-    adapt: Callable[[nn.Module], nn.Module],
-    dtype: torch.dtype = torch.bfloat16,
-) -> float:
-    """Merges adapters into their base checkpoint and writes the result, completely or not at all.
-
-    Args:
-        base_folder: Unquantised base checkpoint of the adapters, in Hugging Face layout.
-        weights: Adapters by name, such as the state of a checkpoint; other tensors are ignored.
-        output: New folder for the merged model in Hugging Face layout, with the tokenizer of the base checkpoint.
-        adapt: Adds adapters to the base checkpoint as in training, such as `add_lora` with the run's settings.
-        dtype: Dtype of the merged weights.
-
-    Returns:
-        The relative difference of logits from `merge`.
-
-    Raises:
-        UserError: The output exists, the adapters do not fit, or the merged model gives other logits.
-    """
-    if output.exists():
-        raise UserError(f"{output} already exists; name a new folder for the merged model")
-    merged, difference = merged_model(base_folder, weights, adapt=adapt, dtype=dtype)
-    with new_folder(output) as partial:
-        save_merged(merged, base_folder, partial)
-    return difference
-
-
 def merged_model(
     base_folder: Path,
     weights: Mapping[str, Tensor],
@@ -79,9 +47,11 @@ def merged_model(
     Memory holds one copy of the weights, as adapters are merged in place.
 
     Args:
-        base_folder: As for `merge_adapters`.
-        weights: As for `merge_adapters`, or trained weights of the language model itself.
-        adapt: As for `merge_adapters`; None without adapters.
+        base_folder: Unquantised base checkpoint of the adapters, in Hugging Face layout.
+        weights: Adapters by name, such as the state of a checkpoint, or trained weights of the language model itself;
+            other tensors are ignored.
+        adapt: Adds adapters to the base checkpoint as in training, such as `add_lora` with the run's settings; None
+            without adapters.
         dtype: Dtype of the merged weights.
         device: Device of the merge, such as "cuda:0"; it must have room for the model.
         progress: Callback `(merged_layers, total_layers)`.
@@ -90,7 +60,7 @@ def merged_model(
         The model on the CPU, and the relative difference of logits from `merge`, 0 without adapters.
 
     Raises:
-        UserError: As for `merge_adapters`.
+        UserError: The adapters do not fit, or the merged model gives other logits.
     """
     load_device = "cpu" if adapt is None else device
     model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=load_device)
@@ -244,7 +214,7 @@ def _adapted_layers(llm: nn.Module) -> list[Any]:
 
 
 def is_mergeable(layer: Any) -> bool:
-    """Whether adapters can be added to the base weights of a layer: they are neither quantised nor sharded."""
+    """Returns whether adapters can be added to the base weights of a layer: they are neither quantised nor sharded."""
     weight = layer.get_base_layer().weight
     return weight.is_floating_point() and not hasattr(weight, "quant_state") and not _is_sharded(layer)
 
@@ -261,13 +231,13 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: An adapter is missing, unexpected or of another shape.
     """
-    own = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
+    adapters = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
     names = {name: name.removeprefix("captioner.").removeprefix("llm.") for name in weights if "lora_" in name}
     saved = {short: weights[name] for name, short in names.items() if not short.startswith(("encoder.", "projector."))}
-    for name in sorted(own.keys() ^ saved.keys()):
+    for name in sorted(adapters.keys() ^ saved.keys()):
         problem = "has no place in the model" if name in saved else "is missing in the checkpoint"
         raise UserError(f"adapter {name} {problem}; set tuning.lora and llm.checkpoint to those of the run")
-    for name, tensor in own.items():
+    for name, tensor in adapters.items():
         if tensor.shape != saved[name].shape:
             raise UserError(
                 f"adapter {name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}; set "
@@ -287,9 +257,9 @@ def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> N
         for name, tensor in weights.items()
         if name.startswith("captioner.llm.")
     }
-    own = model.state_dict()
+    state = model.state_dict()
     for name, tensor in saved.items():
-        if name not in own or own[name].shape != tensor.shape:
+        if name not in state or state[name].shape != tensor.shape:
             raise UserError(
                 f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; set llm.checkpoint to "
                 "that of the run"

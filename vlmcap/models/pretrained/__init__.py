@@ -133,11 +133,11 @@ def check_kind(kind: str, folder: Path) -> None:
     Raises:
         UserError: It holds a model of another kind, or an unsupported one.
     """
-    found = read_config(folder).get("model_type")
-    if family_of(found).kind != kind:
+    model_type = read_config(folder).get("model_type")
+    if family_of(model_type).kind != kind:
         raise UserError(
-            f"model.checkpoint {folder} is of type {found}, whose settings are not those of model.kind={kind}; set "
-            "model=custom"
+            f"model.checkpoint {folder} is of type {model_type}, whose settings are not those of model.kind={kind}; "
+            "set model=custom"
         )
 
 

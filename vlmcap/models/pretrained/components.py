@@ -65,8 +65,8 @@ class FrameRuns:
         assert steps == 0 or (steps - 1) * span < len(times) <= steps * span, f"{len(times)} times for {steps} runs"
         runs: list[int | Sequence[int]] = []
         for index in range(steps):
-            own = times[index * span : (index + 1) * span]
-            text = self.text.before.format(number=index + 1, seconds=(own[0] + own[-1]) / 2)
+            span_times = times[index * span : (index + 1) * span]
+            text = self.text.before.format(number=index + 1, seconds=(span_times[0] + span_times[-1]) / 2)
             runs += [self._ids((self.text.after + self.text.between if index else "") + text)]
             runs += [self.num_tokens(1, (grid[0], grid[1]))]
         return runs
@@ -185,8 +185,8 @@ def load_remaining(model: Any, whole: Any, folder: Path) -> None:
     def target(key: str) -> str | None:
         return wanted.get(rename_source_key(key, renamings, [], whole.base_model_prefix, dict(wanted))[0])
 
-    found = read_safetensors(folder, lambda key: target(key) is not None)
-    weights = {str(target(key)): tensor.float() for key, tensor in found}
+    tensors = read_safetensors(folder, lambda key: target(key) is not None)
+    weights = {str(target(key)): tensor.float() for key, tensor in tensors}
     if missing := sorted(set(wanted.values()) - weights.keys()):
         raise UserError(
             f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"

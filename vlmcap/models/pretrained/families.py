@@ -81,12 +81,12 @@ def obstacle(model_type: Any) -> str:
     """Returns why a model type without a row in `FAMILIES` is not supported, read from its class in transformers."""
     if model_type not in known_types():
         return "it is no model of images and text in the installed transformers"
-    found = model_class(model_type)
-    if not hasattr(_base_class(found), "get_image_features"):
+    head_class = model_class(model_type)
+    if not hasattr(_base_class(head_class), "get_image_features"):
         return "its class has no function from pixels to visual tokens"
-    if "token_type_ids" in inspect.signature(found.forward).parameters:
+    if "token_type_ids" in inspect.signature(head_class.forward).parameters:
         return "its language model attends to visual tokens in both directions"
-    parameters = inspect.signature(_base_class(found).get_image_features).parameters
+    parameters = inspect.signature(_base_class(head_class).get_image_features).parameters
     others = [
         name
         for name, value in parameters.items()
@@ -94,7 +94,7 @@ def obstacle(model_type: Any) -> str:
     ]
     if others and others != ["image_grid_thw"]:
         return f"its class needs {' and '.join(others)} besides pixels"
-    if getattr(getattr(found.config_class(), "vision_config", None), "model_type", None) == TIMM:
+    if getattr(getattr(head_class.config_class(), "vision_config", None), "model_type", None) == TIMM:
         return "its vision tower comes from timm"
     if "image_grid_thw" in parameters:
         return "its positions of patches were not compared with its class"
@@ -115,10 +115,10 @@ def model_class(model_type: str) -> Any:
     return getattr(transformers, known_types()[model_type])
 
 
-def _base_class(found: Any) -> Any:
+def _base_class(head_class: Any) -> Any:
     """Returns the class of the model inside a class with a head; the class itself if it has no such model."""
-    name = found.__name__.replace("ForConditionalGeneration", "Model")
-    return getattr(sys.modules[found.__module__], name, found)
+    name = head_class.__name__.replace("ForConditionalGeneration", "Model")
+    return getattr(sys.modules[head_class.__module__], name, head_class)
 
 
 def parsed_config(config: Mapping[str, Any]) -> Any:

@@ -88,8 +88,8 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: They belong to another projector.
     """
-    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    if any(own.get(name) != tensor.shape for name, tensor in weights.items()):
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    if any(shapes.get(name) != tensor.shape for name, tensor in weights.items()):
         raise UserError(
             "the checkpoint's projector does not fit model.checkpoint; set model.checkpoint to that of the run"
         )

@@ -48,14 +48,14 @@ def load_qwen_vl(
     from transformers import AutoTokenizer
 
     model_type = read_config(folder)["model_type"]
-    found = model_class(model_type)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, found)}
+    cls = model_class(model_type)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, cls)}
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if quantization != "none":
         config = expert_quantization(folder, quantization_config(quantization, dtype))
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # prefixes of names
         options["quantization_config"] = config
-    model = read_model(found, model_type, folder, **options)
+    model = read_model(cls, model_type, folder, **options)
     with reading(model_type, folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_attention(model, options["attn_implementation"])

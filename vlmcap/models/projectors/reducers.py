@@ -206,6 +206,6 @@ def linear_weights(old: int, new: int, device: torch.device | None = None) -> Te
 
 def area_weights(old: int, new: int, device: torch.device | None = None) -> Tensor:
     """Returns the weights of adaptive average pooling, (new, old): equal for all old samples that a new one covers."""
-    index, places = torch.arange(new, device=device)[:, None], torch.arange(old, device=device)
-    is_touched = (places >= index * old // new) & (places * new < (index + 1) * old)
+    new_index, old_index = torch.arange(new, device=device)[:, None], torch.arange(old, device=device)
+    is_touched = (old_index >= new_index * old // new) & (old_index * new < (new_index + 1) * old)
     return is_touched / is_touched.sum(1, keepdim=True)

@@ -15,12 +15,12 @@ from vlmcap.models.projectors.reducers import resize_grid
 
 
 class FramePosition(nn.Module):
-    """Adds learned embeddings of the frame index and of the place in the frame.
+    """Adds learned embeddings of the frame index and of the position in the frame.
 
     Args:
         dim: D.
         max_frames: Maximum frames, or stacks of frames, of a clip.
-        grid: Grid (h, w) of the places; other grids interpolate the embeddings. None embeds the frame index only.
+        grid: Grid (h, w) of the patches; other grids interpolate the embeddings. None embeds the frame index only.
         std: Standard deviation of the initial embeddings.
     """
 
@@ -28,23 +28,23 @@ class FramePosition(nn.Module):
         super().__init__()
         self.grid = grid
         self.frame = nn.Parameter(torch.randn(max_frames, 1, dim) * std)
-        self.place = nn.Parameter(torch.randn(1, grid[0] * grid[1], dim) * std) if grid else None
+        self.patch = nn.Parameter(torch.randn(1, grid[0] * grid[1], dim) * std) if grid else None
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, F, P, D) on `grid` -> (B, F, P, D)."""
         assert tokens.shape[1] <= len(self.frame), f"{tokens.shape[1]} frames, at most {len(self.frame)} expected"
         tokens = tokens + self.frame[: tokens.shape[1]]
-        if self.place is None or self.grid is None:
+        if self.patch is None or self.grid is None:
             return tokens
-        return tokens + resize_grid(self.place, self.grid, grid)
+        return tokens + resize_grid(self.patch, self.grid, grid)
 
 
 class NormalizedPosition(nn.Module):
     """LayerNorm and `FramePosition` before the projection: `temporal=position`, and the perceiver's frame embedding.
 
-    Before the projection, its layers can combine the content of a token with its place and time. After it, both could
-    only be added, and left-and-early would look like right-and-late. The norm gives the features of any encoder the
-    scale of the embeddings.
+    Before the projection, its layers can combine the content of a token with its position and time. After it, both
+    could only be added, and left-and-early would look like right-and-late. The norm gives the features of any encoder
+    the scale of the embeddings.
     """
 
     def __init__(self, dim: int, max_frames: int, grid: Grid | None) -> None:
@@ -54,12 +54,12 @@ class NormalizedPosition(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, F, P, D) on `grid` -> (B, F, P, D)."""
-        placed: Tensor = self.position(self.norm(tokens), grid)
-        return placed
+        embedded: Tensor = self.position(self.norm(tokens), grid)
+        return embedded
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention along time for each place, with residual: the temporal half of divided space-time attention.
+    """Self-attention along time for each patch, with residual: the temporal half of divided space-time attention.
 
     Source: Bertasius et al., "Is Space-Time Attention All You Need for Video Understanding?",
     https://arxiv.org/abs/2102.05095.

@@ -63,12 +63,12 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
     try:
         wanted = read_safetensors(folder, lambda name: _native_name(name) is not None)
-        found = {native: tensor for name, tensor in wanted if (native := _native_name(name))}
+        weights = {native: tensor for name, tensor in wanted if (native := _native_name(name))}
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"projector.checkpoint {folder} could not be read ({type(error).__name__}); copy the folder again"
         ) from error
-    return _require_weights(found, folder)
+    return _require_weights(weights, folder)
 
 
 def _native_name(name: str) -> str | None:

@@ -37,12 +37,12 @@ class TokenEmbeddings(nn.Module):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.table: nn.Module = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is self.table)
-        found = dict(read_safetensors(folder, lambda key: key == f"{name}.weight"))
-        if not found:
+        tensors = dict(read_safetensors(folder, lambda key: key == f"{name}.weight"))
+        if not tensors:
             raise UserError(
                 f"{folder} holds no {name}.weight in its safetensors; write the folder with `vlmcap export`"
             )
-        weight = next(iter(found.values())).to(dtype)
+        weight = next(iter(tensors.values())).to(dtype)
         self.table.weight = nn.Parameter(weight, requires_grad=False)
 
     def get_input_embeddings(self) -> nn.Module:

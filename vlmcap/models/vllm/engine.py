@@ -105,13 +105,13 @@ def check_vllm(python: str | None) -> None:
             )
         return
     try:
-        found = subprocess.run([python, "-c", "import vllm"], capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run([python, "-c", "import vllm"], capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
             f"evaluation.vllm_python={python} cannot be run ({type(error).__name__}); set it to a Python interpreter"
         ) from error
-    if found.returncode != 0:
-        reason = next(iter(reversed(found.stderr.strip().splitlines())), "no message")
+    if done.returncode != 0:
+        reason = next(iter(reversed(done.stderr.strip().splitlines())), "no message")
         raise UserError(
             f"evaluation.vllm_python={python} cannot import vllm ({reason}); install it there with `pip install vllm`"
         )

@@ -290,7 +290,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _creates_integers(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a tensor of ids, masks or positions is created from plain numbers."""
+    """Returns whether a tensor of ids, masks or positions is created from plain numbers."""
     if func not in (torch.arange, torch.tensor, torch.zeros, torch.ones, torch.full):
         return False
     if (dtype := kwargs.get("dtype")) is not None:

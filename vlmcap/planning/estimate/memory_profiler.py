@@ -287,8 +287,8 @@ class MemoryProfiler:
         captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which are fake here
-            places = batch.visual_mask.unsqueeze(-1)
-            inner.get_placeholder_mask = lambda *_, **__: (places, places)
+            mask = batch.visual_mask.unsqueeze(-1)
+            inner.get_placeholder_mask = lambda *_, **__: (mask, mask)
         caches: list[Any] = []  # keeps the keys and values alive to the end of the profile
 
         # 4. Profile a training step, or the prefill pass.
@@ -325,10 +325,10 @@ class MemoryProfiler:
         dtype = autocast_dtype(self.config)
         autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
         with mode, autocast, torch.no_grad(), adapters_for_inference(llm, is_merged=self.is_merged):
-            found = profile()
+            memory_profile = profile()
             now = {id(parameter) for parameter in llm.parameters()}
         originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
-        return dataclasses.replace(found, weights={**found.weights, ORIGINALS: originals})
+        return dataclasses.replace(memory_profile, weights={**memory_profile.weights, ORIGINALS: originals})
 
     def _padded_prompts(self, batch: Batch) -> Batch:
         """Pads prompts as the decoding engine does.

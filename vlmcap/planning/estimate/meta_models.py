@@ -20,9 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vlmcap.assembly.base_checkpoints import encoder_configs, has_plugin_encoder
 from vlmcap.assembly.components import (
     add_adapters,
-    build_meta_encoder,
     dtype_of,
     encoder_options,
+    load_encoder,
     max_patches,
     projector_sizes,
     train_encoder,
@@ -159,9 +159,9 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
         encoder: VisionEncoder = meta_vlm(config, 1, num_blocks).encoder
         return encoder
     if has_plugin_encoder(config):
-        return build_meta_encoder(config, {})
-    if len(parts := encoder_configs(config)) > 1:
-        joined: Any = JoinedEncoder(*(meta_encoder(part) for part in parts))
+        return load_encoder(config, {}, is_meta=True)
+    if len(configs := encoder_configs(config)) > 1:
+        joined: Any = JoinedEncoder(*map(meta_encoder, configs))
         return cast(VisionEncoder, joined)
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
     depth = None

@@ -18,7 +18,7 @@ from vlmcap.assembly.base_checkpoints import encoder_configs, has_plugin_encoder
 from vlmcap.assembly.components import dtype_of
 from vlmcap.assembly.model import check_length
 from vlmcap.config import Config, MropeVlmConfig
-from vlmcap.data.loading.collate import places_of
+from vlmcap.data.loading.collate import flat_indices
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.decoding.engine import supports_native_engine
@@ -129,7 +129,7 @@ def key_value_bytes(config: Config) -> float:
 
 
 def uses_native_decoding(config: Config) -> bool:
-    """Whether the native engine decodes the captions, as far as it can be decided without weights."""
+    """Returns whether the native engine decodes the captions, as far as it can be decided without weights."""
     has_plain_inputs = not isinstance(config.model, MropeVlmConfig)
     return (
         config.evaluation.use_continuous_batching
@@ -161,13 +161,13 @@ def download_bytes(config: Config) -> float:
             + _num_parameters(cached_meta_encoder(config))
             + _num_parameters(cached_meta_vlm(config).projector)
         )
-    missing = [part for part in encoder_configs(config) if not _is_downloaded(part, "encoder")]
-    vision = sum(_num_parameters(cached_meta_encoder(part)) for part in missing)
+    missing = [one for one in encoder_configs(config) if not _is_downloaded(one, "encoder")]
+    vision = sum(_num_parameters(cached_meta_encoder(one)) for one in missing)
     return 2.0 * (vision + (0 if _is_downloaded(config, "llm") else _num_language_parameters(config)))
 
 
 def _is_downloaded(config: Config, component: str) -> bool:
-    """Whether nothing of a component is left to download; the demo makes its own."""
+    """Returns whether nothing of a component is left to download; the demo makes its own."""
     settings = getattr(config, component)
     is_made = settings.checkpoint in (TINY, *TINY_ENCODERS)
     return is_made or is_present(settings.checkpoint, settings.revision, VISION if component == "encoder" else None)
@@ -224,11 +224,9 @@ def language_batch(
     shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
     starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
     ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    attention, visual, labels = (
-        torch.zeros_like(ids),
-        torch.zeros(shape, dtype=torch.bool),
-        torch.full_like(ids, IGNORED),
-    )
+    attention = torch.zeros_like(ids)
+    visual = torch.zeros(shape, dtype=torch.bool)
+    labels = torch.full_like(ids, IGNORED)
     for index, length in enumerate(lengths):
         row, start = (0 if is_packed else index), starts[index]
         visual[row, start : start + len(prompt)] = is_visual
@@ -240,7 +238,7 @@ def language_batch(
         clips=tuple(Clip(str(index), "", ("",)) for index in range(len(captions))),
         input_ids=ids,
         attention_mask=attention,
-        **places_of(visual, labels if is_labelled else None),
+        **flat_indices(visual, labels if is_labelled else None),
         num_visual=(sum(runs),) * len(captions),
         lengths=tuple(lengths),
         is_right_padded=is_labelled,

@@ -42,11 +42,9 @@ class Cell:
     @property
     def peak_gib(self) -> float | None:
         """Peak of training and generation."""
-        return (
-            None
-            if self.training_gib is None or self.generation_gib is None
-            else max(self.training_gib, self.generation_gib)
-        )
+        if self.training_gib is None or self.generation_gib is None:
+            return None
+        return max(self.training_gib, self.generation_gib)
 
     @property
     def fits(self) -> bool:
@@ -101,7 +99,7 @@ def _print_hardware(cells: Sequence[Cell], console: Console) -> None:
         style="bold",
     )
     rows, columns = _distinct(cell.encoder for cell in cells), _distinct(cell.llm for cell in cells)
-    found = {(cell.encoder, cell.llm): cell for cell in cells}
+    cell_of = {(cell.encoder, cell.llm): cell for cell in cells}
     first = max(map(len, rows))
     widths = {llm: 1 + max(len(piece) for piece in (*head(llm), "✗100.0")) for llm in columns}
     for block in _blocks(columns, widths, console.width - first):
@@ -113,7 +111,7 @@ def _print_hardware(cells: Sequence[Cell], console: Console) -> None:
         for encoder in rows:
             text = Text(encoder.ljust(first))
             for llm in block:
-                text.append(*_styled(found[encoder, llm], widths[llm]))
+                text.append(*_styled(cell_of[encoder, llm], widths[llm]))
             console.print(text)
         console.print()
 
@@ -155,10 +153,8 @@ def draw_grid(cells: Sequence[Cell], file: Path) -> None:
     from matplotlib.figure import Figure  # not needed for the table on the terminal
 
     profiles = list(dict.fromkeys(cell.hardware for cell in cells))
-    encoders, llms = (
-        list(dict.fromkeys(cell.encoder for cell in cells)),
-        list(dict.fromkeys(cell.llm for cell in cells)),
-    )
+    encoders = list(dict.fromkeys(cell.encoder for cell in cells))
+    llms = list(dict.fromkeys(cell.llm for cell in cells))
     height = 0.32 * len(encoders) + 1.5
     figure = Figure(figsize=(2.2 + 0.62 * len(llms), height * len(profiles)), layout="constrained")
     for index, hardware in enumerate(profiles):
@@ -174,8 +170,8 @@ def _draw_hardware(axes: Any, cells: Sequence[Cell], encoders: Sequence[str], ll
         axes.barh(row + 0.5, 1, height=1, left=column, color=_colour(cell), edgecolor="white", linewidth=1.5)
         axes.text(column + 0.5, row + 0.5, _label(cell), ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, len(llms)), ylim=(len(encoders), 0))
-    axes.set_xticks([place + 0.5 for place in range(len(llms))], llms, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks([place + 0.5 for place in range(len(encoders))], encoders, fontsize=8)
+    axes.set_xticks([index + 0.5 for index in range(len(llms))], llms, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks([index + 0.5 for index in range(len(encoders))], encoders, fontsize=8)
     axes.tick_params(length=0)
     axes.set_title(f"{cells[0].hardware}: GiB at the peak, of {cells[0].usable_gib:.1f}", fontsize=10, loc="left")
     axes.set_frame_on(False)

@@ -76,10 +76,10 @@ def grid_names(overrides: Sequence[str]) -> GridNames:
 
 def _all_names(group: str) -> list[str]:
     """Returns the names of `conf/` in a group, with hardware sorted by memory."""
-    found = [name for name in group_choices(group) if name not in _EXCLUDED[group]]
+    names = [name for name in group_choices(group) if name not in _EXCLUDED[group]]
     if group != "hardware":
-        return found
-    return sorted(found, key=lambda name: (float(read_yaml(config_file(f"{group}/{name}"))["memory_gib"]), name))
+        return names
+    return sorted(names, key=lambda name: (float(read_yaml(config_file(f"{group}/{name}"))["memory_gib"]), name))
 
 
 class GridConfigs:

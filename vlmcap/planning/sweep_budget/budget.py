@@ -250,7 +250,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
 
 
 def _saves(before: Sequence[Job], after: Sequence[Job]) -> bool:
-    """Whether the combinations that fitted still fit, and take less time together."""
+    """Returns whether the combinations that fitted still fit, and take less time together."""
     pairs = [(old, new) for old, new in zip(before, after, strict=True) if old.fits]
     if not all(new.fits for _, new in pairs):
         return False

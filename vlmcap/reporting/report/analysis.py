@@ -56,11 +56,11 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     captions = _read_captions(runs, split, name, wanted.tokenizer, advance)
     # 1. Which runs can be compared: those with the metric, on the clips, references and tokenizer of most of them.
     has_metric = [metric in run.scores for run in runs]
-    texts = [found.texts.get(split) for found, has in zip(captions, has_metric, strict=True) if has]
+    texts = [one.texts.get(split) for one, has in zip(captions, has_metric, strict=True) if has]
     why_not = iter(comparable(name, texts))
     members = [
-        Member(run, found.texts, found.samples, next(why_not) if has else "", has)
-        for run, found, has in zip(runs, captions, has_metric, strict=True)
+        Member(run, one.texts, one.samples, next(why_not) if has else "", has)
+        for run, one, has in zip(runs, captions, has_metric, strict=True)
     ]
     factors, is_higher = find_factors(runs), is_higher_better(metric)
     members = identify(members, factors, metric, is_higher_better=is_higher)
@@ -118,7 +118,7 @@ def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bo
 
 
 @dataclass(slots=True)
-class _Found:
+class _RunCaptions:
     """Captions of each split, and resampled scores by name with split."""
 
     texts: dict[str, Captions] = field(default_factory=dict)
@@ -127,8 +127,8 @@ class _Found:
 
 def _read_captions(
     runs: Sequence[RunFolder], split: str, name: str, tokenizer: str | None, advance: Advance
-) -> list[_Found]:
-    found = [_Found() for _ in runs]
+) -> list[_RunCaptions]:
+    results = [_RunCaptions() for _ in runs]
     shared: dict[str, str] = {}
     scored: dict[str, dict[int, Mapping[str, ClipMetric]]] = {}
     for index, run in enumerate(runs):
@@ -138,15 +138,15 @@ def _read_captions(
                 captions, metrics = score_clips(
                     run, file_split, captions, name if file_split == split else "", tokenizer
                 )
-                found[index].texts[file_split] = captions
+                results[index].texts[file_split] = captions
                 scored.setdefault(file_split, {})[index] = metrics
         advance()
     # Runs with the same clips and references are resampled together, so that their scores can be compared in pairs.
     for file_split, metrics_of in scored.items():
-        sets = [found[index].texts[file_split].digest for index in metrics_of]
+        sets = [results[index].texts[file_split].digest for index in metrics_of]
         for index, samples in zip(metrics_of, resample(list(metrics_of.values()), sets), strict=True):
-            found[index].samples |= {f"{file_split}/{one}": values for one, values in samples.items()}
-    return found
+            results[index].samples |= {f"{file_split}/{one}": values for one, values in samples.items()}
+    return results
 
 
 def _title(runs: Sequence[RunFolder]) -> str:

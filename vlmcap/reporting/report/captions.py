@@ -186,14 +186,14 @@ def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[M
     if lexicon is None:
         return []
     stated, wanted, length = lexicon.extract(text), lexicon.extract(reference), len(shown_text(text, lexicon))
-    found = sorted(
+    spans_found = sorted(
         (start, end, fact)
         for fact, spans in lexicon.find(text).items()
         if wanted[fact] is not None
         for start, end, _ in spans
     )
     marks: list[Mark] = []
-    for start, end, fact in found:
+    for start, end, fact in spans_found:
         if end <= min(length, MAX_CHARACTERS) and (not marks or start >= marks[-1][1]):
             marks.append((start, end, fact, stated[fact] == wanted[fact]))
     return marks

@@ -97,11 +97,11 @@ class Estimator:
 
     def differences(self, contrasts: Mapping[str, Mapping[str, float]]) -> dict[str, Difference]:
         """Estimates contrasts by name, with p-values Holm-corrected for their number."""
-        found = {name: self.estimate(weights) for name, weights in contrasts.items()}
-        corrected = holm([math.nan if one.p_value is None else one.p_value for one in found.values()])
+        estimates = {name: self.estimate(weights) for name, weights in contrasts.items()}
+        corrected = holm([math.nan if one.p_value is None else one.p_value for one in estimates.values()])
         return {
             name: one.as_difference(None if math.isnan(adjusted) else adjusted)
-            for (name, one), adjusted in zip(found.items(), corrected, strict=True)
+            for (name, one), adjusted in zip(estimates.items(), corrected, strict=True)
         }
 
     def _over_clips(self, weights: Mapping[str, float]) -> Floats | None:
@@ -112,7 +112,8 @@ class Estimator:
             for run in runs:
                 if run.samples is None:
                     return None
-                term = weight / len(runs) * (run.samples.paired if is_difference else run.samples.own)  # (resamples,)
+                draws = run.samples.paired if is_difference else run.samples.single  # (resamples,)
+                term = weight / len(runs) * draws
                 total = term if total is None else total + term
         return total
 
@@ -171,8 +172,8 @@ def _effect(
     if len(levels) < 2:
         return None
     # 2. Average each level over the combinations that every level has.
-    complete = [found for found in combinations.values() if len(found) == len(levels)]
-    counted = {level: [found[level] for found in complete] if complete else levels[level] for level in levels}
+    complete = [by_level for by_level in combinations.values() if len(by_level) == len(levels)]
+    counted = {level: [by_level[level] for by_level in complete] if complete else levels[level] for level in levels}
     means = {level: {name: 1 / len(names) for name in names} for level, names in counted.items()}
     estimates = {level: estimator.estimate(weights) for level, weights in means.items()}
     # 3. Rank the levels, and compare each with the best one: the weights of a difference are positive and negative.

@@ -65,7 +65,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: A folder does not exist or holds no run.
     """
-    found: dict[Path, Path] = {}
+    run_of: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(
@@ -78,8 +78,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 "metrics.jsonl; give the folder of a run or of a sweep"
             )
         for run in runs:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
+            run_of.setdefault(run.resolve(), run)
+    return list(run_of.values())
 
 
 def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
@@ -236,10 +236,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _overrides(folder: Path, status: dict[str, Any], read_yaml: ReadYaml) -> list[str]:
     try:
-        found = read_yaml(folder / ".hydra" / "overrides.yaml")
+        overrides = read_yaml(folder / ".hydra" / "overrides.yaml")
     except Exception:  # missing or invalid
-        found = status.get("overrides")
-    return [str(override) for override in found] if isinstance(found, list) else []
+        overrides = status.get("overrides")
+    return [str(override) for override in overrides] if isinstance(overrides, list) else []
 
 
 def _command(summary: dict[str, Any], overrides: list[str]) -> str:

@@ -85,9 +85,9 @@ def page_data(report: Report, pictures: Mapping[str, ClipFrames]) -> dict[str, A
         run["config"] = {key: value for key, value in run["config"].items() if key not in common}
         run["curve"] = {name: _thinned(points) for name, points in run["curve"].items()}
     for clip in plain["clips"]:
-        found = pictures.get(clip["id"])
-        clip["thumbnails"] = clip["thumbnails"] or ([] if found is None else list(found.frames))
-        clip["picture_note"] = "" if found is None else found.reason
+        picture = pictures.get(clip["id"])
+        clip["thumbnails"] = clip["thumbnails"] or ([] if picture is None else list(picture.frames))
+        clip["picture_note"] = "" if picture is None else picture.reason
     small: dict[str, Any] = _rounded(plain | {"common_config": common, "labels": _LABELS})
     return small
 
@@ -183,14 +183,14 @@ def read_all_frames(
         max_s: Seconds of reading, after which clips get none.
         advance: Callback called once per clip, for a progress bar.
     """
-    found, total, started = {}, 0, time.monotonic()
+    pictures, total, started = {}, 0, time.monotonic()
     for index, clip in enumerate(clips):
         has_room = index < max_clips and total < max_bytes and time.monotonic() - started < max_s
         frames = read_clip_frames(clip.video, num_frames, height) if has_room else ClipFrames(reason=FULL)
         total += sum(map(len, frames.frames))
-        found[clip.id] = frames
+        pictures[clip.id] = frames
         advance()
-    return found
+    return pictures
 
 
 def _as_jpeg(pixels: Any, height: int) -> bytes:

@@ -146,25 +146,26 @@ def find_categories(members: Sequence[Member], split: str) -> list[CategoryRow]:
             clips[name] = max(clips.get(name, 0), round(row.pop("clips", 0)))
             scores.setdefault(name, {})[member.id] = row
     return [
-        CategoryRow(name, clips[name], own) for name, own in sorted(scores.items(), key=lambda item: -clips[item[0]])
+        CategoryRow(name, clips[name], by_run)
+        for name, by_run in sorted(scores.items(), key=lambda item: -clips[item[0]])
     ]
 
 
 def _by_category(member: Member, split: str) -> dict[str, dict[str, float]]:
     start = f"{split}/category/"
-    found: dict[str, dict[str, float]] = {}
+    categories: dict[str, dict[str, float]] = {}
     for key, value in member.run.scores.items():
         if key.startswith(start):
             name, _, metric = key.removeprefix(start).rpartition("/")
-            found.setdefault(name, {})[metric] = value
+            categories.setdefault(name, {})[metric] = value
     captions = member.captions.get(split)
-    if found or captions is None or not any(captions.categories):
-        return found
+    if categories or captions is None or not any(captions.categories):
+        return categories
     for name in dict.fromkeys(captions.categories):
         rows = [index for index, category in enumerate(captions.categories) if category == name]
         means = {metric: float(values[rows].mean()) for metric, values in captions.scores.items() if metric != "bleu_4"}
-        found[name or "(none)"] = {"clips": float(len(rows)), **means}
-    return found
+        categories[name or "(none)"] = {"clips": float(len(rows)), **means}
+    return categories
 
 
 def _without_repeats(members: Sequence[Member]) -> list[Member]:
@@ -220,7 +221,7 @@ def _costs(members: Sequence[Member]) -> dict[str, float | None]:
 
 def _run_row(member: Member, name: str, factors: Sequence[str], split: str) -> RunRow:
     run = member.run
-    collapses = {own: captions.collapse for own, captions in member.captions.items() if captions.collapse}
+    collapses = {name: captions.collapse for name, captions in member.captions.items() if captions.collapse}
     return RunRow(
         id=member.id,
         name=name,
@@ -239,7 +240,7 @@ def _run_row(member: Member, name: str, factors: Sequence[str], split: str) -> R
         parameters=run.parameters,
         curve=run.curve,
         is_collapsed=bool(collapses.get(split) if split in member.captions else collapses),
-        warnings=[*(f"{own}: {sentence}" for own, sentence in collapses.items()), *run.warnings],
+        warnings=[*(f"{name}: {sentence}" for name, sentence in collapses.items()), *run.warnings],
         not_compared=member.not_compared,
         command=run.command,
         config=run.config,
@@ -249,5 +250,5 @@ def _run_row(member: Member, name: str, factors: Sequence[str], split: str) -> R
 
 
 def _ends(samples: Resampled) -> tuple[float, float]:
-    low, high = np.quantile(samples.own, [0.025, 0.975])
+    low, high = np.quantile(samples.single, [0.025, 0.975])
     return float(low), float(high)

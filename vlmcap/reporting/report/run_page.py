@@ -105,11 +105,11 @@ def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> 
     """
     lexicon = find_lexicon([run])
     recorded = _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl")
-    found = []
+    completed = []
     for clip, following in zip(clips, [*clips[1:], *clips[:1]], strict=True):
         other = recorded.get(clip.id) or ((following.id, following.captions[0].text) if following is not clip else None)
-        found.append(dataclasses.replace(clip, other=None if other is None else _other(*other, clip, lexicon)))
-    return found
+        completed.append(dataclasses.replace(clip, other=None if other is None else _other(*other, clip, lexicon)))
+    return completed
 
 
 def _other(name: str, text: str, clip: ClipRow, lexicon: FactLexicon | None) -> OtherVideo:
@@ -118,7 +118,7 @@ def _other(name: str, text: str, clip: ClipRow, lexicon: FactLexicon | None) -> 
 
 def _read_visual_reliance(path: Path) -> dict[str, tuple[str, str]]:
     """Returns the file name of the other video and its caption by clip id; empty if the file does not exist."""
-    found: dict[str, tuple[str, str]] = {}
+    others: dict[str, tuple[str, str]] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError:
@@ -127,5 +127,5 @@ def _read_visual_reliance(path: Path) -> dict[str, tuple[str, str]]:
         row = json.loads(line) if line.strip() else {}
         text = row.get("swapped", {}).get("prediction")
         if isinstance(text, str):
-            found[str(row["id"])] = (re.split(r"[/\\]", str(row["swapped_video"]))[-1], text)
-    return found
+            others[str(row["id"])] = (re.split(r"[/\\]", str(row["swapped_video"]))[-1], text)
+    return others

@@ -68,8 +68,8 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
         sets: Set of clips of each run: equal for runs with the same clips.
     """
     members: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index, (found, clip_set) in enumerate(zip(metrics, sets, strict=True)):
-        members[clip_set] += [(index, name) for name in found]
+    for index, (names, clip_set) in enumerate(zip(metrics, sets, strict=True)):
+        members[clip_set] += [(index, name) for name in names]
     samples: list[dict[str, Resampled]] = [{} for _ in metrics]
     for left in members.values():
         while left:  # in batches, because the columns of all runs together may take gigabytes
@@ -110,15 +110,15 @@ def comparable(metric: str, captions: Sequence[Captions | None]) -> list[str]:
     return ["" if key == majority else _why_not(one, typical) for key, one in zip(keys, captions, strict=True)]
 
 
-def _why_not(found: Captions | None, typical: Captions) -> str:
-    if found is None:
+def _why_not(captions: Captions | None, typical: Captions) -> str:
+    if captions is None:
         return "Not compared: its captions are missing, so it may have been scored on other clips."
-    if found.ids != typical.ids:
-        return f"Not compared: its {len(found)} clips differ from the {len(typical)} clips of most runs."
-    if found.digest != typical.digest:
+    if captions.ids != typical.ids:
+        return f"Not compared: its {len(captions)} clips differ from the {len(typical)} clips of most runs."
+    if captions.digest != typical.digest:
         return "Not compared: its references differ from those of most runs."
     return (
-        f"Not compared: it was scored with {found.tokenizer or 'an unknown tokenizer'}, most runs with "
+        f"Not compared: it was scored with {captions.tokenizer or 'an unknown tokenizer'}, most runs with "
         f"{typical.tokenizer or 'an unknown one'}; add --tokenizer mecab_ko to score all captions again."
     )
 
@@ -150,7 +150,7 @@ def _tokenizer_of(run: RunFolder, captions: Captions) -> Tokenizer:
     """Returns the tokenizer named in the prediction file, in the summary or in the configuration."""
     stated = captions.tokenizer or run.tokenizer
     name = stated.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
-    return get_tokenizer(name, normalize_fullwidth="full-width folded" in stated)
+    return get_tokenizer(name, normalize_fullwidth="full-width normalized" in stated)
 
 
 def _check_scores(run: RunFolder, split: str, metrics: Mapping[str, ClipMetric], *, is_new: bool) -> None:

@@ -58,7 +58,7 @@ class Choice:
         self._has_warned = False
 
     def is_better(self, score: Score, best: Score | None) -> bool:
-        """Whether a validation is better than the best one so far; the first validation always is."""
+        """Returns whether a validation is better than the best one so far; the first validation always is."""
         value = score.value(self.monitor)
         if value is None:
             self.warn_of_fallback(score.epoch)

@@ -126,11 +126,10 @@ class DivergenceGuard(L.Callback):
         self.check_last_step(trainer)
         window = self._window
         reason = self._loss_problem(window)
-        if (
-            trainer.strategy.reduce_boolean_decision(reason is not None, all=False)
-            if trainer.world_size > 1
-            else reason
-        ):
+        has_diverged = reason is not None
+        if trainer.world_size > 1:
+            has_diverged = trainer.strategy.reduce_boolean_decision(has_diverged, all=False)
+        if has_diverged:
             self._stop(trainer, window, reason or "the loss of another process has diverged")
 
     def on_train_batch_end(

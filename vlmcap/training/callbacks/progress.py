@@ -75,21 +75,23 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
         tokenizer: Name and version of the tokeniser, without which Korean scores cannot be compared.
     """
     for split in dict.fromkeys(name.split("/")[0] for name in scores):
-        own = {name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")}
+        shown = {
+            name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")
+        }
         table = Table(title=f"{split} split, tokens by {tokenizer}", title_justify="left", title_style="bold")
-        is_swapped = any(name.startswith("swapped/") for name in own)
+        is_swapped = any(name.startswith("swapped/") for name in shown)
         for column in ("score", "value", *(("videos swapped", "expected by chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
-        for name, value in own.items():
+        for name, value in shown.items():
             if name.startswith(("swapped/", "permuted/", "category/", "visual_reliance/")):
                 continue
-            others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
+            others = [shown.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
             table.add_row(
                 score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others)
             )
         Console().print(table)
-        _show_categories(split, own)
-        _show_visual_reliance(split, own)
+        _show_categories(split, shown)
+        _show_visual_reliance(split, shown)
 
 
 def score_label(name: str) -> str:
@@ -179,11 +181,9 @@ class RunProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the run."""
         self._schedule = LineClock(self._clock)
-        self._started, self._first_step, self._logged_step = (
-            time.perf_counter(),
-            trainer.global_step,
-            trainer.global_step,
-        )
+        self._started = time.perf_counter()
+        self._first_step = trainer.global_step
+        self._logged_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int

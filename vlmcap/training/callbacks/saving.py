@@ -131,16 +131,16 @@ class RunCheckpoints(Checkpoint):
         self._is_resumed, self._saved_step = True, int(checkpoint["global_step"])
         source = Path(str(trainer.ckpt_path)).resolve().parent
         is_here, best = source == self.folder.resolve(), source / self.best_path.name
-        found = _read_best_score(best) if self.monitor is not None and best.is_file() else None
-        if found is not None and found.step > self._saved_step:
+        best_score = _read_best_score(best) if self.monitor is not None and best.is_file() else None
+        if best_score is not None and best_score.step > self._saved_step:
             if not is_here:
-                found = None  # from steps of the other run that this run does not continue
+                best_score = None  # from steps of the other run that this run does not continue
             elif trainer.is_global_zero:
                 print(
-                    f"best.ckpt is from step {found.step}, after this checkpoint; it is kept until a validation is "
-                    "better."
+                    f"best.ckpt is from step {best_score.step}, after this checkpoint; it is kept until a validation "
+                    "is better."
                 )
-        self.best = trainer.strategy.broadcast(found)
+        self.best = trainer.strategy.broadcast(best_score)
         if not trainer.is_global_zero:
             return
         # 2. Bring the files of this folder to the state of the checkpoint.

@@ -100,13 +100,10 @@ class CaptionScorer:
         Returns:
             Scores by name.
         """
-        texts, references = (
-            [prediction.text for prediction in predictions],
-            [prediction.clip.captions for prediction in predictions],
-        )
-        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(
-            texts, references
-        )
+        texts = [prediction.text for prediction in predictions]
+        references = [prediction.clip.captions for prediction in predictions]
+        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics)
+        scores |= user_scores(texts, references)
         if metrics is None:
             words = content_scores(texts, references, self.synonyms)
             scores |= {
@@ -115,7 +112,7 @@ class CaptionScorer:
         if self.lexicon is not None:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
         if metrics is None:
-            scores |= self._by_category(predictions)
+            scores |= self._by_category(texts, references, [prediction.clip.category for prediction in predictions])
             with fastest_kernels():  # scores may use operations without a deterministic kernel
                 scores |= model_scores(
                     self.config, [prediction.clip.video for prediction in predictions], texts, references, device=device
@@ -130,14 +127,11 @@ class CaptionScorer:
         backend = self.config.backend.value
         return score_with(backend, texts, references, tokenizer=self.tokenizer, metrics=metrics, synonyms=self.synonyms)
 
-    def _by_category(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        categories = [prediction.clip.category for prediction in predictions]
+    def _by_category(
+        self, texts: Sequence[str], references: Sequence[Sequence[str]], categories: Sequence[str]
+    ) -> dict[str, float]:
         if not any(categories):
             return {}
-        texts, references = (
-            [prediction.text for prediction in predictions],
-            [prediction.clip.captions for prediction in predictions],
-        )
         groups = score_by_category(texts, references, categories, tokenizer=self.tokenizer)
         return {
             f"category/{'(none)' if name == '' else name}/{key}": category_scores[key]
@@ -183,9 +177,9 @@ def model_scores(
         device: Device of the models.
 
     Returns:
-        `siglip/cosine`, `siglip/probability` (0 to 1) and `siglip/cut_ratio` (share of sentences that the text tower
-        truncates), and `bertscore/precision`, `bertscore/recall`, `bertscore/f1` and `bertscore/cut_ratio` (share of
-        clips with a truncated text).
+        `siglip/cosine`, `siglip/probability` (0 to 1) and `siglip/truncated_ratio` (share of sentences that the text
+        tower truncates), and `bertscore/precision`, `bertscore/recall`, `bertscore/f1` and `bertscore/truncated_ratio`
+        (share of clips with a truncated text).
 
     Raises:
         UserError: A checkpoint cannot be loaded.
@@ -202,7 +196,7 @@ def model_scores(
         each_siglip = siglip.score(frames, texts)
         scores |= {
             f"siglip/{name}": _mean([getattr(one, name) for one in each_siglip])
-            for name in ("cosine", "probability", "cut_ratio")
+            for name in ("cosine", "probability", "truncated_ratio")
         }
         del siglip
     if config.bert_checkpoint is not None:
@@ -214,7 +208,7 @@ def model_scores(
         scores |= {
             f"bertscore/{name}": _mean([getattr(one, name) for one in each]) for name in ("precision", "recall", "f1")
         }
-        scores["bertscore/cut_ratio"] = _mean([float(one.is_truncated) for one in each])
+        scores["bertscore/truncated_ratio"] = _mean([float(one.is_truncated) for one in each])
     return scores
 
 
@@ -229,12 +223,10 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     Clips with a category also have the key `category`. The file is written atomically.
     """
     named = describe_tokenizer(tokenizer)
-    texts, references = (
-        [prediction.text for prediction in predictions],
-        [prediction.clip.captions for prediction in predictions],
-    )
+    texts = [prediction.text for prediction in predictions]
+    references = [prediction.clip.captions for prediction in predictions]
     each = score_each(texts, references, tokenizer=tokenizer)
-    each = [scores | own for scores, own in zip(each, user_scores_each(texts, references), strict=True)]
+    each = [scores | user_scores for scores, user_scores in zip(each, user_scores_each(texts, references), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for prediction, scores in zip(predictions, each, strict=True):

@@ -95,8 +95,8 @@ class PatientStop(EarlyStopping):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns Lightning's state, the followed metric, and the best and the last counted epoch."""
-        own = {"best_epoch": self.best_epoch, "counted_epoch": self._counted_epoch}
-        return super().state_dict() | own | {"configured_monitor": self._configured_monitor, "monitor": self.monitor}
+        epochs = {"best_epoch": self.best_epoch, "counted_epoch": self._counted_epoch}
+        return super().state_dict() | epochs | {"configured_monitor": self._configured_monitor, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the result of `state_dict`, except the patience, which a resumed run may change.
@@ -120,7 +120,7 @@ class Trial(Protocol):
         """Reports the objective at a step."""
 
     def should_prune(self) -> bool:
-        """Whether the run should stop, because other trials were better at the last reported step."""
+        """Returns whether the run should stop, because other trials were better at the last reported step."""
 
 
 class TrialPruning(L.Callback):

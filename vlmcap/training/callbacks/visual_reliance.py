@@ -96,9 +96,9 @@ class VisualRelianceCheck(L.Callback):
         finally:
             set_random_states(states)
         # All ranks have all observations, so all log the same scores; the first one writes the files.
-        found = compare(clips, order, seen, self.evaluation.scorer)
-        if found is not None:
-            self._publish(trainer, pl_module, split, name, found)
+        result = compare(clips, order, seen, self.evaluation.scorer)
+        if result is not None:
+            self._publish(trainer, pl_module, split, name, result)
 
     def _gather(self, seen: list[Observation]) -> list[Observation]:
         by_rank = [seen]
@@ -108,16 +108,16 @@ class VisualRelianceCheck(L.Callback):
         return [observation for observations in by_rank for observation in observations]
 
     def _publish(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: VisualReliance
+        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, result: VisualReliance
     ) -> None:
-        scores = {f"{split}/{score}": value for score, value in found.named().items()}
+        scores = {f"{split}/{score}": value for score, value in result.named().items()}
         self.evaluation.scores |= scores
         log_scores(trainer, pl_module, scores)
         if not trainer.is_global_zero:
             return
-        write_visual_reliance(self.folder / f"{name}.jsonl", found)
-        print_line(trainer, f"{split}, {len(found.clips)} clips: {found.sentence()}")
-        if found.is_blind:
+        write_visual_reliance(self.folder / f"{name}.jsonl", result)
+        print_line(trainer, f"{split}, {len(result.clips)} clips: {result.sentence()}")
+        if result.is_blind:
             print_line(
                 trainer,
                 f"Warning: {split}: the captions do not depend on the video; another clip's video works as well.",
@@ -135,7 +135,7 @@ class _Measurement:
     def __init__(self, check: VisualRelianceCheck, module: CaptioningModule) -> None:
         self.data, self.blank, self.module = check.data, check.blank, module
         self.has_captions = check.settings.mode is VisualRelianceMode.captions
-        self.own = {prediction.clip.id: prediction.text for prediction in check.evaluation.predictions}
+        self.captions = {prediction.clip.id: prediction.text for prediction in check.evaluation.predictions}
         self.rank, self.world_size = check.data.evaluation_rank
 
     def run(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Observation]:
@@ -145,11 +145,11 @@ class _Measurement:
             for clip, other in zip(clips, order, strict=True)
         ]
         # The captions of the own videos are those that were scored just now.
-        own = self._measure(
-            OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples]
+        observed = self._measure(
+            OWN, self._samples(clips), lambda samples: [self.captions.get(sample.clip.id, "") for sample in samples]
         )
         return [
-            *own,
+            *observed,
             *self._measure(SWAPPED, self._samples(swapped), self._caption),
             *self._measure(BLANKED, self._black_samples(clips[self.rank :: self.world_size]), self._caption_once),
         ]

@@ -142,8 +142,8 @@ class VisualReliance:
         """
         named = {
             f"visual_reliance/{name}/{score}": value
-            for name, own in self.scores.items()
-            for score, value in own.items()
+            for name, condition_scores in self.scores.items()
+            for score, value in condition_scores.items()
         }
         for score, label, sign in (
             ("cider", "cider_drop", 1),
@@ -167,7 +167,7 @@ class VisualReliance:
 
 
 def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
-    """Whether the mean drop is small, and within what chance gives for a model that ignores the video.
+    """Returns whether the mean drop is small, and within what chance gives for a model that ignores the video.
 
     Args:
         own: N scores with the own videos, N at least 2.
@@ -204,24 +204,22 @@ def compare(
         for name, group in kept.items():
             predictions = [Prediction(clips[index], one.text or "") for index, one in zip(indices, group, strict=True)]
             scores[name] |= scorer.score(predictions, metrics=("cider",))
-            texts, references = (
-                [prediction.text for prediction in predictions],
-                [prediction.clip.captions for prediction in predictions],
-            )
+            texts = [prediction.text for prediction in predictions]
+            references = [prediction.clip.captions for prediction in predictions]
             ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
     return VisualReliance(
         tuple(clips[index] for index in indices), tuple(clips[order[index]] for index in indices), kept, ciders, scores
     )
 
 
-def write_visual_reliance(path: Path, found: VisualReliance) -> None:
+def write_visual_reliance(path: Path, result: VisualReliance) -> None:
     """Writes one JSON object per clip: `id`, `video`, `swapped_video`, `references` and one object per condition.
 
     The file is written atomically.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for index, (clip, other) in enumerate(zip(found.clips, found.swapped, strict=True)):
+        for index, (clip, other) in enumerate(zip(result.clips, result.swapped, strict=True)):
             record: dict[str, object] = {
                 "id": clip.id,
                 "video": clip.video,
@@ -229,9 +227,9 @@ def write_visual_reliance(path: Path, found: VisualReliance) -> None:
                 "references": [*clip.captions],
             }
             for name in CONDITIONS:
-                one = found.seen[name][index]
+                one = result.seen[name][index]
                 observed: dict[str, object] = {"loss": round(one.loss / one.num_tokens, 6)}
-                if found.has_captions:
-                    observed |= {"prediction": one.text, "cider": round(found.ciders[name][index], 6)}
+                if result.has_captions:
+                    observed |= {"prediction": one.text, "cider": round(result.ciders[name][index], 6)}
                 record[name] = observed
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -288,13 +288,13 @@ def write_components(folder: Path, config: Config, weights: Mapping[str, Tensor]
     beside.mkdir()
     for component in EXPORT_COMPONENTS:
         prefix = f"captioner.{component}."
-        found = {
+        component_weights = {
             name.removeprefix(prefix): tensor.contiguous()
             for name, tensor in weights.items()
             if name.startswith(prefix)
         }
-        if found:
-            save_file(found, beside / f"{component}.safetensors")
+        if component_weights:
+            save_file(component_weights, beside / f"{component}.safetensors")
     write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
     (beside / EXPORT_ORIGIN).write_text(json.dumps(origin, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -313,11 +313,9 @@ def _add_transformers4_keys(file: Path) -> None:
 
 def _write_generation(folder: Path, config: Config, base: Path) -> None:
     """Writes generation settings that stop at the end of captions and decode like the evaluation of the run."""
-    file, prompt, settings = (
-        folder / "generation_config.json",
-        load_prompt_of(config, base),
-        generation_settings(config),
-    )
+    file = folder / "generation_config.json"
+    prompt = load_prompt_of(config, base)
+    settings = generation_settings(config)
     values = json.loads(file.read_text(encoding="utf-8"))
     values = {name: value for name, value in values.items() if name not in _SAMPLING}
     chosen = {name: value for name, value in settings.as_arguments().items() if value is not None}

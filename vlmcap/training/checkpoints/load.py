@@ -84,7 +84,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return read_export(file)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
-        there = sorted(str(found) for found in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})
+        there = sorted(str(path) for path in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})
         hint = f"there is {', '.join(there)}" if there else "give a .ckpt file under the checkpoints/ folder of a run"
         raise UserError(f"checkpoint {file} {'is a folder' if file.is_dir() else 'does not exist'}; {hint}")
     try:
@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_export(path: Path) -> bool:
-    """Whether `vlmcap export` wrote the folder."""
+    """Returns whether `vlmcap export` wrote the folder."""
     return (path / EXPORT_FOLDER / EXPORT_CONFIG).is_file()
 
 

@@ -114,16 +114,16 @@ def notes(times: StepTimes) -> list[str]:
     """Returns the notes below the table, one per line."""
     last = times.first_step + times.num_steps - 1
     steps = f"step {last}" if times.num_steps == 1 else f"steps {times.first_step} to {last}"
-    found = [f"Means of {steps}, {times.clips:g} clips each, on {times.device}."]
+    lines = [f"Means of {steps}, {times.clips:g} clips each, on {times.device}."]
     if times.worker_decode_s is not None:
         what = "read features" if times.is_cached else "decoded"
         workers = "a worker" if times.num_workers == 1 else f"{times.num_workers} workers"
-        found.append(
+        lines.append(
             f"In parallel to each step, not in the sum, {workers} {what} for {times.worker_decode_s:.4f} s in total."
         )
     if times.plain_step_s is not None:
-        found.append(f"A later step without timing took {times.plain_step_s:.4f} s.")
-    return found
+        lines.append(f"A later step without timing took {times.plain_step_s:.4f} s.")
+    return lines
 
 
 def write_times(times: StepTimes, path: Path) -> None:
