@@ -186,7 +186,9 @@ def llava_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 SIDE = 56  # pixels of a frame of 4 × 4 patches
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-MARKS = ("<image>", "<video>", "<img>", "</img>")
+MARKS = ("<image>", "<video>", "<img>", "</img>", "<fake_token_around_image>", "<global-img>")
+MARKS += ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<begin_of_image>", "<end_of_image>")
+MARKS += ("<fim_prefix>", "<fim_suffix>", "<start_of_image>", "<end_of_image>")
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -199,6 +201,25 @@ TOWER = {
 CLIP = {"model_type": "clip_vision_model", "projection_dim": 16, **TOWER}
 SIGLIP = {"model_type": "siglip_vision_model", **TOWER}
 QWEN2, QWEN3 = {"model_type": "qwen2", **TEXT}, {"model_type": "qwen3", "head_dim": 16, **TEXT}
+LLAMA = {"model_type": "llama", **TEXT}
+COHERE2 = {"model_type": "cohere2", "layer_types": ["full_attention"] * 3, "logit_scale": 0.5, **TEXT}
+ARIA = {"model_type": "idefics3_vision", **TOWER}
+EXPERTS = {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, **TEXT}
+GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 16, "head_dim": 16, **TEXT}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+JANUS = TOWER | {"projection_dim": 64, "num_image_tokens": 16, "mlp_ratio": 1.5}
+VQ = {
+    "embed_dim": 8,
+    "num_embeddings": 16,
+    "double_latent": False,
+    "latent_channels": 8,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "projection_dim": 16,
+    "num_patches": 8,
+    "image_token_embed_dim": 16,
+}
 INTERNVIT = {"model_type": "internvl_vision", **TOWER, "image_size": [SIDE] * 2, "patch_size": [14] * 2}
 # Model type, sections of the configuration, and visual tokens per frame and per clip.
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
@@ -216,6 +237,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
         4,
         1,
     ),
+    "aria": ("aria", {"vision_config": ARIA, "text_config": EXPERTS, "projector_patch_to_query_dict": {16: 2}}, 2, 0),
+    "aya_vision": ("aya_vision", {"vision_config": SIGLIP, "text_config": COHERE2}, 4, 0),
+    "cohere2_vision": ("cohere2_vision", {"vision_config": SIGLIP, "text_config": COHERE2}, 4, 0),
+    "deepseek_vl": ("deepseek_vl", {"vision_config": SIGLIP, "text_config": LLAMA}, 16, 0),
+    "gemma3": ("gemma3", {"vision_config": SIGLIP, "text_config": GEMMA3, "mm_tokens_per_image": 4}, 4, 0),
+    "idefics3": ("idefics3", {"vision_config": TOWER, "text_config": LLAMA, "scale_factor": 2}, 4, 0),
+    "janus": ("janus", {"vision_config": JANUS, "text_config": LLAMA, "vq_config": VQ}, 16, 0),
+    "smolvlm": ("smolvlm", {"vision_config": TOWER, "text_config": LLAMA, "scale_factor": 4}, 1, 0),
 }
 
 

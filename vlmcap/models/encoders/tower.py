@@ -133,7 +133,7 @@ def _adapt_config(family: Family, config: Any, options: EncoderOptions, source: 
         idle, layer, depth = family.layout(config).idle, options.feature_layer, int(config.num_hidden_layers)
         if not -depth - 1 <= layer <= depth:
             raise UserError(f"encoder.feature_layer must be in {-depth - 1}…{depth} for this encoder, not {layer}")
-        if layer == -1 and not family.is_raw:
+        if layer == -1 and (options.is_normed or not family.is_raw):
             return idle
         norm = family.final_norm(config)
     except UnknownLayoutError as error:
