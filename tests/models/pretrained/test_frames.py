@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.checkpoints.pretrained import CASES, MEAN, SIDE, STD
 from vlmcap.compose import compose
-from vlmcap.config import LlmConfig, LoraConfig
+from vlmcap.config import EvaluationConfig, LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -94,11 +94,15 @@ def join(parts: VlmComponents, folder: Path) -> VideoCaptioner:
     ).eval()
 
 
-@pytest.fixture(scope="module", params=CASES)
-def setup(request: pytest.FixtureRequest, frames_folder: Callable[[str], Path]) -> Setup:
-    folder, (kind, _, per_frame, per_clip) = frames_folder(request.param), CASES[request.param]
+def prepared(name: str, folder: Path) -> Setup:
+    kind, _, per_frame, per_clip = CASES[name]
     parts, reference = load(folder), model_class(kind).from_pretrained(folder).eval()
     return Setup(folder, parts, join(parts, folder), reference, FRAMES * per_frame + per_clip)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def setup(request: pytest.FixtureRequest, frames_folder: Callable[[str], Path]) -> Setup:
+    return prepared(request.param, frames_folder(request.param))
 
 
 @torch.no_grad()
@@ -188,6 +192,22 @@ def test_loss_and_captions_are_the_references(setup: Setup) -> None:
     texts = captioner.generate(ask)
     assert texts == captioner.prompt.decode(ids[:, ask.input_ids.shape[1] :].tolist())
     assert texts[0] != texts[1]
+
+
+@torch.no_grad()
+def test_the_tokens_of_a_frame_attend_in_both_directions(frames_folder: Callable[[str], Path]) -> None:
+    gemma = prepared("gemma3", frames_folder("gemma3"))
+    train, ask = gemma.batch(), gemma.batch("generate")
+    causal = gemma.reference_inputs(train) | {"token_type_ids": torch.zeros_like(train.input_ids)}
+    difference = logits(gemma.captioner, train) - gemma.reference(**causal).logits
+    assert difference[train.attention_mask.bool()].abs().max() > 0.01
+    gemma.captioner.generation = GenerationSettings(max_new_tokens=8, rules=EvaluationConfig(num_beams=2))
+    stop = {"eos_token_id": gemma.captioner.prompt.stop_ids, "pad_token_id": gemma.captioner.prompt.pad_id}
+    beams = gemma.reference.generate(**gemma.reference_inputs(ask), **gemma.captioner.generation.as_arguments(), **stop)
+    expected = gemma.captioner.prompt.decode(beams[:, ask.input_ids.shape[1] :].tolist())
+    assert gemma.captioner.generate(ask) == expected
+    with pytest.raises(UserError, match=r"llm\.attention=flash_attention_2 takes no mask .* llm\.attention=sdpa"):
+        load(gemma.folder, attention="flash_attention_2")
 
 
 def test_the_stated_tokens_are_those_that_run(setup: Setup) -> None:

@@ -56,7 +56,6 @@ _CLOCK = RunText(
     after=_TILE.after,
     end="\n\n",
 )
-_ARIA = RunText(before="<fim_prefix>", after="<fim_suffix>")
 _AYA = RunText(before="<|START_OF_IMG|>TILE_GLOBAL", after="<|END_OF_IMG|>")
 _COMMAND = RunText(before="<|START_OF_IMG|>", after="<|IMG_LINE_BREAK|><|END_OF_IMG|>")
 _GEMMA = RunText(after="<end_of_image>\n\n", between="\n\n<start_of_image>")
@@ -64,7 +63,6 @@ _JANUS = RunText(before="<begin_of_image>", after="<end_of_image>")
 _CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
 FAMILIES = {
-    "aria": VlmFamily("frames", _ARIA, has_runs=True),
     "aya_vision": VlmFamily("frames", _AYA, has_runs=True),
     "cohere2_vision": VlmFamily("frames", _COMMAND, has_runs=True),
     "deepseek_vl": VlmFamily("frames"),
@@ -90,6 +88,7 @@ FAMILIES = {
 
 _NO_GRID = "its vision tower gives no token for each patch of a square frame"
 _REASONS = {  # that no signature or configuration states
+    "aria": "it reads its vision tower in front of the final norm",
     "blip": "its language model reads images by cross-attention",
     "blip-2": "its visual tokens come from a Q-Former",
     "chameleon": "its images are codes of a VQ-VAE",
@@ -130,6 +129,8 @@ def family_of(model_type: Any) -> VlmFamily:
 
 def obstacle(model_type: Any) -> str:
     """Returns why a model type without a row in `FAMILIES` is not supported, read from its class in transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     if model_type not in known_types():
         return "it is no model of images and text in the installed transformers"
     found = model_class(model_type)
@@ -152,6 +153,8 @@ def obstacle(model_type: Any) -> str:
         return "its vision tower comes from timm"
     if "image_grid_thw" in parameters:
         return "its positions of patches were not compared with its class"
+    if type(config.get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "its language model has no causal class of its own"
     return "it was not compared with its class"
 
 
