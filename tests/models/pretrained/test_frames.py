@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -258,6 +260,17 @@ def test_a_merged_model_is_the_references_with_the_trained_weights(setup: Setup,
     with torch.no_grad():
         expected = setup.reference_logits(batch, stock)
     torch.testing.assert_close(logits(captioner, batch)[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_a_tower_with_the_type_of_the_whole_model_is_read(frames_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """As in the published files of Idefics3."""
+    folder = shutil.copytree(frames_folder("idefics3"), tmp_path / "copy")
+    values = json.loads((folder / "config.json").read_text())
+    values["vision_config"]["model_type"] = "idefics3"
+    (folder / "config.json").write_text(json.dumps(values))
+    copy, whole = load(folder).encoder.tower.state_dict(), load(frames_folder("idefics3")).encoder.tower.state_dict()
+    assert copy.keys() == whole.keys()
+    assert all(torch.equal(copy[name], whole[name]) for name in copy)
 
 
 def test_a_missing_weight_of_the_projector_is_reported(setup: Setup, tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     # Files that timm writes state no type.
     is_timm = "pretrained_cfg" in section and "architecture" in section
     model_type = section.get("model_type") or (TIMM if is_timm else _default_tower_type(values))
+    if section is not values and model_type == values.get("model_type"):  # as in the files of Idefics3
+        model_type = _default_tower_type(values)
     model_type = REMOTE_CLASSES.get(next(iter(section.get("architectures") or ()), ""), model_type)
     family = family_of(model_type)
     known = {**family.config_values({**section, "model_type": model_type})}
