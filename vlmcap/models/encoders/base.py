@@ -81,6 +81,7 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
     frames_per_token = 1  # consecutive frames that a feature belongs to
+    is_normed = False  # as in `EncoderOptions`
 
     def __init__(
         self,
