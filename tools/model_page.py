@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -53,7 +53,8 @@ NOT_OFFERED = """## Not offered
 | kakaocorp/kanana-1.5-2.1b-instruct-2505 | 24 heads of 128 at width 1 792, which transformers' Llama class refuses |
 | naver-hyperclovax/HyperCLOVAX-SEED-Vision-Instruct-3B, kakaocorp/kanana-1.5-v-3b-instruct | remote code |
 | naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, NCSOFT/VARCO-VISION-2.0-1.7B, -14B, llava-hf/llava-onevision-*, \
-OpenGVLab/InternVL3_5-*-HF | no name, as their sizes were not confirmed at a source; `model=custom` takes them |
+OpenGVLab/InternVL3_5-*-HF, HuggingFaceTB/SmolVLM2-*, google/gemma-3-4b-it, -12b-it, -27b-it \
+| no name, as their sizes were not confirmed at a source; `model=custom` takes them |
 | LGAI-EXAONE/EXAONE-3.5-* | remote code, no class in transformers |
 | facebook/PE-Core-\\*, PE-Lang-\\*, PE-Spatial-\\* (Perception Encoder) | transformers reads these towers through \
 timm, which is no dependency |
@@ -89,21 +90,25 @@ def page() -> str:
     body = "\n".join(
         f"## {title}\n\n{tables.markdown_table(header, rows)}" for title, (header, rows) in sections.items()
     )
-    return f"{HEAD}{body}\n{NOT_OFFERED}\n{_model_types()}"
+    return f"{HEAD}{body}\n{NOT_OFFERED}\n{_model_types(parity)}"
 
 
-def _model_types() -> str:
+def _model_types(parity: Mapping[str, tables.Parity]) -> str:
     """Returns the model types of images and text in the installed transformers, with the reasons of those not taken."""
+    taken = [
+        (f"`{name}`", f"`{family.kind}`", *tables.parity_cells(parity, f"model:{name}"))
+        for name, family in FAMILIES.items()
+    ]
     reasons: dict[str, list[str]] = {}
     for name in known_types():
         if name not in FAMILIES:
             reasons.setdefault(obstacle(name), []).append(f"`{name}`")
-    rows = [(reason, ", ".join(names)) for reason, names in sorted(reasons.items())]
-    taken = ", ".join(f"`{name}`" for name in FAMILIES)
+    refused = [(reason, ", ".join(names)) for reason, names in sorted(reasons.items())]
     return (
         f"Of the {len(known_types())} model types of images and text in transformers {transformers.__version__}, "
-        f"`model=custom` takes {taken}. The others are refused:\n\n"
-        f"{tables.markdown_table(('reason', 'model types'), rows)}"
+        f"`model=custom` takes these:\n\n"
+        f"{tables.markdown_table(('model type', 'kind', *tables.PARITY_HEADER), taken)}\n"
+        f"The others are refused:\n\n{tables.markdown_table(('reason', 'model types'), refused)}"
     )
 
 

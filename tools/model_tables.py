@@ -102,7 +102,7 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
         str(encoder.embed_dim),
         f"{up_to}{encoder.num_patches}{joined}",
         _license(config.license, config.gate),
-        *_parity(parity, f"encoder:{vision.model_type}"),
+        *parity_cells(parity, f"encoder:{vision.model_type}"),
     )
 
 
@@ -120,7 +120,7 @@ def projector_row(config: ProjectorConfig, sizes: ProjectorSizes, parity: Mappin
     with torch.device("meta"):
         projector = build_projector(config, sizes)
     tokens = grouped(count_tokens(config, sizes, sizes.num_frames))
-    return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind}"))
+    return (f"`{config.name}`", _millions(projector), tokens, *parity_cells(parity, f"projector:{config.kind}"))
 
 
 LLM_HEADER = ("name", "checkpoint", "class", "parameters", "width", "layers", "context", "license", *PARITY_HEADER)
@@ -139,7 +139,7 @@ def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
         str(known.num_hidden_layers),
         grouped(known.max_position_embeddings),
         _license(config.license, config.gate),
-        *_parity(parity, f"llm:{known.model_type}"),
+        *parity_cells(parity, f"llm:{known.model_type}"),
     )
 
 
@@ -157,7 +157,7 @@ def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
         _millions(model),
         _vlm_tokens(known),
         _license(config.license, config.gate),
-        *_parity(parity, f"model:{known.model_type}"),
+        *parity_cells(parity, f"model:{known.model_type}"),
     )
 
 
@@ -204,7 +204,8 @@ def _vlm_tokens(config: Any) -> str:
     return f"{parts.num_tokens(1, parts.encoder.grid)} per frame"
 
 
-def _parity(parity: Mapping[str, Parity], key: str) -> Row:
+def parity_cells(parity: Mapping[str, Parity], key: str) -> Row:
+    """Returns the cells under `PARITY_HEADER` of a comparison."""
     if found := parity.get(key):
         return "tested at tiny size", f"`{found.test}`", f"{found.error:.0e}".replace("e-0", "e-")
     return "property tests" if key.startswith("projector:") else "not compared yet", NONE, NONE

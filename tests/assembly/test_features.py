@@ -278,6 +278,18 @@ def test_whole_models_too(
     assert assembly.captioner.encoder is None
 
 
+def test_a_tower_with_and_without_its_final_norm_has_two_stores(frames_folder: Callable[[str], Path]) -> None:
+    """Gemma 3 reads SigLIP after its final norm, `encoder=custom` in front of it."""
+    folder = frames_folder("gemma3")
+    lengths = ["hardware=cpu", "data.num_frames=8", "llm.max_caption_tokens=48", "llm.max_new_tokens=4"]
+    whole = ["model=internvl3_1b", f"model.checkpoint={folder}"]
+    tower = ["encoder=custom", f"encoder.checkpoint={folder}", "llm=qwen3_4b", f"llm.checkpoint={folder}"]
+    plans = [model_module.describe_model(compose([*lengths, *chosen])).feature_plan for chosen in (whole, tower)]
+    recipes = [features_module.recipe_of(plan) for plan in plans]
+    assert recipes[0].encoder == recipes[1].encoder
+    assert recipes[0].key != recipes[1].key
+
+
 def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
     overrides = [*real_path, "data.num_frames=8", "data.variable_frames=true", *SHORT]
     decoded, cached = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,20 @@ def test_a_truncated_configuration_is_planned_as_truncated(overrides: list[str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", thinned(["qwen2_5_vl", "qwen3_vl"], lambda kind: kind == "qwen3_vl"))
-def test_pretrained_vlms_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
-    """Small models of the same classes: positions in three dimensions, DeepStack, clips of different sizes."""
-    name = {"qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}[kind]
-    small = ["data.num_frames=2", "encoder.max_patches=16", "llm.max_caption_tokens=16", "llm.max_new_tokens=4"]
+@pytest.mark.parametrize("kind", thinned(["qwen2_5_vl", "qwen3_vl", "gemma3"], lambda kind: kind != "qwen2_5_vl"))
+def test_pretrained_vlms_are_measured(
+    kind: str, qwen_folders: dict[str, Path], frames_folder: Callable[[str], Path]
+) -> None:
+    """Small models of the same classes.
+
+    They have positions in three dimensions, DeepStack, clips of different sizes, and masks of their own.
+    """
+    name = {"qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b", "gemma3": "internvl3_1b"}[kind]
+    folder = frames_folder(kind) if kind == "gemma3" else qwen_folders[kind]
+    small = ["data.num_frames=2", "llm.max_caption_tokens=16", "llm.max_new_tokens=4"]
+    small += [] if kind == "gemma3" else ["encoder.max_patches=16"]
     settings = ["data.batch_size=2", "data.eval_batch_size=2", "hardware=cpu", *small]
-    comparison = measure([f"model={name}", f"model.checkpoint={qwen_folders[kind]}", *settings])
+    comparison = measure([f"model={name}", f"model.checkpoint={folder}", *settings])
     assert comparison.measured.num_new == 4
     assert comparison.measured.clip_s > 0
 

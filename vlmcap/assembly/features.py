@@ -167,12 +167,15 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     config = plan.config
     base = plan.base_checkpoints.fingerprints[vision_component(config)]
     transform = cast(Any, plan.meta_encoder.transform)
+    settings = {"kind": type(transform).__name__, **dataclasses.asdict(transform)}
+    if getattr(plan.meta_encoder, "is_normed", False):
+        settings["is_normed"] = True  # the same layer of the same tower has other features without its final norm
     plugin = plugins_of(config).get("encoder")
     code = json.dumps([base.sha256, plugin, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
         encoder=base.sha256 if plugin is None else hashlib.sha256(code.encode()).hexdigest(),
         layer=plan.meta_encoder.feature_layer,
-        transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
+        transform=settings,
         num_frames=config.data.num_frames,
         sampling=config.data.sampling.value,
         fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,

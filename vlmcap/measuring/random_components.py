@@ -145,9 +145,9 @@ def random_captioner(
     report(f"projector ({_size_text(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
-    # 2. The captioner and its language model, which Qwen-VL models have classes of their own for.
+    # 2. The captioner and its language model, which some pretrained VLMs have classes of their own for.
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
-    if isinstance(config.model, MropeVlmConfig):
+    if config.is_pretrained_vlm:
         captioner_class = meta_vlm(config, 1).captioner_class
     llm = add_adapters(config, random_llm(config, device, report), num_kept_layers)
     compile_blocks(config, llm)

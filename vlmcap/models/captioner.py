@@ -252,7 +252,7 @@ class VideoCaptioner(nn.Module):
         if not self.generation.is_greedy:
             return "the native engine supports greedy search only"
         if not self.has_plain_inputs:
-            return "this model needs positions in time, height and width"
+            return "its language model takes more than embeddings and a mask of padding"
         return native_engine_obstacle(self.llm)
 
     def _explain_engine(self) -> None:

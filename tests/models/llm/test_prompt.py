@@ -134,13 +134,16 @@ def test_a_template_that_drops_the_text(llm_folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_template_made_for_a_processor(llm_folder: Path, tmp_path: Path) -> None:
-    """It expects content lists and would drop a string."""
+    """It expects lists of parts and would drop a string."""
     folder = copy_without(llm_folder, tmp_path)
     inner = "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
-    parts = "{% for m in messages %}" + inner + "{% endfor %}"
-    (folder / "chat_template.jinja").write_text(parts)
-    with pytest.raises(UserError, match=r"llm\.chat_template"):
-        prompt_of(folder)
+    parts = (
+        "{% for m in messages %}{{ m.role }}: " + inner + "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(parts + "{% if add_generation_prompt %} assistant:{% endif %}")
+    prompt = prompt_of(folder)
+    assert prompt.tokenizer.decode(prompt.prefix_ids) == "user: "
+    assert prompt.tokenizer.decode(prompt.suffix_ids) == f"\n{QUESTION} assistant:"
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ messages[0].content + 1 }}", "{{ nothing.at.all }}"])

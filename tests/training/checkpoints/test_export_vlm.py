@@ -29,11 +29,14 @@ NAMES = {
     "llava_next_video": "llava_next_video_7b",
     "internvl": "internvl3_1b",
     "varco_vision_2": "internvl3_1b",
+    "gemma3": "internvl3_1b",
+    "smolvlm": "internvl3_1b",
 }
 
 
 @pytest.mark.parametrize(
-    "kind", thinned(list(NAMES), lambda kind: kind in ("qwen3_vl", "llava_next_video", "internvl", "exaone4_5"))
+    "kind",
+    thinned(list(NAMES), lambda kind: kind in ("qwen3_vl", "llava_next_video", "internvl", "exaone4_5", "gemma3")),
 )
 def test_a_whole_model(
     kind: str,

@@ -113,7 +113,9 @@ def _assemble(
             f"none is known for '{config.model_type}'; set encoder.image_mean and encoder.image_std, such as "
             "[0.5,0.5,0.5]"
         )
-    return family.assemble(tower, config, options, preprocessing).requires_grad_(False).eval()
+    encoder = family.assemble(tower, config, options, preprocessing)
+    encoder.is_normed = options.is_normed
+    return encoder.requires_grad_(False).eval()
 
 
 __all__ = [

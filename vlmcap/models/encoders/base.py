@@ -37,6 +37,7 @@ class EncoderOptions:
         feature_layer: Index into the hidden states that the transformers class returns, 0 before the first block. -1 is
             its `last_hidden_state`, which is after the final norm in classes that apply one (DINOv2, DINOv3, InternViT,
             ViT, AIMv2, …); for SigLIP and SigLIP 2 only, it is the last hidden state before the final norm.
+        is_normed: Whether -1 is after the final norm for SigLIP and SigLIP 2, too.
         dtype: Dtype of the weights.
         image_size: Side of a frame in pixels; None uses that of the checkpoint.
         max_patches: Maximum patches per frame if sizes vary (NaFlex); ignored otherwise.
@@ -49,6 +50,7 @@ class EncoderOptions:
 
     feature_layer: int
     dtype: torch.dtype
+    is_normed: bool = False
     image_size: int | None = None
     max_patches: int = 256
     max_tiles: int = 1
@@ -79,6 +81,7 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
     frames_per_token = 1  # consecutive frames that a feature belongs to
+    is_normed = False  # as in `EncoderOptions`
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     # Files that timm writes state no type.
     is_timm = "pretrained_cfg" in section and "architecture" in section
     model_type = section.get("model_type") or (TIMM if is_timm else _default_tower_type(values))
+    if section is not values and model_type == values.get("model_type"):  # as in the files of Idefics3
+        model_type = _default_tower_type(values)
     model_type = REMOTE_CLASSES.get(next(iter(section.get("architectures") or ()), ""), model_type)
     family = family_of(model_type)
     known = {**family.config_values({**section, "model_type": model_type})}
@@ -133,7 +135,7 @@ def _adapt_config(family: Family, config: Any, options: EncoderOptions, source: 
         idle, layer, depth = family.layout(config).idle, options.feature_layer, int(config.num_hidden_layers)
         if not -depth - 1 <= layer <= depth:
             raise UserError(f"encoder.feature_layer must be in {-depth - 1}…{depth} for this encoder, not {layer}")
-        if layer == -1 and not family.is_raw:
+        if layer == -1 and (options.is_normed or not family.is_raw):
             return idle
         norm = family.final_norm(config)
     except UnknownLayoutError as error:

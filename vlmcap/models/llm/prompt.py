@@ -95,17 +95,19 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     """
     # 1. Render the conversation.
     tokenizer = load_tokenizer(folder)
-    separator = visual_suffix or "\n"
-    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{separator}{llm.question}"}]
+    separator = "" if visual_suffix else "\n"
+    turns = [{"role": "user", "content": f"{_VISUAL}{separator}{llm.question}"}]
     if llm.system_prompt:
         turns.insert(0, {"role": "system", "content": llm.system_prompt})
     template = _Template(tokenizer, folder, llm.chat_template, llm.enable_thinking)
     rendered = template.render(turns, add_generation_prompt=True)
+    if _VISUAL not in rendered:
+        template = replace(template, has_parts=True)
+        rendered = template.render(turns, add_generation_prompt=True)
     before, placeholder, after = rendered.partition(_VISUAL)
     if not placeholder:
         raise UserError(
-            f"the chat template of {folder} drops the user's text, like a template for a processor; set "
-            "llm.chat_template to one for text"
+            f"the chat template of {folder} drops the user's text; set llm.chat_template to one that writes it"
         )
     _check_used(template, turns, rendered)
     # 2. Find what surrounds an answer: whitespace before it, and the end token.
@@ -118,8 +120,9 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     stop_ids = _stop_ids(folder, [end_id, int(tokenizer.eos_token_id)])
     encoder = PromptEncoder(
         tokenizer=tokenizer,
-        prefix_ids=_first_ids(tokenizer, before),
-        suffix_ids=_following_ids(tokenizer, after),
+        # Added here, as some templates strip what begins and ends a turn.
+        prefix_ids=_first_ids(tokenizer, before + visual_prefix),
+        suffix_ids=_following_ids(tokenizer, visual_suffix + after),
         end_id=end_id,
         pad_id=int(pad_id),
         stop_ids=[token for token in stop_ids if token < num_embeddings],
@@ -194,12 +197,21 @@ def _check_embeddings(encoder: PromptEncoder, folder: Path, num_rows: float) -> 
 
 @dataclass(frozen=True)
 class _Template:
-    """A chat template with its fixed arguments."""
+    """A chat template with its fixed arguments.
+
+    Attributes:
+        tokenizer: Tokenizer with a template of its own.
+        folder: Checkpoint, for the error messages.
+        text: Template in place of the tokenizer's.
+        enable_thinking: Argument of the template.
+        has_parts: Whether the content of a turn is a list of parts, as in the templates of processors.
+    """
 
     tokenizer: Any
     folder: Path
     text: str | None
     enable_thinking: bool
+    has_parts: bool = False
 
     def render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """Renders a conversation as text.
@@ -217,7 +229,7 @@ class _Template:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns,
+                    [{**turn, "content": self._content(turn["content"])} for turn in turns],
                     chat_template=self.text or None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -230,6 +242,9 @@ class _Template:
                 f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or "
                 "llm.chat_template"
             ) from error
+
+    def _content(self, text: str) -> str | list[dict[str, str]]:
+        return [{"type": "text", "text": text}] if self.has_parts else text
 
 
 def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str) -> None:

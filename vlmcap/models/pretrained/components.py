@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ class RunText:
     """Text around each run of visual tokens in the prompt, as the model's processor writes it.
 
     Attributes:
-        before: Text before a run; `{number}` is the number of the frame and `{seconds}` its time.
+        start: Further text before the first run; `{count}` is the number of frames in words and `{duration}` the time
+            of the last one as H:MM:SS.
+        before: Text before a run; `{number}` is the number of the frame, `{seconds}` its time, and `{clock}` its time
+            as MM:SS.
         after: Text after a run.
         between: Further text between two runs.
         end: Further text after the last run.
     """
 
+    start: str = ""
     before: str = ""
     after: str = ""
     between: str = ""
@@ -63,11 +68,15 @@ class FrameRuns:
         span = self.frames_per_run
         times = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
         assert steps == 0 or (steps - 1) * span < len(times) <= steps * span, f"{len(times)} times for {steps} runs"
+        duration = timedelta(seconds=int(times[-1])) if times else timedelta()
+        start = self.text.start.format(count=number_words(len(times)), duration=duration)
         runs: list[int | Sequence[int]] = []
         for index in range(steps):
             span_times = times[index * span : (index + 1) * span]
-            text = self.text.before.format(number=index + 1, seconds=(span_times[0] + span_times[-1]) / 2)
-            runs += [self._ids((self.text.after + self.text.between if index else "") + text)]
+            seconds = (span_times[0] + span_times[-1]) / 2
+            clock = f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+            text = self.text.before.format(number=index + 1, seconds=seconds, clock=clock)
+            runs += [self._ids((self.text.after + self.text.between if index else start) + text)]
             runs += [self.num_tokens(1, (grid[0], grid[1]))]
         return runs
 
@@ -75,6 +84,42 @@ class FrameRuns:
         if text not in self._cached_ids:
             self._cached_ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._cached_ids[text]
+
+
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def number_words(number: int) -> str:
+    """Returns a number below 1 000 in English words, and larger ones in digits."""
+    if number < 20:
+        return _ONES[number]
+    if number < 100:
+        return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
+    if number < 1000:
+        return f"{_ONES[number // 100]} hundred" + (f" and {number_words(number % 100)}" if number % 100 else "")
+    return str(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ class VlmFamily:
         kind: Kind in the configuration: "frames", "patches", "mrope" or "timed_mrope".
         text: Text around the visual tokens.
         has_runs: Whether each frame (or temporal patch) has a run of its own, instead of one run per clip.
+        is_bidirectional: Whether the tokens of a run attend to each other in both directions.
+        prefix: Fixed text in front of all of that, which is tokenised together with the text before it.
         preprocessing: Preprocessing of a checkpoint without a processor file, except for kind "frames", where it
             follows from the vision tower.
     """
@@ -39,26 +41,74 @@ class VlmFamily:
     kind: str
     text: RunText = _NOTHING
     has_runs: bool = False
+    is_bidirectional: bool = False
+    prefix: str = ""
     preprocessing: Preprocessing | None = None
 
 
-_MARKS = RunText("<|vision_start|>", "<|vision_end|>")
-_TIMED = RunText("<{seconds:.1f} seconds><|vision_start|>", "<|vision_end|>")
-_NUMBERED = RunText("Frame{number}: <img>", "</img>", between="\n", end="\n")
+_MARKS = RunText(before="<|vision_start|>", after="<|vision_end|>")
+_TIMED = RunText(before="<{seconds:.1f} seconds><|vision_start|>", after="<|vision_end|>")
+_NUMBERED = RunText(before="Frame{number}: <img>", after="</img>", between="\n", end="\n")
+_TILE = RunText(before="<fake_token_around_image><global-img>", after="<fake_token_around_image>")
+_CLOCK = RunText(
+    start=" {count} frames from a {duration} [H:MM:SS] video.\n",
+    before="\nFrame from {clock}:" + _TILE.before,
+    after=_TILE.after,
+    end="\n\n",
+)
+_AYA = RunText(before="<|START_OF_IMG|>TILE_GLOBAL", after="<|END_OF_IMG|>")
+_COMMAND = RunText(before="<|START_OF_IMG|>", after="<|IMG_LINE_BREAK|><|END_OF_IMG|>")
+_GEMMA = RunText(after="<end_of_image>\n\n", between="\n\n<start_of_image>")
+_JANUS = RunText(before="<begin_of_image>", after="<end_of_image>")
 _CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
 FAMILIES = {
+    "aya_vision": VlmFamily("frames", _AYA, has_runs=True),
+    "cohere2_vision": VlmFamily("frames", _COMMAND, has_runs=True),
+    "deepseek_vl": VlmFamily("frames"),
+    "gemma3": VlmFamily("frames", _GEMMA, has_runs=True, is_bidirectional=True, prefix="\n\n<start_of_image>"),
+    "idefics3": VlmFamily("frames", _TILE, has_runs=True),
     "internvl": VlmFamily("frames", _NUMBERED, has_runs=True),
+    "janus": VlmFamily("frames", _JANUS, has_runs=True),
     "llava": VlmFamily("frames"),
     "llava_next_video": VlmFamily("frames"),
     "llava_onevision": VlmFamily("frames"),
-    "exaone4_5": VlmFamily("patches", RunText("<vision>", "</vision>"), preprocessing=_CLIP),
-    "hyperclovax_vision_v2": VlmFamily("patches", RunText("<|video_start|>", "<|video_end|>"), preprocessing=_CLIP),
+    "smolvlm": VlmFamily("frames", _CLOCK, has_runs=True, prefix="You are provided the following series of"),
+    "exaone4_5": VlmFamily("patches", RunText(before="<vision>", after="</vision>"), preprocessing=_CLIP),
+    "hyperclovax_vision_v2": VlmFamily(
+        "patches", RunText(before="<|video_start|>", after="<|video_end|>"), preprocessing=_CLIP
+    ),
     "qwen2_vl": VlmFamily("mrope", _MARKS, preprocessing=_CLIP),
     "qwen2_5_vl": VlmFamily("mrope", _MARKS, preprocessing=_CLIP),
     "qwen3_vl": VlmFamily("timed_mrope", _TIMED, has_runs=True, preprocessing=_HALF),
     "qwen3_vl_moe": VlmFamily("timed_mrope", _TIMED, has_runs=True, preprocessing=_HALF),
     "qwen3_5": VlmFamily("timed_mrope", _TIMED, has_runs=True, preprocessing=_HALF),
+}
+
+
+_NO_GRID = "its vision tower gives no token for each patch of a square frame"
+_REASONS = {  # that no signature or configuration states
+    "aria": "it reads its vision tower in front of the final norm",
+    "blip": "its language model reads images by cross-attention",
+    "blip-2": "its visual tokens come from a Q-Former",
+    "chameleon": "its images are codes of a VQ-VAE",
+    "deepseek_ocr2": _NO_GRID,
+    "florence2": "its language model is an encoder and a decoder",
+    "gemma3n": "its vision tower comes from timm",
+    "gemma4": "its class needs the positions of patches besides pixels",
+    "gemma4_unified": "its class needs the positions of patches besides pixels",
+    "got_ocr2": "its projector convolves a map of features instead of reading patches",
+    "idefics2": "its projector needs a mask of patches besides features",
+    "inkling_mm_model": _NO_GRID,
+    "llama4": _NO_GRID,
+    "ovis2": "its visual tokens are mixtures of the rows of a table",
+    "paligemma": "its language model attends to the whole prompt in both directions",
+    "pp_chart2table": "its projector convolves a map of features instead of reading patches",
+    "qianfan_ocr": "its files stack and name the weights of its vision tower in their own way",
+    "shieldgemma2": "it rates images and describes none",
+    "step3p7": _NO_GRID,
+    "unlimited_ocr": _NO_GRID,
+    "video_llava": "it has one vision tower for images and another one for videos",
 }
 
 
@@ -79,13 +129,15 @@ def family_of(model_type: Any) -> VlmFamily:
 
 def obstacle(model_type: Any) -> str:
     """Returns why a model type without a row in `FAMILIES` is not supported, read from its class in transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     if model_type not in known_types():
         return "it is no model of images and text in the installed transformers"
     head_class = model_class(model_type)
     if not hasattr(_base_class(head_class), "get_image_features"):
         return "its class has no function from pixels to visual tokens"
-    if "token_type_ids" in inspect.signature(head_class.forward).parameters:
-        return "its language model attends to visual tokens in both directions"
+    if model_type in _REASONS:
+        return _REASONS[model_type]
     parameters = inspect.signature(_base_class(head_class).get_image_features).parameters
     others = [
         name
@@ -94,10 +146,15 @@ def obstacle(model_type: Any) -> str:
     ]
     if others and others != ["image_grid_thw"]:
         return f"its class needs {' and '.join(others)} besides pixels"
-    if getattr(getattr(head_class.config_class(), "vision_config", None), "model_type", None) == TIMM:
+    config = head_class.config_class()
+    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
+        return "it joins several layers of its vision tower"
+    if getattr(getattr(config, "vision_config", None), "model_type", None) == TIMM:
         return "its vision tower comes from timm"
     if "image_grid_thw" in parameters:
         return "its positions of patches were not compared with its class"
+    if type(config.get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "its language model has no causal class of its own"
     return "it was not compared with its class"
 
 

@@ -5,8 +5,9 @@ Legend: B batch, F frames, P patches per frame, Dv vision width, V visual tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError, first_line
+from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.load import load_language_model
+from vlmcap.models.pretrained.bidirectional import BidirectionalCaptioner
 from vlmcap.models.pretrained.components import VlmComponents, load_remaining
-from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, VlmFamily, family_of, parsed_config, part_name, sketch
+from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, family_of, model_class, parsed_config, part_name, sketch
 from vlmcap.models.projectors.base import autocast_without_float16
 
 
@@ -74,7 +77,7 @@ class ClassProjector(nn.Module):
             with torch.inference_mode(False), torch.enable_grad():
                 tokens = [self(torch.empty(1, frames, *shape, device="meta")) for frames in (1, 2)]
                 tokens[0].sum().backward()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"model.checkpoint is a {model.config.model_type} whose class does not accept the features of its own "
                 f"vision tower ({first_line(error)}); use another checkpoint"
@@ -95,11 +98,13 @@ class ClassProjector(nn.Module):
         """Projects features to visual tokens, (B, F, P, Dv) -> float32 (B, V, Dl)."""
         with autocast_without_float16(features):
             pixels = features.float().unsqueeze(-1)  # (B, F, P, Dv) -> (B, F, P, Dv, 1), with as many axes as pixels
+            tokens: Any
             if hasattr(self.model, "get_video_features"):
-                output = self.model.get_video_features(pixels, return_dict=True)
+                tokens = self.model.get_video_features(pixels, return_dict=True).pooler_output
+            elif hasattr(self.model, "connector"):  # Idefics3 and SmolVLM leave out black frames before it
+                tokens = self.model.connector(pixels.squeeze(-1).flatten(0, 1))
             else:
-                output = self.model.get_image_features(pixels.flatten(0, 1), return_dict=True)
-        tokens: Any = output.pooler_output
+                tokens = self.model.get_image_features(pixels.flatten(0, 1), return_dict=True).pooler_output
         if not isinstance(tokens, Tensor):  # some classes return the frames one by one
             tokens = torch.stack(list(tokens))
         # (B, V, Dl) or (B · F, V / F, Dl) -> (B, V, Dl)
@@ -133,15 +138,17 @@ def load_frames(folder: Path, *, device: str, is_on_host: bool, **language: Any)
     from transformers import AutoTokenizer
 
     config = read_config(folder)
+    family = family_of(config["model_type"])
+    if family.is_bidirectional:
+        language["attention"] = _masked_attention(language["attention"])
     encoder = load_encoder(folder, vision_options(config, language["dtype"]), "cpu" if is_on_host else device)
     whole = sketch(config)
     projector = _projector(whole, encoder)
     load_remaining(projector.model, whole, folder)
     projector.requires_grad_(True)
     llm = load_language_model(folder, device=device, is_on_host=is_on_host, **language)
-    family = family_of(config["model_type"])
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if family.has_runs else None
-    return _components(family, encoder, projector, llm, tokenizer)
+    return _components(config["model_type"], encoder, projector, llm, tokenizer)
 
 
 def build_frames(config: Mapping[str, Any], *, dtype: torch.dtype) -> VlmComponents:
@@ -152,7 +159,21 @@ def build_frames(config: Mapping[str, Any], *, dtype: torch.dtype) -> VlmCompone
         encoder = build_encoder(config, vision_options(config, dtype))
         llm = AutoModelForCausalLM.from_config(parsed_config(config).get_text_config(), dtype=dtype)
     llm.requires_grad_(False).eval()
-    return _components(family_of(config["model_type"]), encoder, _projector(sketch(config), encoder), llm, None)
+    return _components(config["model_type"], encoder, _projector(sketch(config), encoder), llm, None)
+
+
+def _masked_attention(requested: str) -> str:
+    """Returns an attention implementation that takes a mask of pairs of tokens.
+
+    Raises:
+        UserError: FlashAttention was requested, which takes none.
+    """
+    if "flash" in requested:
+        raise UserError(
+            f"llm.attention={requested} takes no mask of single tokens, which this model needs for its visual tokens; "
+            "set llm.attention=sdpa"
+        )
+    return "sdpa" if requested == "auto" else requested
 
 
 def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOptions:
@@ -161,7 +182,9 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
     Raises:
         UserError: The model joins several layers of its tower.
     """
-    layer = parsed_config(config).vision_feature_layer
+    layer = getattr(parsed_config(config), "vision_feature_layer", None)
+    if layer is None:  # the class takes the output of its tower
+        return EncoderOptions(feature_layer=-1, dtype=dtype, is_normed=True)
     if not isinstance(layer, int):
         raise UserError(
             f"model.checkpoint joins the layers {layer} of its vision tower, but only one layer is supported; use "
@@ -171,7 +194,8 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
 
 
 def _projector(whole: Any, encoder: VisionEncoder) -> ClassProjector:
-    if whole.config.vision_feature_select_strategy == "full" and encoder.num_prefix_tokens:
+    strategy = getattr(whole.config, "vision_feature_select_strategy", None)
+    if strategy == "full" and encoder.num_prefix_tokens:
         raise UserError(
             "model.checkpoint has vision_feature_select_strategy=full in its config.json and so gives CLS tokens to "
             "its language model, but only patches are supported; use another checkpoint"
@@ -180,14 +204,20 @@ def _projector(whole: Any, encoder: VisionEncoder) -> ClassProjector:
 
 
 def _components(
-    family: VlmFamily, encoder: VisionEncoder, projector: ClassProjector, llm: nn.Module, tokenizer: Any
+    model_type: str, encoder: VisionEncoder, projector: ClassProjector, llm: nn.Module, tokenizer: Any
 ) -> VlmComponents:
+    family = family_of(model_type)
+    captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
+    if family.is_bidirectional:
+        make_masks = model_class(model_type).create_masks_for_generate
+        captioner_class = partial(BidirectionalCaptioner, make_masks=make_masks)
     return VlmComponents(
         encoder,
         projector,
         llm,
         num_tokens=projector.spec,
-        visual_prefix="" if family.has_runs else family.text.before,
+        captioner_class=captioner_class,
+        visual_prefix=family.prefix if family.has_runs else family.text.before,
         visual_suffix=family.text.after + family.text.end,
         run_text=family.text if family.has_runs else None,
         tokenizer=tokenizer,

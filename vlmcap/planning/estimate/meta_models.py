@@ -294,6 +294,8 @@ def fake_llm(
             llm = AutoModelForCausalLM.from_config(
                 text_config(config, depth), dtype=dtype, attn_implementation=attention
             )
+            if config.is_pretrained_vlm:
+                captioner_class = cached_meta_vlm(config).captioner_class
         llm.requires_grad_(False)
         quantize_fake(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm, num_kept)

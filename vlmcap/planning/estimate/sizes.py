@@ -41,6 +41,7 @@ from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
 # Most tokens between two runs, such as a timestamp and its marks: a digit is a token, and clips may last a day.
 _TEXT_BETWEEN_RUNS = 12
+_CLOCK_BETWEEN_RUNS = 16  # with words around the time, as in SmolVLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,15 @@ def clip_sizes(config: Config) -> Sizes:
         check_projector(config.projector, projector)
         num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
     # Some VLMs, such as Qwen3-VL, write text between the visual tokens of their steps, which so come in several runs.
-    has_runs = projector is None and cached_meta_vlm(config).run_text is not None
-    runs = (num_visual // steps,) * steps if has_runs else (num_visual,)
+    text = None if projector is not None else cached_meta_vlm(config).run_text
+    runs = (num_visual,) if text is None else (num_visual // steps,) * steps
+    gap = 0 if text is None else _CLOCK_BETWEEN_RUNS if "{clock}" in text.before else _TEXT_BETWEEN_RUNS
     frame_bytes = 1
     for side in frames_shape(encoder, grid):
         frame_bytes *= side
     has_known_blocks = not config.is_pretrained_vlm and not has_plugin_encoder(config)
     depth = num_blocks(encoder) if has_known_blocks else 0
-    sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if has_runs else 0)
+    sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, gap)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
 
