@@ -12,6 +12,7 @@ import torch
 
 from tests.checkpoints.pretrained import CASES, SIDE, VISION
 from tests.models.test_packing import loss_and_gradients
+from tests.thinned import thinned
 from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator, places_of
 from vlmcap.models.captioner import VideoCaptioner
@@ -71,7 +72,10 @@ class Setup:
         return Collator(self.captioner.prompt, self.parts.layout(grid), 200, is_packed=is_packed)(self.samples())
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = ("varco_vision_2", "llava", "qwen2_vl", "hyperclovax_vision_v2")  # packed like another one
+
+
+@pytest.fixture(scope="module", params=thinned(KINDS, lambda kind: kind not in SLOW))
 def setup(
     request: pytest.FixtureRequest,
     qwen_folders: dict[str, Path],
@@ -95,15 +99,15 @@ def assert_alike(setup: Setup) -> tuple[float, float]:
     loss, count, gradients = loss_and_gradients(setup.captioner, rows)
     own_loss, own_count, own_gradients = loss_and_gradients(setup.captioner, packed)
     assert own_count == count == packed.num_label_tokens
-    errors = [
-        float((own - expected).norm() / expected.norm().clamp(min=1e-9))
-        for own, expected in zip(own_gradients, gradients, strict=True)
-    ]
-    assert len(errors) > 10
-    error = abs(own_loss - loss) / loss
+    assert len(gradients) > 10
+    for own, expected in zip(own_gradients, gradients, strict=True):
+        # 2.8e-5 for the gates of Qwen3.5 (5e-15 in float64), whose gradients are sums of opposite terms
+        assert float((own - expected).norm()) <= 1e-4 * float(expected.norm())
+    own_all, expected_all = (torch.cat([one.flatten() for one in all_of]) for all_of in (own_gradients, gradients))
+    error, gradient_error = abs(own_loss - loss) / loss, float((own_all - expected_all).norm() / expected_all.norm())
     assert error < 1e-5
-    assert max(errors) < 1e-5
-    return error, max(errors)
+    assert gradient_error < 1e-5
+    return error, gradient_error
 
 
 def test_a_packed_row_has_the_loss_and_gradients_of_a_row_each(
