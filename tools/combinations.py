@@ -119,8 +119,8 @@ def section(checked: Mapping[str, Any]) -> str:
     rows += [(f"`model={name}`", "", "", row["reason"]) for name, row in models.items() if row["reason"]]
     return (
         f"## Combinations\n\n`python -m tools.combinations` checks all {counts['encoder']} encoders × "
-        f"{counts['projector']} projectors × {counts['llm']} language models, with the other settings at their "
-        "defaults, by the check that `vlmcap plan` makes before a download and a run before it loads weights. Whether "
+        f"{counts['projector']} projectors × {counts['llm']} language models with `hardware=l4`, by the check "
+        "that `vlmcap plan` makes before a download and a run before it loads weights. Whether "
         f"they fit into the memory of a GPU is what `vlmcap plan` says. {total - num_refused} of {total} combinations "
         f"and {fit} of {len(models)} pretrained VLMs fit together; {num_refused} combinations are refused:\n\n"
         f"{markdown_table(('encoder', 'projector', 'language models', 'the sentence'), rows)}"

@@ -114,7 +114,7 @@ def separate_recurrent_layers(model: nn.Module) -> bool:
     Returns:
         Whether there are such layers.
     """
-    layers = [
+    layers: list[Any] = [
         module.linear_attn for module in model.modules() if isinstance(getattr(module, "linear_attn", None), nn.Module)
     ]
     for layer in layers:
