@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.checkpoints.pretrained import CASES, SIDE, VISION
-from tests.models.test_packing import loss_and_gradients
+from tests.models.test_packing import flash_like, loss_and_gradients
 from tests.thinned import thinned
 from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator, places_of
@@ -140,6 +141,19 @@ def test_no_clip_sees_another(setup: Setup) -> None:
         only = replace(batch, **places_of(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100)))
         (gradient,) = torch.autograd.grad(captioner(only)[0], features)
         assert gradient.flatten(1).any(1).tolist() == [other == clip for other in range(len(batch))]
+
+
+@torch.no_grad()
+def test_attention_without_a_mask_is_told_the_borders(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model: Any = base_model(setup.captioner.llm)
+    expected = setup.captioner(setup.batch(is_packed=False))[0].item()
+    function = Mock(side_effect=flash_like)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_like", function)
+    monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation", "flash_like")
+    assert setup.captioner(setup.batch(is_packed=True))[0].item() == pytest.approx(expected, rel=1e-5)
+    assert function.called
 
 
 def test_packed_models_are_those_that_are_tried(qwen_folders: dict[str, Path]) -> None:

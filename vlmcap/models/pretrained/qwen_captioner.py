@@ -105,8 +105,7 @@ class QwenVLCaptioner(VideoCaptioner):
 def separate_recurrent_layers(model: nn.Module) -> bool:
     """Lets the recurrent layers of a language model run clip by clip when `clip_lengths` is among its arguments.
 
-    Without it, transformers carries the state of these layers from one clip of a packed row to the next one, unless
-    the package `flash-linear-attention` is installed.
+    Without it, their state goes from one clip of a packed row to the next one, as they have no mask.
 
     Args:
         model: Language model; its recurrent layers are modified in place.
