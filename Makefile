@@ -40,8 +40,9 @@ test-weights: $(STAMP) ## train published weights out of three packages (190 MB,
 gpu: ## run the acceptance checks on a GPU, under eight minutes (ARGS="--only decode"; PYTHON=python3 where .venv is not there)
 	@"$(or $(PYTHON),$(wildcard $(BIN)/python),python3)" -m benchmarks.gpu $(ARGS)
 
-models: $(STAMP) ## measure parity with the reference implementations and write docs/reference/models.md
+models: $(STAMP) ## measure parity with the reference implementations, check all combinations, write docs/reference/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
+	$(BIN)/python -m tools.combinations
 	$(BIN)/python -m tools.model_page --measured .parity.xml
 	@rm -f .parity.xml; echo "docs/reference/models.md is current."
 

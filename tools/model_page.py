@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import torch
 import transformers
 
+from tools import combinations
 from tools import model_tables as tables
 from vlmcap.assembly.components import encoder_options, projector_sizes
 from vlmcap.compose import CUSTOM, compose
@@ -90,7 +91,8 @@ def page() -> str:
     body = "\n".join(
         f"## {title}\n\n{tables.markdown_table(header, rows)}" for title, (header, rows) in sections.items()
     )
-    return f"{HEAD}{body}\n{NOT_OFFERED}\n{_model_types(parity)}"
+    checked = combinations.section(json.loads(combinations.CHECKED.read_text(encoding="utf-8")))
+    return f"{HEAD}{body}\n{checked}\n{NOT_OFFERED}\n{_model_types(parity)}"
 
 
 def _model_types(parity: Mapping[str, tables.Parity]) -> str:

@@ -1,54 +1,34 @@
-"""Every encoder with every projector and every language model.
+"""Every encoder with every projector and every language model, and every pretrained VLM.
 
-Sizes are right on the meta device, or the pair is refused in words.
-
-Nothing is downloaded or allocated: encoders are built once each from their known configurations, and language models
-only say their width and context.
+Sizes are right on the meta device, or the combination is refused in one sentence; docs/combinations.json says which.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, partial
-from pathlib import Path
+import json
+import re
+from collections import Counter
+from itertools import cycle, islice
 from typing import Any
 
 import pytest
 import torch
 
 from tests.thinned import thinned
-from vlmcap.assembly.components import encoder_options, projector_sizes
-from vlmcap.assembly.model import check_context
-from vlmcap.compose import CUSTOM, compose
-from vlmcap.config import Config, EncoderConfig, LinearConfig, LlmConfig, ProjectorConfig, Reducer, TuningConfig
-from vlmcap.config_files import config_dir
-from vlmcap.demo.prepare import TINY_ENCODERS
+from tools.combinations import CHECKED, check_model, combination, published
+from vlmcap.compose import compose
+from vlmcap.config import Config, ProjectorConfig, Reducer
+from vlmcap.config_files import group_choices
+from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError
-from vlmcap.models.encoders import VisionEncoder, build_encoder
-from vlmcap.models.known import known_model_config
-from vlmcap.models.llm.prompt import VisualRun
-from vlmcap.models.projectors import ProjectorSizes, build_projector, check_projector, count_tokens
+from vlmcap.models.projectors import ProjectorSizes, build_projector
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, cached_meta_encoder, planned_sizes, text_config
+from vlmcap.planning.estimate.sizes import clip_sizes
 from vlmcap.types import GridTHW
 
-PROMPT_TOKENS = 40  # of a chat template with a question, generously
-
-
-@dataclasses.dataclass(frozen=True)
-class FakePrompt:
-    """A prompt of which only the length counts."""
-
-    num_prompt_tokens: int = PROMPT_TOKENS
-
-
-def names(group: str) -> list[str]:
-    files = (Path(config_dir()) / group).glob("*.yaml")
-    names = (file.stem for file in files)
-    return sorted(
-        name for name in names if name not in ("native", CUSTOM, *TINY_ENCODERS)
-    )  # no published checkpoint; the demo runs them
-
-
-ENCODERS, PROJECTORS, LLMS = names("encoder"), names("projector"), names("llm")
+ENCODERS, PROJECTORS, LLMS = (published(group) for group in ("encoder", "projector", "llm"))
+RECORDED: dict[str, Any] = json.loads(CHECKED.read_text(encoding="utf-8"))
 ONE_OF_EACH = (
     "clip",
     "siglip2",
@@ -61,102 +41,28 @@ ONE_OF_EACH = (
     "videomae_b",
 )  # every class with every kind of block
 
-# (encoder, projector, language model) -> part of the reason; "*" stands for all.
-REFUSALS: dict[tuple[str, str, str], str] = {
-    ("siglip2", "pixel_shuffle", "*"): "does not divide the grid of 27 × 27 patches",
-    ("siglip2", "pixel_shuffle_linear", "*"): "does not divide the grid of 27 × 27 patches",
-    ("dinov3_convnext_l", "pixel_shuffle", "*"): "does not divide the grid of 7 × 7 patches",
-    ("dinov3_convnext_l", "pixel_shuffle_linear", "*"): "does not divide the grid of 7 × 7 patches",
-    ("siglip2_naflex", "pixel_shuffle", "*"): "vary with the clip",
-    ("siglip2_naflex", "pixel_shuffle_linear", "*"): "vary with the clip",
+# (encoder, projector) -> part of the reason, which is the same for all language models.
+REFUSALS: dict[tuple[str, str], str] = {
+    ("siglip2", "pixel_shuffle"): "does not divide the grid of 27 × 27 patches",
+    ("siglip2", "pixel_shuffle_linear"): "does not divide the grid of 27 × 27 patches",
+    ("dinov3_convnext_l", "pixel_shuffle"): "does not divide the grid of 7 × 7 patches",
+    ("dinov3_convnext_l", "pixel_shuffle_linear"): "does not divide the grid of 7 × 7 patches",
+    ("siglip2_naflex", "pixel_shuffle"): "vary with the clip",
+    ("siglip2_naflex", "pixel_shuffle_linear"): "vary with the clip",
 }
-
-
-def expected_refusal(*cell: str) -> str | None:
-    for pattern, reason in REFUSALS.items():
-        if all(want in ("*", have) for want, have in zip(pattern, cell, strict=True)):
-            return reason
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """Settings of every part, by name, and those that are common to all cells."""
-
-    common: Config
-    encoders: dict[str, EncoderConfig]
-    projectors: dict[str, ProjectorConfig]
-    llms: dict[str, LlmConfig]
-
-
-def composed(encoder: str, projector: str, llm: str) -> Config:
-    return compose([f"encoder={encoder}", f"projector={projector}", f"llm={llm}", "hardware=l4"])
-
-
-@cache
-def parts() -> Parts:
-    """Some of each kind at once: composing each of a thousand cells would take minutes."""
-    turns = range(max(len(ENCODERS), len(PROJECTORS), len(LLMS)))
-    chosen = [tuple(kind[turn % len(kind)] for kind in (ENCODERS, PROJECTORS, LLMS)) for turn in turns]
-    configs = [composed(*names) for names in chosen]
-    return Parts(
-        configs[0],
-        {config.encoder.name: config.encoder for config in configs},
-        {config.projector.name: config.projector for config in configs},
-        {config.llm.name: config.llm for config in configs},
-    )
-
-
-@cache
-def encoder_of(name: str) -> VisionEncoder:
-    config = cell_config(name, "mlp", "qwen3_8b")
-    with torch.device("meta"):
-        return build_encoder(known_model_config(config.encoder.checkpoint), encoder_options(config))
-
-
-@cache
-def text_config(name: str) -> Any:
-    return known_model_config(parts().llms[name].checkpoint).get_text_config()
-
-
-def cell_config(encoder: str, projector: str, llm: str) -> Config:
-    """Puts together by parts; what one part reads of another is put right."""
-    found = parts()
-    chosen, language = found.projectors[projector], found.llms[llm]
-    reads_reducer = isinstance(chosen, LinearConfig)
-    return dataclasses.replace(
-        found.common,
-        encoder=found.encoders[encoder],
-        projector=dataclasses.replace(chosen, reducer=language.suggested.reducer) if reads_reducer else chosen,
-        llm=language,
-        tuning=composed_tuning(llm),
-    )
-
-
-@cache
-def composed_tuning(llm: str) -> TuningConfig:
-    """The learning rates follow the language model."""
-    suggested, tuning = parts().llms[llm].suggested, parts().common.tuning
-    rates = {name: getattr(suggested, name) for name in ("align_lr", "projector_lr", "adapter_lr")}
-    return dataclasses.replace(tuning, **rates)
-
-
+KEY = re.compile(r"\b(encoder|projector|llm|model|data|tuning|hardware)(\.[a-z_]+)*=|\b(encoder|llm|data)\.[a-z_]+")
 PROJECTED: dict[object, tuple[int, ...]] = {}
 
 
-def check_cell(config: Config, encoder: VisionEncoder, text: Any) -> None:
+def check_cell(config: Config) -> None:
     """V and Dl as the projector gives them on the meta device; they must be what was stated."""
-    sizes = projector_sizes(config, encoder, text.hidden_size, PROMPT_TOKENS)
-    check_projector(config.projector, sizes)
-    grids = encoder.possible_grids(config.data.num_frames)
-    count = partial(count_tokens, config.projector, sizes)
-    visual = VisualRun(count, grids[0])
-    stated = check_context(config, visual, grids, FakePrompt(), text.max_position_embeddings)  # type: ignore[arg-type]
-    largest = max(grids, key=lambda grid: count(grid[0], (grid[1], grid[2])))
-    key = (repr(config.projector), sizes, largest)
+    stated, width = clip_sizes(config), int(text_config(config).hidden_size)
+    sizes = planned_sizes(config, cached_meta_encoder(config))
+    assert sizes is not None
+    key = (repr(config.projector), sizes, stated.grid)
     if key not in PROJECTED:  # many language models share a width
-        PROJECTED[key] = projected(config.projector, sizes, largest)
-    assert PROJECTED[key] == (1, stated, text.hidden_size)
+        PROJECTED[key] = projected(config.projector, sizes, stated.grid)
+    assert PROJECTED[key] == (1, stated.num_visual, width)
 
 
 def projected(config: ProjectorConfig, sizes: ProjectorSizes, grid_thw: GridTHW) -> tuple[int, ...]:
@@ -164,26 +70,70 @@ def projected(config: ProjectorConfig, sizes: ProjectorSizes, grid_thw: GridTHW)
     num_frames, height, width = grid_thw
     with torch.device("meta"):
         features = torch.empty(1, num_frames, height * width, sizes.in_dim)
-        prompt = torch.empty(PROMPT_TOKENS, sizes.out_dim)
+        prompt = torch.empty(PROMPT_TOKENS // 2, sizes.out_dim)
         return tuple(build_projector(config, sizes)(features, grid=(height, width), prompt=prompt).shape)
+
+
+def in_words(error: UserError) -> str:
+    """The sentence of a refusal, which must be one and name a key."""
+    text = str(error)
+    assert "\n" not in text
+    assert KEY.search(text), text
+    return text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", thinned(ENCODERS, lambda encoder: encoder in ONE_OF_EACH))
 def test_every_cell_fits_or_is_refused_in_words(encoder: str) -> None:
-    built, wrong = encoder_of(encoder), []
+    wrong, refused = [], Counter[tuple[str, str]]()
     for projector in PROJECTORS:
+        expected = REFUSALS.get((encoder, projector))
         for llm in LLMS:
-            expected = expected_refusal(encoder, projector, llm)
             try:
-                check_cell(cell_config(encoder, projector, llm), built, text_config(llm))
+                check_cell(combination(encoder, projector, llm))
                 found = None
             except UserError as error:
-                found = str(error)
-                assert "\n" not in found
+                found = in_words(error)
+                refused[projector, found] += 1
             if (found is None) != (expected is None) or (found and expected not in found):
                 wrong.append(f"{encoder} + {projector} + {llm}: {found or 'fits'}")
     assert not wrong, "\n".join(wrong)
+    recorded = [row for row in RECORDED["refused"] if row["encoder"] == encoder]
+    assert {(row["projector"], row["reason"]): row["llms"] for row in recorded} == refused, (
+        "run python -m tools.combinations"
+    )
+
+
+def test_the_record_has_every_name() -> None:
+    assert RECORDED["counts"] == {"encoder": len(ENCODERS), "projector": len(PROJECTORS), "llm": len(LLMS)}
+    assert list(RECORDED["models"]) == published("model"), "run python -m tools.combinations"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", thinned(group_choices("projector"), lambda name: name == "mlp"))
+def test_every_pair_is_composed_or_refused_in_words(projector: str) -> None:
+    """With each projector once every encoder and every language model, the demo's and those without a default too."""
+    encoders, llms = group_choices("encoder"), group_choices("llm")
+    count = max(len(encoders), len(llms))
+    composed = 0
+    for encoder, llm in islice(zip(cycle(encoders), cycle(llms), strict=False), count):
+        try:
+            config = compose([f"encoder={encoder}", f"projector={projector}", f"llm={llm}", NO_DATA])
+            check_cell(config)
+            composed += 1
+        except UserError as error:
+            in_words(error)
+    assert (composed > count // 2) == (projector != "native")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", published("model"))
+def test_every_pretrained_vlm_fits_as_recorded(name: str) -> None:
+    assert check_model(name) == RECORDED["models"][name]
+    for part in ("encoder=clip", "projector=mlp", "llm=qwen3_8b"):
+        with pytest.raises(UserError, match=f"brings its own .* {part} cannot be combined") as caught:
+            compose([f"model={name}", part, NO_DATA])
+        in_words(caught.value)
 
 
 @pytest.mark.slow
@@ -193,21 +143,22 @@ def test_a_cell_put_together_by_parts_is_the_composed_one() -> None:
         ("dinov3_l", "cross_attention", "qwen3_14b"),
         ("clip", "mlp", "vicuna_7b"),
     ):
-        expected = composed(*cell)
-        assert (
-            dataclasses.replace(cell_config(*cell), paths=expected.paths) == expected
-        )  # the output folder has the time in its name
+        names = (f"{group}={name}" for group, name in zip(("encoder", "projector", "llm"), cell, strict=True))
+        expected = compose([*names, "hardware=l4"])
+        # The output folder has the time in its name.
+        assert dataclasses.replace(combination(*cell), paths=expected.paths) == expected
 
 
 @pytest.mark.slow
 def test_the_meta_device_holds_no_weights() -> None:
-    assert all(parameter.is_meta for parameter in encoder_of("clip").parameters())
+    encoder = cached_meta_encoder(combination("clip", "mlp", "qwen3_8b"))
+    assert all(parameter.is_meta for parameter in encoder.parameters())
 
 
 def test_without_pooling_the_frames_do_not_fit_vicuna() -> None:
-    config = cell_config("clip", "mlp", "vicuna_7b")
+    config = combination("clip", "mlp", "vicuna_7b")
     config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, reducer=Reducer.none))
     with pytest.raises(
         UserError, match=r"4608 visual tokens.* exceed the context of 4096 tokens .*projector\.reducer=pool"
     ):
-        check_cell(config, encoder_of("clip"), text_config("vicuna_7b"))
+        check_cell(config)

@@ -221,13 +221,14 @@ def test_models_that_mix_clips_are_refused(
     from transformers import Mamba2Config
 
     for folder in (llava_folder, llm_folder, moe_folder):
-        check_packing(folder, "llm=native")
+        check_packing(folder, "llm=native", is_vlm=False)
     Mamba2Config().save_pretrained(tmp_path)
-    # Positions in three axes are not packed; the other VLMs have a language model that is.
+    # Positions in three axes are packed by the captioner of the pretrained VLM alone; other VLMs have a language model
+    # that is packed.
     mrope = [folder for kind, folder in qwen_folders.items() if FAMILIES[kind].kind in ("mrope", "timed_mrope")]
     assert mrope
     for folder in (*mrope, tmp_path):
         with pytest.raises(
             UserError, match=r"which llm=native \(.*\) is not known to keep apart; set data\.batching=by_length"
         ):
-            check_packing(folder, "llm=native")
+            check_packing(folder, "llm=native", is_vlm=False)

@@ -113,7 +113,7 @@ def describe_model(config: Config) -> ModelSpec:
     group = "model" if config.is_pretrained_vlm else "llm"
     folder, name = base_checkpoints.folders[group], f"{group}={config.component_names[group]}"
     if config.data.batching is Batching.packed:
-        check_packing(folder, name)
+        check_packing(folder, name, is_vlm=config.is_pretrained_vlm)
     _check_decoding(config, folder, name)
     encoder = load_encoder(config, base_checkpoints.folders, is_meta=True)
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)

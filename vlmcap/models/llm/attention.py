@@ -26,6 +26,8 @@ _NAMES = ("auto", *_SDPA, "eager", *FLASH)
 # Model types of transformers in which all layers that mix tokens are full or windowed attention, whose mask
 # transformers derives from restarting positions. Recurrent layers and convolutions have no mask.
 PACKABLE = ("exaone4", "hyperclovax", "llama", "qwen2", "qwen3", "qwen3_moe")
+# Model types of pretrained VLMs with positions in time, height and width, whose captioner keeps the clips apart.
+PACKABLE_VLMS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 
 
 def choose_attention(requested: str, device: str, dtype: torch.dtype, model_class: Any = None) -> str:
@@ -77,20 +79,22 @@ def check_attention(model: Any, chosen: str) -> None:
             )
 
 
-def check_packing(folder: Path, name: str) -> None:
+def check_packing(folder: Path, name: str, *, is_vlm: bool) -> None:
     """Checks by its configuration that a model keeps the clips of a packed row apart.
 
     Args:
         folder: Checkpoint of a language model or a pretrained VLM in Hugging Face layout.
         name: Model as the user chose it, such as "llm=qwen3_8b".
+        is_vlm: Whether all of a pretrained VLM is used, not only its language model.
 
     Raises:
         UserError: The model is not known to keep them apart.
     """
     from transformers import AutoConfig
 
-    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().model_type
-    if model_type not in PACKABLE:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model_type = config.get_text_config().model_type
+    if model_type not in PACKABLE and not (is_vlm and config.model_type in PACKABLE_VLMS):
         raise UserError(
             f"data.batching=packed puts several clips in one row, which {name} ({model_type}) is not known to keep "
             "apart; set data.batching=by_length"

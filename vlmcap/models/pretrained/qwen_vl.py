@@ -21,7 +21,7 @@ from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_
 from vlmcap.models.llm.load import device_map, keep_packing, load_language_model, quantization_config
 from vlmcap.models.pretrained.components import VlmComponents, load_remaining, read_model, reading
 from vlmcap.models.pretrained.families import LANGUAGE, TOWERS, family_of, model_class, parsed_config, part_name, sketch
-from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
+from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner, separate_recurrent_layers
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
 from vlmcap.models.versions import check_transformers
 
@@ -168,7 +168,11 @@ def split_qwen_vl(
         projector=MergerProjector(mergers, spec).float().requires_grad_(True),
         llm=model.requires_grad_(False).eval(),
         num_tokens=spec.num_tokens,
-        captioner_class=partial(QwenVLCaptioner, frames_per_patch=tower.config.temporal_patch_size),
+        captioner_class=partial(
+            QwenVLCaptioner,
+            frames_per_patch=tower.config.temporal_patch_size,
+            is_recurrent=separate_recurrent_layers(model),
+        ),
         visual_prefix=start * num_marks,
         visual_suffix=end * (num_marks + family.has_runs),
         run_text=family.text if family.has_runs else None,
