@@ -73,11 +73,13 @@ def encoder_options(config: Config) -> EncoderOptions:
     from vlmcap.models.encoders import EncoderOptions
 
     settings = config.encoder
+    # NaFlex keeps the aspect ratio of frames under a budget of patches; the other encoders have a fixed square input.
     if isinstance(settings, NaflexEncoderConfig):
         chosen: dict[str, Any] = {"max_patches": settings.max_patches}
     else:
         assert isinstance(settings, PatchEncoderConfig), "a pretrained VLM has no options for its tower"
         chosen = {"image_size": settings.image_size, "max_tiles": settings.tiling}
+        # Without these keys, mean and standard deviation come from the checkpoint's image processor.
         chosen |= {key: tuple(values) for key in ("mean", "std") if (values := getattr(settings, f"image_{key}"))}
     return EncoderOptions(
         feature_layer=settings.feature_layer,
@@ -104,6 +106,7 @@ def tower_attention(config: Config) -> str:
 
 def plugin_encoder(config: Config, folder: Path | None) -> VisionEncoder:
     """Builds the frozen encoder of a plugin, with random weights if there is no folder."""
+    # `folder` may be a placeholder: a plugin without a checkpoint is built with random weights.
     encoder: VisionEncoder = maker_of("encoder", config.encoder.kind)(
         config.encoder, folder if config.encoder.checkpoint else None
     )
@@ -123,11 +126,14 @@ def load_encoder(config: Config, folders: Mapping[str, Path]) -> VisionEncoder:
         config: Run configuration.
         folders: Folders of the base checkpoints.
     """
+    # 1. Two joined encoders are loaded one by one, each by this function.
     if len(encoder_configs(config)) > 1:
         return _joined(config, folders, load_encoder)
     folder = folders[vision_component(config)]
+    # 2. The encoder of a plugin.
     if has_plugin_encoder(config):
         return plugin_encoder(config, folder)
+    # 3. An encoder with a checkpoint of its own.
     if not config.is_pretrained_vlm:
         from vlmcap.models import encoders
 
@@ -135,6 +141,7 @@ def load_encoder(config: Config, folders: Mapping[str, Path]) -> VisionEncoder:
         return encoders.load_encoder(folder, encoder_options(config), "cpu" if is_on_host else device_of(config))
     from vlmcap.models import pretrained
 
+    # 4. The tower of a pretrained VLM. It is never quantised; `llm.quantization` is about the language model alone.
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
     pretrained.check_kind(config.model.kind, folder)
     encoder: VisionEncoder = pretrained.load_vision(folder, max_patches=max_patches(config), **options)
@@ -146,6 +153,7 @@ def _joined(
 ) -> VisionEncoder:
     from vlmcap.models.encoders.joined import JoinedEncoder
 
+    # `make` looks for the key "encoder", also for the second encoder, whose files are found under "encoder.join".
     parts = zip(encoder_configs(config), ENCODER_KEYS, strict=True)
     encoder: Any = JoinedEncoder(*(make(part, {"encoder": folders[key]}) for part, key in parts))
     return cast("VisionEncoder", encoder)
@@ -185,6 +193,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
     if tuning is EncoderTuning.none:
         return
     lora = lora_of(config)
+    # `parts` are the two encoders of a joined one.
     for part in getattr(encoder, "parts", (encoder,)):
         if tuning is EncoderTuning.full:
             part.float().requires_grad_(True)  # mixed precision needs float32 master weights
@@ -193,6 +202,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
 
             add_tower_lora(part.tower, lora)
         if config.hardware.gradient_checkpointing and part.tower.supports_gradient_checkpointing:
+            # Reentrant checkpointing would need an input that requires a gradient, which frames do not.
             part.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -223,6 +233,7 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
 
     settings, grids = config.projector, encoder.possible_grids(config.data.num_frames)
     _check_tiling(config)
+    # NaFlex grids depend on the frame size, so that a row or column can be left over.
     if isinstance(settings, PixelShuffleConfig) and len({(height, width) for _, height, width in grids}) > 1:
         raise UserError(
             f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, but the grids of "
@@ -230,6 +241,7 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
             "or encoder"
         )
     most_frames = max(frames for frames, _, _ in grids)
+    # A Qwen-VL tower merges two frames into one token; most encoders have no such attribute.
     joined = getattr(encoder, "frames_per_token", 1)
     return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens, joined)
 
@@ -272,6 +284,7 @@ def language_options(config: Config) -> dict[str, Any]:
         UserError: The tuning trains weights that are quantised.
     """
     quantization = config.llm.quantization.value
+    # Packed 4-bit and 8-bit weights have no gradient; adapters on them are trained in full precision.
     if quantization != "none" and any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         raise UserError(
             f"tuning={config.tuning.name} trains the weights of the language model, which is not possible with "
@@ -292,12 +305,16 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
     if build := maker_of("llm", config.llm.kind):
         import torch
 
+        # A plugin builds its model itself, so that the device context is the only way to keep it from allocating
+        # memory.
         with torch.device("meta") if is_meta else contextlib.nullcontext():
             llm: nn.Module = build(config.llm, folder, **language_options(config))
         return llm.requires_grad_(False)
+    # Meta weights are only placeholders for the shards of another process, which never are quantised.
     if is_meta:
         options = {name: value for name, value in language_options(config).items() if name != "quantization"}
         return build_meta_language_model(folder, **options)
+    # FSDP2 moves the shard of each process to its GPU later; the full model may not fit there.
     return load_language_model(folder, is_on_host=config.trainer.strategy is Strategy.fsdp2, **language_options(config))
 
 
@@ -355,6 +372,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
 
     if config.hardware.gradient_checkpointing:
         checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
+    # Full fine-tuning in any stage; the module freezes the weights again in stages that do not train them.
     if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         llm.float().requires_grad_(True)  # mixed precision needs float32 master weights
     if not config.tuning.use_lora:

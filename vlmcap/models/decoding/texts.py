@@ -36,6 +36,7 @@ class SlotTexts:
     ) -> None:
         self.max_tokens, rules = settings.max_new_tokens, settings.rules
         self.penalty, self.no_repeat = rules.repetition_penalty, rules.no_repeat_ngram_size
+        # An n-gram as long as the caption could not repeat.
         self.ngram_size = rules.speculate_ngram if rules.speculate_ngram < self.max_tokens else 0
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.ids = torch.zeros(num_slots, self.max_tokens, dtype=torch.int64, device=device)
@@ -46,6 +47,7 @@ class SlotTexts:
 
     def start(self, slot: int, num_prompt_tokens: int) -> None:
         """Starts an empty caption in a slot."""
+        # In place, because captured graphs hold the addresses of these buffers.
         self.counts[slot].fill_(0)
         self.prompt_lengths[slot].fill_(num_prompt_tokens)
         self.is_done[slot].fill_(False)
@@ -75,11 +77,14 @@ class SlotTexts:
             return ids[:, :0]
         starts = torch.arange(self.max_tokens - size, device=ids.device)
         windows = ids.unfold(1, size, 1)[:, :-1]  # (N, M) -> (N, M - n, n): those with a token after them
+        # (N, M - n): whether the window equals the last n tokens, and whether a written token follows it.
         is_match = (windows == _tail(ids, self.counts[:count], size)[:, None]).all(-1) & (starts < counts - size)
         # (N, 1): column after the latest match, -1 without a match.
         place = (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)
+        # Tokens between the match and the end. Beyond them, the drafts repeat the same stretch.
         period = (counts - place).clamp(min=1)
         index = place.clamp(min=0) + torch.arange(num_tokens, device=ids.device) % period
+        # (N, M), (N, K) -> (N, K)
         return ids.gather(1, index).masked_fill(place < 0, -1)
 
     def write(self, logits: Tensor, drafts: Tensor, first: int = 0) -> None:
@@ -93,11 +98,16 @@ class SlotTexts:
         written = slice(first, first + len(logits))
         ids, counts, is_done = self.ids[written], self.counts[written], self.is_done[written]
         is_active = ~is_done
+        # Position by position: the model's own token is written, and the next position counts only if the draft there
+        # was
+        # this token.
         for place in range(logits.shape[1]):
             tokens = self._apply_penalties(logits[:, place], ids, counts).argmax(-1)
+            # A slot that is full or done keeps its content, and needs a valid column all the same.
             column = counts.clamp(max=self.max_tokens - 1)[:, None]
             ids.scatter_(1, column, torch.where(is_active[:, None], tokens[:, None], ids.gather(1, column)))
             counts += is_active
+            # (N, 1) == (number of stop ids,) -> (N, number of stop ids)
             is_over = (tokens[:, None] == self.stops).any(1) | (counts >= self.max_tokens)
             is_done |= is_active & is_over
             if place < drafts.shape[1]:
@@ -126,15 +136,19 @@ def penalised(logits: Tensor, ids: Tensor, counts: Tensor, penalty: float) -> Te
     is_used = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
     used = torch.where(is_used, ids, ids[:, :1])  # the first token replaces those not written yet
     found = logits.gather(1, used)
+    # Both directions lower the probability: a positive logit shrinks, and a negative one grows in size.
     lowered = torch.where(found < 0, found * penalty, found / penalty)
+    # A caption without any token keeps its logits.
     return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, found))
 
 
 def without_repeats(logits: Tensor, ids: Tensor, counts: Tensor, size: int) -> Tensor:
     """Returns logits (N, vocabulary) with -inf for tokens that would repeat an n-gram of `size` tokens."""
     windows = ids.unfold(1, size, 1)  # (N, M) -> (N, M - n + 1, n)
+    # Windows whose first n - 1 tokens are the last n - 1 of the caption; their last token would complete the n-gram.
     is_repeat = (windows[..., :-1] == _tail(ids, counts, size - 1)[:, None]).all(-1)
     is_repeat &= torch.arange(windows.shape[1], device=ids.device) <= counts[:, None] - size  # complete
+    # +inf changes nothing in a minimum, -inf bans the token.
     banned = logits.new_full(is_repeat.shape, torch.inf).masked_fill(is_repeat, -torch.inf)
     return logits.scatter_reduce(1, windows[..., -1], banned, "amin")
 

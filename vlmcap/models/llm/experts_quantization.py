@@ -72,6 +72,7 @@ def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    # transformers leaves some layers in 16 bits, such as the head.
     kept = set(get_keys_to_not_convert(model))
     linear = {
         id(module.weight)
@@ -83,6 +84,7 @@ def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     for parameter in model.parameters():
         count = parameter.numel()
         if id(parameter) in linear | experts:
+            # Two weights per byte, a byte per block of 64 weights, and four bytes per 256 of those.
             scales = -(-count // BLOCK)
             total += -(-count // 2) + scales + 4 * -(-scales // SCALE_BLOCK)
         else:

@@ -92,6 +92,7 @@ def merged_model(
     Raises:
         UserError: As for `merge_adapters`.
     """
+    # With adapters, layers are merged on the device, but loaded on the host, …
     load_device = "cpu" if adapt is None else device
     model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=load_device)
     refuse_quantized(model)
@@ -123,10 +124,12 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
     adapted.eval()
     weight = next(adapted.parameters())
     ids = (
+        # Ids from the whole vocabulary, as the probe needs no meaning.
         torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _NUM_PROBE_TOKENS)
         .long()[None]
         .to(weight.device)
     )
+    # A merged layer differs by rounding errors, which could send a token to other experts.
     routing = Routing(adapted)
     with routing.recorded():
         before = adapted(input_ids=ids).logits.float()
@@ -135,6 +138,7 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
     with routing.replayed():
         after = merged(input_ids=ids).logits.float()
     difference = float((after - before).norm() / before.norm())
+    # Relative to the norm of the logits; 16-bit weights keep 8 to 11 significant bits.
     tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
     if not difference <= tolerance:  # also true for NaN
         raise UserError(
@@ -188,6 +192,7 @@ def merge_layers(adapted: Any, progress: Progress | None = None) -> None:
     """Adds the adapters to their base weights, layer by layer, with extra memory for a single layer only."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # Experts are adapted by this package, all other layers by peft.
     merge_expert_lora(adapted)
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     for done, layer in enumerate(layers, 1):
@@ -207,18 +212,21 @@ def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]
         llm: Language model, with or without adapters.
         is_merged: Whether there is memory for the copies.
     """
+    # Under autocast, every step would cast the float32 factors again, so they are cast once.
     dtype = torch.get_autocast_dtype(next(llm.parameters()).device.type)
     is_cast = torch.is_autocast_enabled(next(llm.parameters()).device.type)
     originals: list[tuple[nn.Module, nn.Parameter]] = []
     merged: list[Any] = []
 
     def replace_weight(module: Any, make: Callable[[Tensor], Tensor]) -> None:
+        # Assigned through `_parameters`, so that optimiser and captured graphs keep the original objects.
         originals.append((module, module.weight))
         module._parameters["weight"] = nn.Parameter(make(module.weight.detach()), requires_grad=False)
 
     try:
         for layer in _adapted_layers(llm):
             if is_merged and is_mergeable(layer):
+                # peft merges in place, so it gets a copy, which is dropped at the end.
                 replace_weight(layer.get_base_layer(), torch.clone)
                 with torch.autocast(layer.weight.device.type, enabled=False):
                     layer.merge()
@@ -230,6 +238,7 @@ def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]
     finally:
         for layer in merged:
             layer.merged_adapters.clear()
+        # In reverse, as a module may have been replaced twice.
         for module, parameter in reversed(originals):
             module._parameters["weight"] = parameter
 
@@ -263,6 +272,7 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     own = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
     names = {name: name.removeprefix("captioner.").removeprefix("llm.") for name in weights if "lora_" in name}
+    # Adapters of the encoder and of the projector are not merged here.
     saved = {short: weights[name] for name, short in names.items() if not short.startswith(("encoder.", "projector."))}
     for name in sorted(own.keys() ^ saved.keys()):
         problem = "has no place in the model" if name in saved else "is missing in the checkpoint"
