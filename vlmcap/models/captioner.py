@@ -287,6 +287,7 @@ class VideoCaptioner(nn.Module):
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is a subclass
             if num_slots == 1 or not is_out_of_memory(error):
                 raise
+        # After the `except` block, whose exception keeps the tensors of the failed attempt alive.
         self.generation = replace(self.generation, num_slots=num_slots // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -47,7 +47,6 @@ class SlotTexts:
 
     def start(self, slot: int, num_prompt_tokens: int) -> None:
         """Starts an empty caption in a slot."""
-        # In place, because captured graphs hold the addresses of these buffers.
         self.counts[slot].fill_(0)
         self.prompt_lengths[slot].fill_(num_prompt_tokens)
         self.is_done[slot].fill_(False)
@@ -136,7 +135,7 @@ def penalised(logits: Tensor, ids: Tensor, counts: Tensor, penalty: float) -> Te
     is_used = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
     used = torch.where(is_used, ids, ids[:, :1])  # the first token replaces those not written yet
     found = logits.gather(1, used)
-    # Both directions lower the probability: a positive logit shrinks, and a negative one grows in size.
+    # A penalty above 1 lowers the probability in both cases: a positive logit shrinks, a negative one grows in size.
     lowered = torch.where(found < 0, found * penalty, found / penalty)
     # A caption without any token keeps its logits.
     return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, found))

@@ -103,7 +103,7 @@ def _has_name(layer: str, name: str) -> bool:
 
 def _linear_layers(model: nn.Module) -> list[str]:
     """Returns the full names of the adaptable linear layers."""
-    # The head stays as it is: adapters on it would be applied to every label position, and the chunked loss reads it.
+    # The head gets no adapters, as with peft's all-linear; the chunked loss needs a plain one.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # nn.MultiheadAttention uses the weights of its inner layers directly, without adapters. Experts are adapted by
     # `use_experts`.

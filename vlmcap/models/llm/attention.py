@@ -133,7 +133,7 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
 def _takes_functions(model_class: Any) -> bool:
     """Whether a class claims to support attention functions that are registered with transformers."""
     can_set = getattr(model_class, "_can_set_attn_implementation", None)
-    # `_can_set_attn_implementation` looks into the source of the class.
+    # transformers looks for its attention interface in the source of the class's module.
     return can_set is not None and bool(can_set())
 
 

@@ -46,7 +46,7 @@ def pack_experts(weight: Tensor) -> Params4bit:
 
     assert weight[0].numel() % BLOCK == 0, "replace_experts refuses other sizes"
     packed, scales = [], []
-    # Expert by expert, as a copy of all of them in another layout would double the memory.
+    # Expert by expert, so that a contiguous copy is made of one at a time.
     for expert in weight:
         bits, state = quantize_4bit(expert.contiguous(), blocksize=BLOCK, quant_type="nf4")
         packed.append(bits)
@@ -314,7 +314,7 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
                 f"llm.quantization=4bit needs experts with a multiple of {BLOCK} weights; set llm.quantization=none"
             )
         if to_pack:
-            # Unpacked so far: the weights are packed one by one while they are loaded.
+            # Placeholders: the weights are packed one by one while they are loaded.
             weights = [Params4bit(weight.data, requires_grad=False, quant_type="nf4") for weight in weights]
         model.set_submodule(
             name, FusedExperts(weights[0], weights[1], cast(nn.Module, module.act_fn)).train(module.training)

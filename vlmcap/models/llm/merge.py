@@ -92,7 +92,7 @@ def merged_model(
     Raises:
         UserError: As for `merge_adapters`.
     """
-    # With adapters, layers are merged on the device, but loaded on the host, …
+    # Without adapters nothing is computed, so the weights stay on the host.
     load_device = "cpu" if adapt is None else device
     model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=load_device)
     refuse_quantized(model)
@@ -219,7 +219,6 @@ def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]
     merged: list[Any] = []
 
     def replace_weight(module: Any, make: Callable[[Tensor], Tensor]) -> None:
-        # Assigned through `_parameters`, so that optimiser and captured graphs keep the original objects.
         originals.append((module, module.weight))
         module._parameters["weight"] = nn.Parameter(make(module.weight.detach()), requires_grad=False)
 
@@ -238,7 +237,6 @@ def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]
     finally:
         for layer in merged:
             layer.merged_adapters.clear()
-        # In reverse, as a module may have been replaced twice.
         for module, parameter in reversed(originals):
             module._parameters["weight"] = parameter
 

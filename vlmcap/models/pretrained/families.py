@@ -87,6 +87,7 @@ def obstacle(model_type: Any) -> str:
     if "token_type_ids" in inspect.signature(found.forward).parameters:
         return "its language model attends to visual tokens in both directions"
     parameters = inspect.signature(_base_class(found).get_image_features).parameters
+    # Required arguments besides the pixels.
     others = [
         name
         for name, value in parameters.items()
@@ -124,6 +125,7 @@ def _base_class(found: Any) -> Any:
 def parsed_config(config: Mapping[str, Any]) -> Any:
     """Returns transformers' configuration of the content of a `config.json`."""
     parsed = model_class(config["model_type"]).config_class.from_dict(copy.deepcopy(dict(config)))
+    # The text section alone does not say that head and embedding are one.
     if parsed.tie_word_embeddings:
         parsed.get_text_config().tie_word_embeddings = True
     return parsed
@@ -133,6 +135,7 @@ def sketch(config: Mapping[str, Any]) -> Any:
     """Builds the whole model in float32 on the meta device, with one block of its language model only."""
     parsed = parsed_config(config)
     text = parsed.get_text_config()
+    # One block is enough, as the language model is not run.
     text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]

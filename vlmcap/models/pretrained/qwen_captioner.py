@@ -47,6 +47,7 @@ class QwenVLCaptioner(VideoCaptioner):
         embeddings: Tensor = model.get_input_embeddings()(ids)
         counts = batch.num_visual
         assert sum(counts) == len(visual), "placeholders and visual tokens differ in number"
+        # (sum of V, (1 + n) · Dl) -> (1 + n) × (sum of V, Dl)
         first, *deep = visual.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
         output = BaseModelOutputWithDeepstackFeatures(
             pooler_output=list(first.split(counts)),
@@ -64,6 +65,7 @@ class QwenVLCaptioner(VideoCaptioner):
         assert batch.grid_thw is not None, "clips of this model need grid_thw"
         model: Any = base_model(self.llm)
         # Computed on the host with one synchronisation, as the class reads one number after the other.
+        # 3 × (B, S) -> (3, B, S)
         host_ids, kinds, mask = torch.stack([ids, batch.visual_mask * _VIDEO, batch.attention_mask]).cpu()
         positions, _ = model.model.get_rope_index(
             host_ids,
@@ -84,4 +86,5 @@ class QwenVLCaptioner(VideoCaptioner):
         """
         if times_s is None:
             return self.frames_per_patch / CLOCKLESS_FPS
+        # Mean distance of frames × frames per patch.
         return self.frames_per_patch * (times_s[-1] - times_s[0]) / max(1, len(times_s) - 1)

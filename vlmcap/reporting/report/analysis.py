@@ -57,6 +57,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     # 1. Which runs can be compared: those with the metric, on the clips, references and tokenizer of most of them.
     has_metric = [metric in run.scores for run in runs]
     texts = [found.texts.get(split) for found, has in zip(captions, has_metric, strict=True) if has]
+    # Reasons for the runs with the metric only, in their order.
     why_not = iter(comparable(name, texts))
     members = [
         Member(run, found.texts, found.samples, next(why_not) if has else "", has)
@@ -67,6 +68,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     # 2. Runs that differ only in their seed form a group; groups are ranked and tested against the best one.
     shown = columns(metric, runs)
     groups, estimator = group_rows(members, factors, metric, shown, is_higher_better=is_higher)
+    # Effects and fronts are about the groups that are compared.
     ranked = {group.id: group.factors for group in groups if group.is_best or group.difference is not None}
     rows = run_rows(members, groups, factors, split)
     # 3. Captions side by side, which need runs with the same clips.
@@ -109,6 +111,7 @@ def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bo
         sign = 1 if is_higher_better else -1
         # From the cheapest group on, a group is on the front if it is better than all cheaper ones.
         best, front = -np.inf, []
+        # Of equal costs, the better score comes first.
         for _, score, name in sorted(known, key=lambda point: (point[0], -sign * point[1])):
             if sign * score > best:
                 best = sign * score

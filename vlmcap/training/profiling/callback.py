@@ -227,7 +227,6 @@ class StepProfile(L.Callback):
         if self._module.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as folder, replacing(self.folder / TRACE) as partial:
-                # torch compresses only files whose name ends in ".gz", and the partial file has another folder.
                 self._trace.export_chrome_trace(f"{folder}/{TRACE}")
                 shutil.copyfile(f"{folder}/{TRACE}", partial)
             self._is_traced = True
