@@ -231,7 +231,6 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
         trained = min(
             trained, config.trainer.max_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
         )
-    # A validation reads its clips once for captions and once for the loss.
     evaluated = (
         2 * min(config.evaluation.max_clips, sizes.get("val", 0)) * (num_epochs // config.evaluation.every_n_epochs)
     )

@@ -157,6 +157,7 @@ class _Filling:
 
     def _chunks(self) -> list[_Chunk]:
         """Split all clips, not only the missing ones, so that processes started at different times get equal chunks."""
+        # First position of each distinct content, in the order of the clips.
         positions = np.sort(np.unique(self.hashes, return_index=True)[1])
         size = self.settings.chunk_clips
         slices = [positions[start : start + size].astype(np.int64) for start in range(0, len(positions), size)]

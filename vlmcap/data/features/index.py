@@ -62,6 +62,7 @@ class ShardIndex:
 
     def find(self, content: bytes) -> int | None:
         """Return the row of a clip, or None."""
+        # `hashes` is sorted.
         row = int(np.searchsorted(self.hashes, np.asarray(content, "S32")))
         return row if row < len(self.hashes) and self.hashes[row] == content else None
 
@@ -147,6 +148,7 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
         del broken[name]
     # 2. Read the headers of new shards.
     found = []
+    # New shards: present, not known or changed, and not broken.
     for name in sorted(present.keys() - (known.keys() - gone) - broken.keys()):
         try:
             shard = read_shard(folder / name)

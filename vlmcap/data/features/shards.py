@@ -248,6 +248,7 @@ def write_shard(
     checksums = {
         content: tensors_checksum(content, tensors, grids.get(content), times.get(content, ())) for content in names
     }
+    # Metadata of safetensors is text only, so everything is JSON in a string.
     plain: dict[str, Any] = {
         "grids": grids,
         "times_s": times,

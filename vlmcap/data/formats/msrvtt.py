@@ -40,6 +40,7 @@ def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str
     captions: defaultdict[str, list[Captions]] = defaultdict(list)
     for sentence in sentences:
         found = captions_at(sentence, settings.caption_key)
+        # A sentence without a caption at the key counts as an empty one.
         captions[text_at(sentence, "video_id")].append(found if found.texts else Captions((), max(1, found.num_empty)))
     if sentences and not any(found.texts for of_video in captions.values() for found in of_video):
         raise UserError(

@@ -284,6 +284,7 @@ class _Decoder:
         if self.model.config._attn_implementation != "eager":
             return mask
         dtype = self.model.get_input_embeddings().weight.dtype
+        # (N, 1, q, S) bool -> 0 where a token attends, the smallest number elsewhere
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def take_finished(self) -> dict[int, list[int]]:

@@ -266,7 +266,7 @@ def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: st
     except UserError:  # the template supports only one question
         whole = rendered
     before, _, after = whole.partition(_ANSWER)
-    # "…<|im_start|>assistant\n" is the end of `rendered`; Qwen3's template puts nothing more before an answer.
+    # What the template puts between the end of the prompt, such as "<|im_start|>assistant\n", and the answer.
     lead = before.removeprefix(rendered)
     # The first token after the answer, such as <|im_end|>.
     end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if after.strip() else []

@@ -59,6 +59,7 @@ def _text_pass(model: Any) -> Callable[[], Tensor]:
     """Returns a pass over texts of full length that keeps the states of all layers, as the scorer reads one of them."""
     ids = torch.ones(_batch_size(BertScorer), int(model.config.max_position_embeddings), dtype=torch.int64)
     if "roberta" in model.config.model_type:  # its positions start behind the padding id
+        # RoBERTa counts positions from pad id + 1, so that many positions are never used.
         ids = ids[:, : -(model.config.pad_token_id + 1)] + model.config.pad_token_id + 1
 
     def forward() -> Tensor:

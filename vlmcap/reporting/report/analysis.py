@@ -145,6 +145,7 @@ def _read_captions(
                 scored.setdefault(file_split, {})[index] = metrics
         advance()
     # Runs with the same clips and references are resampled together, so that their scores can be compared in pairs.
+    # Equal digests stand for equal clips and references.
     for file_split, metrics_of in scored.items():
         sets = [found[index].texts[file_split].digest for index in metrics_of]
         for index, samples in zip(metrics_of, resample(list(metrics_of.values()), sets), strict=True):
@@ -156,6 +157,7 @@ def _title(runs: Sequence[RunFolder]) -> str:
     parents = dict.fromkeys(run.path.parent for run in runs)
     if len(runs) == 1:
         return str(runs[0].path)
+    # The last three parts of each folder, such as "multirun/2026-11-28/05-20-11".
     return ", ".join(str(Path(*parent.parts[-3:])) for parent in list(parents)[:3]) + (" …" if len(parents) > 3 else "")
 
 
