@@ -51,14 +51,17 @@ def is_held_out(scene: Scene) -> bool:
     """Whether this combination of facts is kept from training; camera motion does not count."""
     facts = asdict(scene)
     facts.pop("camera")
+    # The first byte of a hash: it does not depend on Python's hash seed, and spreads over all facts.
     return hashlib.sha256("|".join(facts.values()).encode()).digest()[0] % _HELD_OUT == 0
 
 
 def _plan(settings: DemoConfig) -> Iterator[_Job]:
     for split, count in (("train", settings.num_train), ("val", settings.num_val), ("test", settings.num_test)):
+        # A seed for each split: more clips of one split leave those of the others as they are.
         rng = random.Random(f"{settings.seed}/{split}")
         for index in range(count):
             scene = draw_scene(rng)
+            # Training draws only from combinations that are not held out, validation and test only from those that are.
             while is_held_out(scene) != (split != "train"):
                 scene = draw_scene(rng)
             yield _Job(split, f"{split}_{index:05d}", scene, rng.randrange(2**31))
@@ -68,14 +71,16 @@ def _write_all(root: Path, jobs: list[_Job], report: Callable[[int, int], None])
     for split in {job.split for job in jobs}:
         (root / split / "videos").mkdir(parents=True)
         (root / split / "labels").mkdir()
+    # A further process for every 50 clips, as starting one takes time.
     workers = min(len(jobs) // 50 + 1, usable_processors(), _MAX_WORKERS)
     if workers == 1:
         for done, job in enumerate(jobs, 1):
             _write_one(root, job)
             report(done, len(jobs))
         return
+    # Not fork, which may deadlock where the process already has threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        chunks = [jobs[start : start + 25] for start in range(0, len(jobs), 25)]
+        chunks = [jobs[start : start + 25] for start in range(0, len(jobs), 25)]  # 25 clips between two reports
         done = 0
         for written in pool.map(_write_chunk, [root] * len(chunks), chunks):
             done += written

@@ -57,11 +57,12 @@ def with_particle(noun: str, particles: str) -> str:
         ValueError: The noun does not end in a Hangul syllable.
     """
     closed, opened = particles.split("/")
+    # Unicode orders syllables by initial, medial and final: 0xAC00 + (initial * 21 + medial) * 28 + final.
     code = ord(noun[-1]) - 0xAC00
-    if not 0 <= code < 11172:
+    if not 0 <= code < 11172:  # 19 initials * 21 medials * 28 finals
         raise ValueError(f"'{noun}' does not end in a Hangul syllable, so its particle is undefined")
-    final = code % 28
-    rieul = 8
+    final = code % 28  # 0 for none
+    rieul = 8  # ㄹ takes 로: 물로, but 산으로
     return noun + (closed if final and not (closed == "으로" and final == rieul) else opened)
 
 
@@ -115,6 +116,7 @@ def _motion(scene: Scene, rng: random.Random) -> str:
 def describe(scene: Scene, rng: random.Random) -> str:
     """A caption of two to four sentences that states all facts of `scene`; `rng` picks the phrasing."""
     setting, motion = _setting(scene, rng), _motion(scene, rng)
+    # Shares of the phrasings: 20 % begin with one camera sentence, 20 % with another, 60 % end with the camera.
     if rng.random() < 0.4:
         sentences = [f"{with_particle(_CAMERA_NOUN[scene.camera], '이/가')} 담은 영상이다.", setting, motion]
         if rng.random() < 0.5:

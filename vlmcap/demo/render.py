@@ -20,7 +20,7 @@ SIZE = 128  # pixels a side of a frame
 NUM_FRAMES = 16
 FPS = 8
 _MARGIN = 64  # the background is larger than the frame by this much, for the camera to move in
-_HORIZON = 0.52
+_HORIZON = 0.52  # share of the height, from the top
 
 _SKY = {  # top, bottom, light on the ground
     "아침": ((150, 190, 230), (250, 205, 190), 0.85),
@@ -50,13 +50,13 @@ def _sky(scene: Scene, size: int, rng: np.random.Generator) -> Image:
     mix = np.clip(y / _HORIZON, 0, 1)[..., None]
     sky = np.asarray(top, np.float32) * (1 - mix) + np.asarray(bottom, np.float32) * mix
     if scene.time == "한밤" and scene.weather == "맑음":
-        sky[rng.random((size, size)) < 0.006] = 230
+        sky[rng.random((size, size)) < 0.006] = 230  # stars
     if scene.weather == "맑음":  # a sun or a moon
         cx, cy = rng.uniform(0.3, 0.7), rng.uniform(0.22, 0.3)
         disc = (x - cx) ** 2 + (y - cy) ** 2 < 0.06**2
         sky[disc] = (240, 240, 220) if scene.time == "한밤" else (255, 245, 170)
     else:
-        grey = np.float32(150 * light + 20)
+        grey = np.float32(150 * light + 20)  # of clouds, darker with less light
         sky = sky * 0.45 + grey * 0.55
     if scene.weather == "흐림":
         for _ in range(14):
@@ -136,6 +136,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image:
     image = _sky(scene, size, rng)
     ground, covered = _ground(scene, size, rng)
     light = _SKY[scene.time][2] * (1.0 if scene.weather == "맑음" else 0.8)
+    # The ground takes 8 % of the colour at the horizon.
     image[covered] = ground[covered] * light + (np.asarray(_SKY[scene.time][1], np.float32) * 0.08)
     if scene.weather == "눈":
         image[covered] = image[covered] * 0.65 + 0.35 * 235 * light
@@ -145,12 +146,13 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image:
 def _camera(background: Image, scene: Scene, t: float, pan: int) -> Image:
     """The frame that the camera sees at time `t` in 0…1; `pan` is +1 or -1."""
     total = background.shape[0]
-    crop, left, top = float(SIZE), _MARGIN / 2, _MARGIN / 2
+    crop, left, top = float(SIZE), _MARGIN / 2, _MARGIN / 2  # the middle of the background
     if scene.camera == "이동":
         left = _MARGIN * (t if pan > 0 else 1 - t)
     if scene.camera == "확대":
-        crop = total - (total - 80) * t
+        crop = total - (total - 80) * t  # from the whole background to 80 pixels of it
         left = top = (total - crop) / 2
+    # Nearest neighbours are enough for flat colours.
     steps = np.arange(SIZE, dtype=np.float32) / SIZE * crop
     rows = np.clip(top + steps, 0, total - 1).astype(np.int64)
     columns = np.clip(left + steps, 0, total - 1).astype(np.int64)
@@ -188,9 +190,10 @@ def _object_layers(name: str, u: Image, v: Image) -> list[tuple[Mask, tuple[int,
 def _draw_object(frame: Image, scene: Scene, cx: float, cy: float, radius: float) -> None:
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     u, v = (x - cx) / radius, (y - cy) / radius
+    # A first pass in dark, larger by 1 / 0.9; the second covers all but its rim.
     for mask, colour in _object_layers(scene.object, u * 0.9, v * 0.9):
         if colour is None:
-            frame[mask] = _DARK  # an cached_meta_encoder, so that no sky swallows the colour
+            frame[mask] = _DARK  # a dark outline, so that no sky swallows the colour
     for mask, colour in _object_layers(scene.object, u, v):
         frame[mask] = _COLOUR[scene.colour] if colour is None else colour
 
@@ -199,9 +202,10 @@ def _fall(frame: Image, scene: Scene, drops: NDArray[np.float64], step: int) -> 
     """Draws rain or snow; `drops` (N, 2) are positions in 0…1 that wrap around."""
     if scene.weather == "비":
         x0, y0 = drops[:, 0] * SIZE, (drops[:, 1] + 0.11 * step) % 1 * SIZE
-        for k in range(9):
+        for k in range(9):  # streaks of nine pixels, slightly slanted
             frame[((y0 + k) % SIZE).astype(int), ((x0 - k * 0.35) % SIZE).astype(int)] = (175, 195, 225)
     if scene.weather == "눈":
+        # snow drifts sideways and falls more slowly
         x0, y0 = (drops[:, 0] + 0.01 * step) % 1 * SIZE, (drops[:, 1] + 0.03 * step) % 1 * SIZE
         for dy in range(3):
             for dx in range(3):
@@ -215,7 +219,7 @@ def render(scene: Scene, seed: int) -> NDArray[np.uint8]:
     drops = rng.random((70, 2))
     pan = int(rng.choice((-1, 1)))
     start, end = rng.uniform(0.15, 0.28), rng.uniform(0.72, 0.85)
-    if scene.direction == "왼쪽":
+    if scene.direction == "왼쪽":  # towards the left
         start, end = end, start
     height, wobble, radius = rng.uniform(0.25, 0.6), rng.uniform(-0.06, 0.06), rng.uniform(20, 24)
     frames = np.empty((NUM_FRAMES, SIZE, SIZE, 3), np.uint8)

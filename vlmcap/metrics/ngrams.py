@@ -43,6 +43,7 @@ class Vocabulary(dict[str, int]):
         self._next = len(self._base)
 
     def __missing__(self, token: str) -> int:
+        # Copied from the base on first use: later look-ups find it here, and the base stays as it is.
         index = self._base.get(token)
         if index is None:
             index, self._next = self._next, self._next + 1
@@ -107,7 +108,7 @@ def split(joined: Ints) -> tuple[Ints, Ints]:
 def is_first(ordered: Ints) -> npt.NDArray[np.bool_]:
     """Return a mask of the positions at which a new value of a sorted array begins."""
     first = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])  # the first value is always new
     return first
 
 
@@ -125,6 +126,7 @@ def look_up(table: Ints, values: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     place = np.searchsorted(table, values)
     if len(table) == 0:
         return place, np.zeros(len(values), bool)
+    # A value above all of the table would index past its end.
     np.minimum(place, len(table) - 1, out=place)
     return place, table[place] == values
 
@@ -142,6 +144,7 @@ def rank(prefix: Ints, token: Ints) -> tuple[Ints, Ints]:
         order = np.argsort(join(prefix, token))
     ordered = join(prefix[order], token[order])
     first = is_first(ordered)
+    # Undo the sorting: the place of the i-th given pair.
     places = np.empty(len(order), np.int64)
     places[order] = np.cumsum(first) - 1
     return ordered[first], places
@@ -155,6 +158,7 @@ def number_ngrams(prefix: Ints, token: Ints, table: Ints) -> Ints:
     """Return the position of each n-gram in the table; new ones get numbers from its length on."""
     unique, places = rank(prefix, token)
     place, known = look_up(table, unique)
+    # Those that the table has keep its places.
     return np.where(known, place, len(table) + np.arange(len(unique)))[places]
 
 
@@ -193,5 +197,5 @@ def count_pairs(caption: Ints, ngram: Ints) -> Counts:
     pairs = join(caption, ngram)
     pairs.sort()
     start = np.flatnonzero(is_first(pairs))
-    unique = pairs[start]
+    unique = pairs[start]  # (caption, n-gram), each one time
     return Counts(*split(unique), np.diff(start, append=len(pairs)))
