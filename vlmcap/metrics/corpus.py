@@ -270,6 +270,7 @@ def _chunk_captions(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
         if clip == len(number):
             raise UserError(f"There are more hypotheses than the {len(number)} clips with references; remove some.")
         chunk.append(hypothesis)
+        # A hypothesis is compared with each of its references, so its tokens count once for each.
         size += max(tokens[clip], len(hypothesis) * number[clip])
         if size >= CHUNK_TOKENS:
             yield first, chunk

@@ -242,6 +242,7 @@ class _Filling:
                     f"{self.max_bytes / 2**30:.2f}; raise it, or {hint}"
                 )
             self._make_room(num_bytes)
+            # Making room may have freed some.
             free = shutil.disk_usage(self.store.folder).free
         if num_bytes > free:
             raise UserError(

@@ -247,7 +247,9 @@ def _load(folder: Path) -> ShardIndex | None:
             checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
             times_s = _mapped(file, header, "times_s", np.float64, header.tensors["times_s"].shape[1])
         index = ShardIndex(files, hashes, offsets, places, checksums, times_s)
+        # A file that was cut off or changed has another checksum, and is made again.
         return index if header.metadata["checksum"] == str(_checksum(header.metadata["files"], index)) else None
+    # Whatever is wrong: the index only repeats what the shards hold.
     except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -306,6 +306,7 @@ class Family:
             feature_layer=options.feature_layer,
             embed_dim=layout.embed_dim,
             num_prefix_tokens=layout.num_prefix_tokens,
+            # Flags such as `interpolate_pos_encoding`, with which the tower takes another size.
             arguments=dict.fromkeys(arguments, True),
         )
 

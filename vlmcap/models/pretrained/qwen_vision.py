@@ -97,6 +97,7 @@ class ClipTransform:
                 f"this model joins {size} frames to a temporal patch, so data.num_frames must be a multiple of {size}, "
                 f"not {num_frames}"
             )
+        # A block is the square of patches that becomes one token.
         merge, blocks = self.merge_size, self.max_patches // self.merge_size**2
         least = min(_MIN_BLOCKS, blocks)
         sizes = [

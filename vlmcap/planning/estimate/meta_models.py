@@ -300,8 +300,10 @@ def fake_llm(
         llm.requires_grad_(False)
         quantize_fake(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm, num_kept)
+    # The plan counts offloaded inputs as host memory.
     if config.hardware.offload_checkpoints:
         emulate_checkpoint_offload(adapted)
+    # Gradients and optimiser state exist only for adapters that a stage trains.
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))

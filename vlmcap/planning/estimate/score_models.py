@@ -77,9 +77,10 @@ def _image_pass(model: Any, mode: FakeTensorMode) -> Callable[[], Tensor]:
     inputs: dict[str, Any] = {}
     with mode:
         if getattr(vision, "num_patches", None) and model.config.model_type == "siglip2":
+            # (B, P, 3 · p · p)
             inputs["pixel_values"] = torch.empty(count, vision.num_patches, 3 * vision.patch_size**2)
         else:
-            inputs["pixel_values"] = torch.empty(count, 3, vision.image_size, vision.image_size)
+            inputs["pixel_values"] = torch.empty(count, 3, vision.image_size, vision.image_size)  # (B, 3, H, W)
     if model.config.model_type == "siglip2":
         side = int(vision.num_patches**0.5)
         inputs["pixel_attention_mask"] = torch.ones(count, vision.num_patches, dtype=torch.int64)
