@@ -134,7 +134,7 @@ def run_rows(members: Sequence[Member], groups: Sequence[GroupRow], factors: Seq
         names[member.group] + (f", seed {seed}" if has_seeds and (seed := seed_of(member.run)) is not None else "")
         for member in members
     ]
-    # Equal names, such as those of two runs without a seed, are told apart by their folders.
+    # Equal names, such as those of two runs without a seed, differ by their folders.
     counts = Counter(labels)
     return [
         _run_row(member, label if counts[label] == 1 else f"{label} ({member.run.path.name})", factors, split)
