@@ -57,6 +57,7 @@ def register_schemas() -> None:
     for group, kinds in SCHEMAS.items():
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=_following(node))
+        # A plugin's kind can be chosen by its name, also without a YAML file.
         for kind in plugin_kinds(group):
             if config_file(f"{group}/{kind}").is_file():
                 continue
@@ -129,9 +130,11 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
             node = hydra_compose(name, overrides=read_overrides(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(innermost(error))) from error
+    # A node in struct mode refuses new and removed keys.
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
     name_components(node, hydra_node)
+    # It refers to Hydra's folder of the run, and that node has just been taken off.
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
         is_missing = OmegaConf.is_missing(hydra_node.run, "dir")
         node.paths.output_dir = "outputs" if is_missing else str(hydra_node.run.dir)
@@ -173,7 +176,7 @@ def name_components(node: DictConfig, hydra_node: Any) -> None:
         values = cast(dict[str, Any], OmegaConf.to_container(node[group], resolve=False))
         if (
             not file.is_file()
-            or values.get("checkpoint", "???") == "???"
+            or values.get("checkpoint", "???") == "???"  # OmegaConf's "???" is a missing value
             or OmegaConf.is_interpolation(node[group], "checkpoint")
         ):
             continue
@@ -212,6 +215,7 @@ def _replace(
 def checkpoint_name(checkpoint: str) -> str:
     """Returns the last component of a hub id or a folder in lower case; a folder of the hub's cache has its hub id."""
     path = Path(os.path.abspath(os.path.expanduser(checkpoint)))
+    # The hub's cache has …/models--ORG--NAME/snapshots/COMMIT.
     is_cached = path.parent.name == "snapshots"
     return (path.parents[1].name.rpartition("--")[2] if is_cached else path.name).lower()
 
@@ -331,6 +335,7 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
     except OmegaConfBaseException as error:
         raise UserError(f"the saved configuration does not fit this version: {explain(error)}") from error
     try:
+        # merge=False: a group replaces the saved one, whose kind may have other keys.
         for key, value in (overrides or {}).items():
             OmegaConf.update(node, key, value, merge=False)
     except OmegaConfBaseException as error:

@@ -18,11 +18,13 @@ from vlmcap.overrides import foreign_key, quoted, shell_quoted
 def explain(error: Exception) -> str:
     """Returns one sentence for a configuration error of Hydra or OmegaConf."""
     text = str(error)
+    # OmegaConf's messages end with a line such as "full_key: data.batch_size".
     key = re.search(r"full_key: (\S+)", text)
     name = key.group(1) if key else ""
     first = text.splitlines()[0].strip().rstrip(".")
     if hint := foreign_key(name):
         return hint
+    # "Could not find 'encoder/xyz'" of Hydra's defaults list.
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = missing.groups()
         if hint := foreign_key(f"{group}={choice}"):  # given in a YAML file; on the command line it is refused earlier
@@ -36,6 +38,7 @@ def explain(error: Exception) -> str:
             return f"'{override}' cannot be read as key=value; write it without blanks around the equals sign"
         literal = shell_quoted(f"{key}={quoted(value)}")
         return f"'{override}' cannot be read as key=value{_reason(text)}; for plain text, write {literal}"
+    # "Could not override 'data.batchsize'."
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(unknown.group(1))
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
@@ -69,6 +72,7 @@ def _kind_of(group: str, choice: str) -> str:
     file = config_file(f"{group}/{choice}")
     if not file.is_file():
         return choice
+    # The first entry: "defaults: [patches_schema]", or "- patches_schema@encoder" below; else a file it extends.
     match = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", file.read_text(), re.MULTILINE)
     return "" if match is None else match.group(1) if match.group(2) else _kind_of(group, match.group(1))
 

@@ -58,6 +58,7 @@ def config_hash(config: Config) -> str:
     if config.data.is_demo:
         without.append("data.root")  # a folder of the cache
     for path in without:
+        # "hardware.num_frames" -> ["hardware"], "num_frames"
         *groups, name = path.split(".")
         node = plain
         for group in groups:
@@ -87,6 +88,7 @@ def _tuning(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
         stage["adapter_lr"] > 0 for stage in stages.values()
     )
     if is_adapted and isinstance(tuning, EncoderTuningConfig):
+        # The order of the modules has no effect.
         values["lora"] = plain["lora"] | {"target_modules": sorted(tuning.lora.target_modules.split(","))}
     return values
 

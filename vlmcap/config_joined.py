@@ -25,6 +25,7 @@ def check_names(value: str) -> None:
     Raises:
         UserError: A list does not have two names, or one of them cannot be joined.
     """
+    # In a sweep: "[dinov2,siglip2],[dinov2,clip]".
     for names in map(_names, re.findall(r"\[[^\]]*\]", value)):
         if len(names) != 2:
             raise UserError(
@@ -53,6 +54,7 @@ def join_encoders(node: DictConfig, overrides: Sequence[str], following: Callabl
         return
     first, second = map(_values, names)
     defaults = following(PatchEncoderConfig)
+    # What neither the first file nor the command line sets is a default, and not a value of the second file.
     for key in {*first, *second} - {key.removeprefix("encoder.") for key in typed}:
         node.encoder[key] = first[key] if key in first else defaults._get_node(key)
     node.encoder.join = OmegaConf.merge(following(SquareEncoderConfig), {"kind": "patches"}, second)

@@ -101,6 +101,7 @@ def loosened(overrides: Sequence[str]) -> list[str]:
         key = key_of(override)
         group, dot, _ = key.partition(".")
         is_open = bool(dot) and group in SCHEMAS and override.startswith(key)
+        # "++" adds a key to a group whose composed kind does not have it.
         changed.append(f"++{override}" if is_open else override)
     return changed
 
@@ -145,6 +146,7 @@ def saved_config(
 
 def _refuse_training_keys(plain: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raises a `UserError` for a key that only training reads, unless it has the value of the checkpoint."""
+    # The value is an enum from Hydra, or text.
     is_train_split = getattr(values.get("data.split"), "name", values.get("data.split")) == Split.train.name
     for key, value in values.items():
         training_key = next((known for known in _TRAINING_ONLY if _is_within(key, known)), None)
@@ -152,6 +154,7 @@ def _refuse_training_keys(plain: Mapping[str, Any], values: Mapping[str, Any]) -
         if training_key is None or is_read:
             continue
         saved = _at(plain, key)
+        # Choices such as "experiment" are no keys of a configuration, and so cannot be equal to the saved value.
         is_kept = "." in key or key in plain
         if (is_kept and to_plain(value) == saved) or (isinstance(value, DictConfig) and _is_choice(value, saved)):
             continue

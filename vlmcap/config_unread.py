@@ -38,6 +38,7 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
     """
     unread = unread_keys(config)
     plain = OmegaConf.to_container(node, resolve=False)
+    # Values of the finished configuration, in which the last override of a key counts.
     for key in dict.fromkeys(key_of(override) for override in overrides):
         value = value_at(config, key)
         if key in unread and value != default_at(config, key):
@@ -71,6 +72,7 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
         if one.partition(".")[2] in {field.name for field in fields(getattr(config, one.partition(".")[0]))}
     ]
     if there and there[0] in places:
+        # The reason names the key that follows; the user typed the one that is followed.
         why = unread[there[0]].replace(there[0], key)
         return f"{key}={as_text(value)} has no effect, because {there[0]} has none {why}"
     if any(value_at(config, one) == value for one in there):

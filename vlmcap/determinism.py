@@ -43,6 +43,8 @@ def deterministic_kernels(is_active: bool) -> Iterator[None]:
     added = [name for name in _VARIABLES if name not in os.environ]
     os.environ.update({name: _VARIABLES[name] for name in added})
     with _mode(True):
+        # PyTorch would fill every new tensor with NaN, which takes time and only matters to code that reads such
+        # memory.
         filling.fill_uninitialized_memory = False
         try:
             yield

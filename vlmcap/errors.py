@@ -118,12 +118,14 @@ def storage_problem(error: BaseException, folder: str | Path | None = None) -> s
     if number not in _STORAGE and (message := _MESSAGE.search(str(error))):
         number = _NUMBERS.get(message.group(), errno.ENOSPC)
     if number not in _STORAGE:
+        # Libraries wrap errors of the system, or raise their own while they handle one.
         cause = error.__cause__ or error.__context__
         return None if cause is None else storage_problem(cause, folder)
     name = getattr(error, "filename", None)
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
     what, hint = _STORAGE[number]
     where = (
+        # A full disk concerns the folder, not the one file.
         (path.parent if path is not None and number in (errno.ENOSPC, errno.EDQUOT) else path)
         or folder
         or "a folder of this run"

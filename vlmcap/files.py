@@ -27,6 +27,7 @@ with contextlib.suppress(ImportError):  # Windows has no fcntl; there, only the 
 _LOCK = "lock"
 # Age of a work folder without a meaningful lock: one of another machine, or on a file system without locks.
 _STALE_S = 24 * 3600.0
+# Matches ".config.yaml.3f2a9c01b7de-1a2b3c4d.partial", the name that `_make` gives.
 _PARTIAL = re.compile(r"\..+\.(?P<machine>[0-9A-Za-z]+)-[0-9a-f]{8}\.partial")
 
 
@@ -44,7 +45,9 @@ def machine_name() -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which replaces `path` at the end of the block, or is removed if the block raises."""
     with work_folder(path) as folder:
+        # The partial file has the name of its target, as some writers choose the format by the ending.
         yield folder / path.name
+        # On the same file system, so the rename is atomic.
         os.replace(folder / path.name, path)
 
 
@@ -68,6 +71,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with work_folder(path) as folder:
         (folder / path.name).mkdir()
         yield folder / path.name
+        # Fails if the folder exists and is not empty.
         os.rename(folder / path.name, path)
 
 
@@ -79,6 +83,7 @@ def work_folder(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        # Removed before the lock is closed, so that nobody else finds an unlocked folder.
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
@@ -104,6 +109,7 @@ def _make(path: Path) -> tuple[Path, int]:
         # Another process may remove the folder before it is locked: try again.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+            # The lock must be on a file that is still in the folder, and not on a removed one.
             if _try_lock(lock) is not False and (folder / _LOCK).exists():
                 return folder, lock
             os.close(lock)
@@ -115,12 +121,14 @@ def _try_lock(descriptor: int) -> bool | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    # NameError: there is no fcntl on Windows.
     except (OSError, NameError):
         return None
     return True
 
 
 def _remove_if_dead(folder: Path, *, is_here: bool) -> None:
+    # The youngest of folder and files.
     changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     is_stale = time.time() - changed > _STALE_S
     if not (folder / _LOCK).exists():  # another process is creating or removing it
@@ -130,6 +138,7 @@ def _remove_if_dead(folder: Path, *, is_here: bool) -> None:
     lock = os.open(folder / _LOCK, os.O_RDWR)
     try:
         is_free = _try_lock(lock)
+        # Here, a free lock means a dead process. On another machine a lock may not be seen, so age decides as well.
         if (is_free and is_here) or (is_free is not False and is_stale):
             shutil.rmtree(folder, ignore_errors=True)
     finally:

@@ -60,6 +60,7 @@ def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None
         if with_adapters:
             import peft  # noqa: F401
     finally:
+        # Later collections then skip the objects of the libraries, which live until the end.
         gc.freeze()
         if was_on:
             gc.enable()

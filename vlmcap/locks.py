@@ -89,6 +89,7 @@ class Claims:
         self.folder, self.stale_s = folder, stale_s
         self.is_locked_elsewhere = False  # whether the last claim that could not be taken is locked
         self._held: dict[str, BaseFileLock] = {}
+        # name -> (time of the last update in ns, monotonic seconds at which this process first saw it)
         self._seen: dict[str, tuple[int, float]] = {}
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True)
@@ -110,8 +111,10 @@ class Claims:
         """Takes a claim, and returns whether that succeeded."""
         path, lock = self.folder / name, file_lock(self.folder / name)
         with contextlib.suppress(OSError):
+            # 1. Remove a claim that nobody has updated for too long.
             if self._is_stale(path):
                 path.unlink()
+        # 2. Lock the file. A lock ends with its process, however that dies.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # the last process to leave removes it
             lock.acquire()
@@ -119,8 +122,10 @@ class Claims:
             self.is_locked_elsewhere = isinstance(error, Timeout)
             return False
         except OSError as error:
+            # On a file system without locks, the text and the age of the file decide alone.
             if error.errno not in NO_LOCKS:
                 raise
+        # 3. Locks may not reach across machines, so a file that another machine has written is not taken over.
         owner = path.read_text(errors="replace") if path.exists() else ""
         if owner and not (is_here(owner) and lock.is_locked):  # the owner may be alive on another machine
             lock.release()
@@ -147,6 +152,7 @@ class Claims:
             lock.release()
 
     def _is_stale(self, path: Path) -> bool:
+        # The clock of another machine may differ, so only changes of its time are counted, by this machine's clock.
         changed, now = path.stat().st_mtime_ns, time.monotonic()
         before, since = self._seen.get(path.name, (None, now))
         if before != changed:
@@ -155,6 +161,7 @@ class Claims:
         return now - since > self.stale_s
 
     def _beat(self) -> None:
+        # Eight updates in the time after which a claim is stale.
         while not self._ended.wait(self.stale_s / 8):
             for name in tuple(self._held):
                 with contextlib.suppress(OSError):  # taken over while this machine slept
@@ -185,9 +192,11 @@ def claimed_folder(folder: Path, key: str) -> Iterator[None]:
         UserError: The folder cannot be written.
     """
     path = folder.absolute()
+    # The same process may claim a folder again, such as a run inside of a job; a fork may not.
     if _owned.get(path) == os.getpid():
         yield
         return
+    # Parents that the claim creates are removed again, if the block has left them empty.
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         with claimed(
@@ -209,6 +218,7 @@ def living_owner(folder: Path) -> str | None:
     if not (folder / CLAIMS / _RUN).exists():
         return None
     try:
+        # A claim that can be taken has no living owner.
         with claimed_folder(folder, "folder"):
             return None
     except InUseError as error:
@@ -247,11 +257,13 @@ def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0) -> Ite
 
 def _wait(claims: Claims, name: str, state: str, wait_s: float) -> str:
     """Waits for a claim; returns "" if it was taken, or its owner if that is still running after `wait_s`."""
+    # `first` is the time of the claim at the first look; a later one shows that its owner is alive.
     started, first, schedule = time.monotonic(), 0, None
     while not claims.take(name):
         text, changed = claims.owner(name)
         owner = text.partition("\n")[2]
         first = first or changed
+        # On this machine, a locked file is proof enough.
         is_alive = changed != first or (claims.is_locked_elsewhere and is_here(text))
         if owner and is_alive and time.monotonic() - started >= wait_s:
             return owner

@@ -251,6 +251,7 @@ def quoted(text: object) -> str:
 
 def sweep_values(override: Override) -> list[str]:
     """Returns the values of a sweep in the form of an override; quotes that Hydra has dropped are restored."""
+    # Characters that Hydra's grammar escapes, such as "a\,b".
     escaped = re.compile(r"\\([\\()\[\]{}:=, \t])")
     values = override.sweep_string_iterator()
     return [value if not value or _is_value(value) else quoted(escaped.sub(r"\1", value)) for value in values]
@@ -258,6 +259,7 @@ def sweep_values(override: Override) -> list[str]:
 
 def shell_quoted(argument: str) -> str:
     """Quotes an argument for a shell, in double quotes if it contains single ones."""
+    # In double quotes, shells still interpret these characters.
     return f'"{argument}"' if "'" in argument and not re.search(r'["$`\\!]', argument) else shlex.quote(argument)
 
 
@@ -296,6 +298,7 @@ def _in_grammar(override: str, *, is_sweep: bool) -> str:
 
 def _elements(text: str, element: Callable[[str], str]) -> list[str]:
     """Splits text at commas outside of quotes, brackets and calls, and applies `element` to what cannot be parsed."""
+    # Pieces are joined until they are a value or close what they open: "[1" and "2]" are one element.
     pieces, elements = text.split(","), []
     start = 0
     while start < len(pieces):
@@ -311,6 +314,7 @@ def _elements(text: str, element: Callable[[str], str]) -> list[str]:
     return elements
 
 
+# The beginning of "[1,2]", "{a: 1}" or "choice(1,2)".
 _OPENED = re.compile(r"\s*(\[|\{|(?:choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool)\()")
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 

@@ -67,9 +67,11 @@ def use_plugins(names: Sequence[str]) -> None:
     """
     for name in names:
         path = Path(name).expanduser()
+        # Other processes may have another working folder, so a file is kept by its full path.
         full = str(path.resolve()) if name.endswith(".py") or path.is_file() else name
         _load(full)
         known = _named()
+        # The order stays, as later plugins may import earlier ones.
         os.environ[PLUGINS_VARIABLE] = os.pathsep.join(known if full in known else [*known, full])
 
 
@@ -82,6 +84,7 @@ def load_plugins() -> None:
     for name in _named():
         _load(name)
     for point in _installed():
+        # An entry point is loaded once, also if it has failed.
         if (key := f"{point.group}:{point.name}") in _loaded:
             continue
         _loaded.add(key)
@@ -135,6 +138,7 @@ def _import(name: str) -> bool:
             raise UserError(
                 f"--plugin {name} cannot be imported as {module_name}; use only letters, digits and _ in its name"
             )
+        # At the end of the search path, so that a plugin's folder does not hide other modules.
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
     is_new = module_name not in sys.modules
@@ -143,6 +147,7 @@ def _import(name: str) -> bool:
     except UserError:
         raise
     except Exception as error:
+        # A module that has failed in the middle must not count as imported.
         sys.modules.pop(module_name, None)
         raise UserError(f"--plugin {name} cannot be loaded ({_reason(error)}); fix it, or leave it out") from error
     # A module of the same name may have been imported, or be earlier on the search path.

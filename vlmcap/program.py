@@ -67,6 +67,7 @@ def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
 
 def _is_first_process(config: DictConfig) -> bool:
     """Returns whether this process is the first or only one of its run."""
+    # Ranks as torchrun, Slurm and Lightning set them; the first process may have none.
     names = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
     is_alone = config.hardware.devices * config.trainer.num_nodes == 1
     return is_alone or all(os.environ.get(name, "0") in ("", "0") for name in names)
@@ -76,6 +77,7 @@ def _new_folder(wanted: Path) -> Path:
     """Creates and returns a new folder: `wanted`, or the first free name with -2, -3 and so on appended."""
     folder, number = wanted, 1
     while True:
+        # What this call creates, innermost first, to be removed if the run leaves it empty.
         missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
         try:
             folder.mkdir(parents=True)
@@ -138,6 +140,7 @@ def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool =
     known, unknown = get_args_parser().parse_known_intermixed_args(given)
     if unknown:
         flag, _, value = unknown[0].partition("=")
+        # A flag's value may be the next argument: `--batch_size 4`.
         following = given[given.index(unknown[0]) + 1 :][:1]
         value = value or next((word for word in following if "=" not in word and not word.startswith("-")), "…")
         override = f"{flag.lstrip('-').replace('-', '_')}={value}"
@@ -145,6 +148,7 @@ def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool =
         raise UserError(f"{flag} is not a flag of {command}; {instead}")
     use_config_dir(known.config_dir)
     flags = [*given]
+    # The flags that Hydra reads itself.
     for override in known.overrides:
         flags.remove(override)
     is_sweep = known.multirun and known.cfg is None
@@ -176,10 +180,12 @@ def report_user_errors() -> Iterator[None]:
 
     try:
         yield
+        # A closed pipe is noticed here, where it is handled, and not at the exit of the interpreter.
         sys.stdout.flush()
         _remove_unused_folder()  # the run may have used another paths.output_dir
     except (UserError, HydraException, OmegaConfBaseException) as error:
         cause = error if isinstance(error, UserError) else innermost(error)
+        # Hydra wraps errors of OmegaConf, and a `UserError` may be the cause.
         sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
         if is_sweep():
             _fail_job(error, sentence)

@@ -53,6 +53,7 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
     if parser is None:
         with override_parser() as new_parser:
             return expand([*_experiment_params(overrides, new_parser), *overrides], new_parser)
+    # By key: the last override of a key wins, and an argument wins over the experiment file.
     values: dict[str, list[str]] = {}
     with _explained():
         for override in parser.parse_overrides(read_overrides(overrides, is_sweep=True)):
@@ -67,6 +68,7 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
     empty = next((key for key, tried in values.items() if not tried), None)
     if empty is not None:
         raise UserError(f"{empty} has no values to try, because glob() finds none or a range is empty; give it values")
+    # The last key changes fastest, as in Hydra's BasicSweeper.
     return list(itertools.product(*values.values())), [key for key, tried in values.items() if len(tried) > 1]
 
 
@@ -77,6 +79,7 @@ def _experiment_params(overrides: Sequence[str], parser: OverridesParser) -> lis
         if not any(override.key_or_group == "experiment" and isinstance(override.value(), str) for override in given):
             return []
         fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
+        # `hydra.sweeper.params` of an experiment file is Hydra's way to define a sweep in YAML.
         params = hydra.compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
     return [f"{key}={value}" for key, value in params.items()]
 

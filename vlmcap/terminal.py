@@ -22,6 +22,7 @@ _PIPE_WIDTH = 140  # columns of a wide table that is not printed to a terminal
 def leave_closed_pipe() -> NoReturn:
     """Ends a command whose output is no longer read, such as by `| head`, silently with the exit code of SIGPIPE."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards buffered output
+    # 128 + 13, the number of SIGPIPE.
     raise SystemExit(141) from None
 
 
@@ -90,6 +91,7 @@ class WorkLines:
         line = f"{self.label}: {share}{duration(self.seconds)} so far"
         if self._first is None or self.total is None or self.done <= self._first[0]:
             return line
+        # Work that was done before the first report, as after a resume, does not count.
         pace = (self._clock() - self._first[1]) / (self.done - self._first[0])
         return f"{line}, {duration(pace * (self.total - self.done))} left"
 
@@ -201,6 +203,7 @@ def _terminal_bar(label: str, *, is_transient: bool, silent_s: float) -> Iterato
 
     def report(done: int, total: int | None) -> None:
         bar.update(task, completed=done, total=total)
+        # Not before `silent_s`, so that short work shows no bar.
         if not bar.live.is_started and time.monotonic() - started >= silent_s:
             bar.start()
 
@@ -231,7 +234,7 @@ def _notebook_bar(label: str, *, is_transient: bool, silent_s: float) -> Iterato
             bar = tqdm(desc=label, total=total, leave=not is_transient)
         if bar is not None:
             bar.total = total
-            bar.update(done - bar.n)
+            bar.update(done - bar.n)  # tqdm takes the increment
 
     try:
         yield report

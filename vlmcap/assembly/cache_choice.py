@@ -85,7 +85,9 @@ def choose_cache(costs: CacheCosts) -> CacheChoice:
     """Chooses whether to store features; never if they do not fit, or if reading a clip is slower than encoding it."""
     read_s, compute_s = _read_s(costs), _compute_s(costs)
     without_s = costs.num_visits * compute_s
+    # Features that earlier runs have stored cost only their reading.
     with_s = costs.num_missing * _build_s(costs) + costs.num_visits * read_s
+    # Only missing features need free space, but `cache.max_gib` counts those on disk too.
     needed, limit = costs.num_missing * costs.num_bytes, DISK_SHARE * costs.free_bytes
     total = costs.num_clips * costs.num_bytes
     if needed > limit:
@@ -94,6 +96,7 @@ def choose_cache(costs: CacheCosts) -> CacheChoice:
     if costs.max_bytes is not None and total > costs.max_bytes:
         why = f"the features take {gigabytes(total)}, and cache.max_gib allows {gigabytes(costs.max_bytes)}"
         return _off(with_s, without_s, why)
+    # In this case the cache loses time in every epoch, however long the run is.
     if read_s >= compute_s:
         why = f"reading a clip takes {duration(read_s)}, and encoding it {duration(compute_s)}"
         return _off(with_s, without_s, why)
@@ -118,22 +121,28 @@ def _off(with_s: float, without_s: float, why: str) -> CacheChoice:
 
 def _compute_s(costs: CacheCosts) -> float:
     """Returns the seconds that a clip without a cache adds to a step: encoding, and decoding that is not hidden."""
+    # Without workers, decoding and encoding happen one after the other, before the step.
     if costs.num_workers == 0:
         return costs.decode_s + costs.encode_s
     step_s = costs.encode_s + costs.rest_s
+    # Workers decode while the model computes. The step takes as long as the slower of the two, and `rest_s` of it
+    # passes
     return max(max(costs.decode_s / costs.num_workers, step_s) - costs.rest_s, 0.0)
 
 
 def _read_s(costs: CacheCosts) -> float:
     """Returns the seconds that a clip with a cache adds to a step; all workers share one disk."""
     read_s = costs.num_bytes / costs.disk_bytes_per_s
+    # The rest of the step hides reading as well.
     return read_s if costs.num_workers == 0 else max(read_s - costs.rest_s, 0.0)
 
 
 def _build_s(costs: CacheCosts) -> float:
     """Returns the seconds to encode and write a clip."""
     decode_s = costs.decode_s / max(1, costs.num_workers)
+    # With workers, decoding and encoding overlap, and the slower one counts.
     work_s = costs.decode_s + costs.encode_s if costs.num_workers == 0 else max(decode_s, costs.encode_s)
+    # The disk writes about as fast as it reads.
     return work_s + costs.num_bytes / costs.disk_bytes_per_s
 
 
@@ -151,11 +160,13 @@ def flops_per_s(hardware: str, num_cores: int | None = None) -> float:
 
 def encoder_flops(num_parameters: int, num_tokens: int) -> float:
     """Estimates the FLOP of a forward pass: two per parameter and token, without attention, which is below a tenth."""
+    # A multiplication and an addition are two FLOP.
     return 2.0 * num_parameters * num_tokens
 
 
 def training_flops(num_parameters: int, num_tokens: int, *, is_checkpointed: bool) -> float:
     """Estimates the FLOP of a step through frozen weights: forward, backward to inputs, and recomputation if any."""
+    # 2 forward, 2 backward to the inputs (none to frozen weights), and 2 again if the forward pass is recomputed.
     return (6.0 if is_checkpointed else 4.0) * num_parameters * num_tokens
 
 
@@ -184,6 +195,7 @@ def estimate_costs(
         frames * rows * columns for frames, rows, columns in meta_encoder.possible_grids(config.data.num_frames)
     )
     num_parameters = sum(parameter.numel() for parameter in meta_encoder.parameters())
+    # The largest split gives the most typical clips.
     longest = max(clips.values(), key=len)
     num_clips = sum(len(members) for members in clips.values())
     root = existing_parent(store.folder)
@@ -214,6 +226,7 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
         return final
     num_epochs = config.tuning.num_epochs
     trained = num_epochs * sizes["train"]
+    # -1 is Lightning's "no limit".
     if config.trainer.max_steps >= 0:
         trained = min(
             trained, config.trainer.max_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
@@ -230,6 +243,7 @@ def time_decoding(dataset: ClipDataset) -> float:
 
     count = len(dataset)
     taken: list[float] = []
+    # Evenly spread positions; a data set of fewer clips gives fewer.
     for index in sorted({count * step // _NUM_TIMED for step in range(_NUM_TIMED)} - {count}):
         for _ in range(1 if taken else 2):  # the first read also starts the decoder
             started = time.perf_counter()

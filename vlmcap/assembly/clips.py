@@ -69,13 +69,16 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
         UserError: The data set cannot be read, a required split is missing, no entry can be used, or two clips of a
             split have the same id.
     """
+    # Members of large archives are indexed once, and every later run reads the index.
     use_index_folder(Path(config.paths.cache_dir) / "archives")
     wanted = [split for split in Split if split in splits or split in optional]
     drawer = SplitDrawer(config.data.splits, config.data.root) if config.data.splits.random else None
+    # A reader may skip the files of other splits only if splits are not drawn and a single one is wanted.
     only = wanted[0].value if len(wanted) == 1 and drawer is None else None
     entries = read_records(config.data, only)
     with ExitStack() as stack:
         folder = Path(config.paths.cache_dir) / "manifests"
+        # Clips go to tables on disk as they are read, so that a data set of any size takes little memory.
         writers = {split.value: stack.enter_context(TableWriter(folder)) for split in wanted}
         reading = _SplitReader(config, writers, drawer)
         reading.read(_with_progress(entries))
@@ -86,6 +89,7 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
 
 def _limit_clips(config: Config, split: str, table: ClipTable) -> ClipTable:
     """Limits the number of clips: a seeded choice of the training split, the first clips of the others."""
+    # The other splits keep their first clips, so that two runs score the same ones, whatever their seeds.
     count = config.data.max_clips if split == "train" else config.evaluation.max_final_clips
     if count is None or count >= len(table):
         return table
@@ -114,12 +118,14 @@ class _SplitReader:
     def __init__(self, config: Config, writers: Mapping[str, TableWriter], drawer: SplitDrawer | None) -> None:
         self.config, self.writers, self.drawer = config, writers, drawer
         self.skipped: list[Skipped] = []
+        # Counts tell the user which splits exist, if the wanted one is missing.
         self.num_clips: Counter[str] = Counter()  # by split, also of splits that are not loaded
         self._num_empty, self._first_empty = 0, ""
 
     def read(self, entries: Iterable[Record | Skipped]) -> None:
         for number, entry in enumerate(entries, 1):
             self._add(entry)
+            # A wrong format or root makes every entry bad, and a data set of millions need not be read to say so.
             if number == _MAX_BAD_START and not self.num_clips:
                 raise self._no_usable_entries(f"the first {number}")
         if self.drawer is not None:
@@ -137,16 +143,19 @@ class _SplitReader:
 
     def check(self, required: Sequence[str]) -> None:
         """Raises a `UserError` if a required split has no clip."""
+        # 1. Every required split has a clip.
         missing = [name for name in required if not len(self.writers[name])]
         if not missing and self.num_clips:
             return
         root = self.config.data.root
+        # 2. Nothing is usable at all: the first reason is the most helpful one.
         if not self.num_clips:
             raise (
                 self._no_usable_entries(f"the {len(self.skipped)}")
                 if self.skipped
                 else UserError(f"data.root={root} has no clips; set data.root to the folder of the data set")
             )
+        # 3. Some split is missing: name those that exist.
         there = ", ".join(f"{name}: {count}" for name, count in self.num_clips.most_common(_MAX_SPLITS_NAMED))
         bad = (
             f"; {len(self.skipped)} entries cannot be used, the first: {_describe_skipped(self.skipped[0])}"
@@ -165,6 +174,7 @@ class _SplitReader:
 
     def _add(self, entry: Record | Skipped) -> None:
         split = self._split_of(entry)
+        # An entry without a split is unusable, unless splits are drawn.
         if isinstance(entry, Record) and not split:
             entry = skip(entry.clip.id, _NO_SPLIT, entry.clip.video)
         if isinstance(entry, Record) and split in self.writers:
@@ -172,6 +182,8 @@ class _SplitReader:
                 self.writers[split].add(entry.clip)
                 self._num_empty += entry.num_empty
                 self._first_empty = self._first_empty or (entry.clip.id if entry.num_empty else "")
+            # Tables are UTF-8, which has no code for half of a surrogate pair; JSON labels can contain one as an
+            # escape.
             except UnicodeEncodeError:
                 entry = skip(
                     entry.clip.id,
@@ -180,11 +192,13 @@ class _SplitReader:
                 )
         if isinstance(entry, Record):
             self.num_clips[split] += 1
+        # Skipped entries of splits that are not loaded are not reported.
         elif not split or split in self.writers:
             self.skipped.append(entry)
 
     def _split_of(self, entry: Record | Skipped) -> str:
         if self.drawer is not None:
+            # A skipped entry is drawn like its clip would be, so that its split's share of bad clips is right.
             return self.drawer.split_of(entry if isinstance(entry, Record) else Record(entry.clip))
         return standard_split(entry.split) if isinstance(entry, Record) else ""
 
@@ -224,6 +238,7 @@ def blank_clip(config: Config) -> Clip:
     file = Path(config.paths.cache_dir) / "black.png"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
+        # Runs that share a cache folder may write it at the same time.
         with replacing(file) as partial:
             Image.new("RGB", (_SIDE, _SIDE)).save(partial, format="PNG")
     return Clip("black", str(file), (), frames=(str(file),) * config.data.num_frames)

@@ -74,11 +74,13 @@ def encoder_options(config: Config) -> EncoderOptions:
     from vlmcap.models.encoders import EncoderOptions
 
     settings = config.encoder
+    # NaFlex keeps the aspect ratio of frames under a budget of patches; the other encoders have a fixed square input.
     if isinstance(settings, NaflexEncoderConfig):
         chosen: dict[str, Any] = {"max_patches": settings.max_patches}
     else:
         assert isinstance(settings, PatchEncoderConfig), "a pretrained VLM has no options for its tower"
         chosen = {"image_size": settings.image_size, "max_tiles": settings.tiling}
+        # Without these keys, mean and standard deviation come from the checkpoint's image processor.
         chosen |= {key: tuple(values) for key in ("mean", "std") if (values := getattr(settings, f"image_{key}"))}
     return EncoderOptions(
         feature_layer=settings.feature_layer,
@@ -157,6 +159,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
     if tuning is EncoderTuning.none:
         return
     lora = lora_of(config)
+    # `parts` are the two encoders of a joined one.
     for one in getattr(encoder, "encoders", (encoder,)):
         if tuning is EncoderTuning.full:
             one.float().requires_grad_(True)  # mixed precision needs float32 master weights
@@ -195,6 +198,7 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
 
     settings, grids = config.projector, encoder.possible_grids(config.data.num_frames)
     _check_tiling(config)
+    # NaFlex grids depend on the frame size, so that a row or column can be left over.
     if isinstance(settings, PixelShuffleConfig) and len({(height, width) for _, height, width in grids}) > 1:
         raise UserError(
             f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, but the grids of "
@@ -202,6 +206,7 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
             "or encoder"
         )
     most_frames = max(frames for frames, _, _ in grids)
+    # A Qwen-VL tower merges two frames into one token; most encoders have no such attribute.
     joined = getattr(encoder, "frames_per_token", 1)
     return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens, joined)
 
@@ -244,6 +249,7 @@ def language_options(config: Config) -> dict[str, Any]:
         UserError: The tuning trains weights that are quantised.
     """
     quantization = config.llm.quantization.value
+    # Packed 4-bit and 8-bit weights have no gradient; adapters on them are trained in full precision.
     if quantization != "none" and any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         raise UserError(
             f"tuning={config.tuning.name} trains the weights of the language model, which is not possible with "
@@ -264,12 +270,16 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
     if build := maker_of("llm", config.llm.kind):
         import torch
 
+        # A plugin builds its model itself, so that the device context is the only way to keep it from allocating
+        # memory.
         with torch.device("meta") if is_meta else contextlib.nullcontext():
             llm: nn.Module = build(config.llm, folder, **language_options(config))
         return llm.requires_grad_(False)
+    # Meta weights are only placeholders for the shards of another process, which never are quantised.
     if is_meta:
         options = {name: value for name, value in language_options(config).items() if name != "quantization"}
         return build_meta_language_model(folder, **options)
+    # FSDP2 moves the shard of each process to its GPU later; the full model may not fit there.
     return load_language_model(folder, is_on_host=config.trainer.strategy is Strategy.fsdp2, **language_options(config))
 
 
@@ -318,6 +328,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
 
     if config.hardware.gradient_checkpointing:
         checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
+    # Full fine-tuning in any stage; the module freezes the weights again in stages that do not train them.
     if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         llm.float().requires_grad_(True)  # mixed precision needs float32 master weights
     if not config.tuning.use_lora:

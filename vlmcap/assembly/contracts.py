@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Contract = tuple[str, Callable[[], None]]
 Settings = Callable[[], Any]
-_GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the grid of the encoder
-_FRAMES = (4, 2, 1)
+_GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the grid of the encoder  # rows × columns of patches
+_FRAMES = (4, 2, 1)  # numbers of frames per clip
 _PROMPT = 5  # number of tokens of the question
 
 
@@ -59,6 +59,7 @@ def check_component(group: str, kind: str, settings: Settings | None = None) -> 
 
 
 def _defaults(group: str, kind: str) -> Any:
+    # `root` is the only key without a default, and no file is read when settings are made.
     return schema_of(group, kind)(**({"root": "."} if group == "data" else {}), name=kind)
 
 
@@ -91,6 +92,7 @@ class _ProjectorContracts:
         yield "num_tokens is what forward gives, for several F and P", self.check_tokens
         yield "a gradient reaches every trainable weight", self.check_gradients
         yield "clips of a batch do not see each other", self.check_batch
+        # Each line is a row of the table that `vlmcap check-plugin` prints.
         yield "equal input gives equal output in evaluation", self.check_repeat
         yield "its state_dict saves and loads to the same output", self.check_state
         yield "it takes float16 and bfloat16 features", self.check_half
@@ -103,8 +105,10 @@ class _ProjectorContracts:
         from vlmcap.models.projectors import ProjectorSizes, build_projector
 
         config: ProjectorConfig = self.settings()
+        # The caller's random state stays as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            # Vision width 32 and language width 48 differ, so that a projector that mixes them up fails.
             return build_projector(config, ProjectorSizes(32, 48, _GRIDS[0], _FRAMES[0], _PROMPT)).eval()
 
     def run(
@@ -113,9 +117,11 @@ class _ProjectorContracts:
         """Returns the visual tokens of clips of noise, which is the same in every call."""
         import torch
 
+        # A projector without parameters, such as plain pooling, runs on the CPU.
         device = (
             next(projector.parameters()).device if any(True for _ in projector.parameters()) else torch.device("cpu")
         )
+        # (B, F, P, Dv)
         features = noise(num_clips, num_frames, math.prod(grid), projector.sizes.in_dim).to(device)
         tokens: Tensor = projector(features, grid=grid, prompt=noise(_PROMPT, projector.sizes.out_dim).to(device))
         return tokens
@@ -128,6 +134,8 @@ class _ProjectorContracts:
                 try:
                     stated = projector.num_tokens(num_frames, math.prod(grid), grid)
                 except UserError as refusal:
+                    # A projector may refuse other grids, such as those that its shuffle does not divide, but not the
+                    # encoder's own.
                     assert grid != _GRIDS[0], f"it refuses its own grid: {first_line(refusal)}"
                     continue
                 tokens, what = self.run(projector, 2, num_frames, grid), f"F={num_frames}, P={grid[0]} × {grid[1]}"
@@ -140,6 +148,7 @@ class _ProjectorContracts:
     def check_gradients(self) -> None:
         """Checks that every trainable weight has a finite gradient that is not zero."""
         projector = self.build().train()
+        # The square has another gradient for each output; a plain sum is blind to a norm as the last layer.
         self.run(projector).square().sum().backward()
         weights = {name: weight for name, weight in projector.named_parameters() if weight.requires_grad}
         dead = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
@@ -151,9 +160,11 @@ class _ProjectorContracts:
 
     def check_batch(self) -> None:
         """Checks that the tokens of a clip do not depend on other clips of the batch, also in training."""
+        # 1. In evaluation: the tokens of a clip are the same alone and beside others.
         projector = self.build()
         error = difference(self.run(projector, 3)[:1], self.run(projector, 1))
         assert error < 1e-4, f"the first clip of three differs by {error:.1e} from the same clip alone"
+        # 2. In training: the first clip's tokens have no gradient to the others. Batch norm would give one.
         features = noise(3, _FRAMES[0], math.prod(_GRIDS[0]), projector.sizes.in_dim).requires_grad_()
         projector.train()(features, prompt=noise(_PROMPT, projector.sizes.out_dim))[0].square().sum().backward()
         is_alone = features.grad is not None and not features.grad[1:].any()
@@ -168,6 +179,7 @@ class _ProjectorContracts:
 
     def check_state(self) -> None:
         """Checks that the state dict is complete: another projector with the same weights gives the same output."""
+        # The two seeds give different weights, so that equal outputs can only come from the state dict.
         first, second = self.build(0), self.build(1)
         second.load_state_dict(first.state_dict())
         error = difference(self.run(first), self.run(second))
@@ -182,6 +194,7 @@ class _ProjectorContracts:
         projector = self.build()
         for dtype in (torch.float16, torch.bfloat16):
             features = noise(2, _FRAMES[0], math.prod(_GRIDS[0]), projector.sizes.in_dim).to(dtype)
+            # As in a training step with half precision, where the projector casts at its edges.
             with torch.autocast("cpu", dtype):
                 tokens = projector(features, prompt=noise(_PROMPT, projector.sizes.out_dim).to(dtype))
             assert tokens.dtype == torch.float32, f"{dtype} features give {tokens.dtype}"
@@ -191,6 +204,7 @@ class _ProjectorContracts:
         """Checks that the projector runs on the meta device."""
         import torch
 
+        # Tensors that the projector makes inside `forward` without a device also land on meta here.
         with torch.device("meta"):
             projector = self.build()
             features = torch.empty(1, _FRAMES[0], math.prod(_GRIDS[0]), projector.sizes.in_dim)
@@ -235,6 +249,7 @@ class _EncoderContracts:
         import torch
 
         size = cast(Any, encoder.transform).image_size
+        # Noise in (0, 1) as uint8 frames, (B, F, 3, H, W).
         frames = (noise(num_clips, 2, 3, size, size).sigmoid() * 255).to(torch.uint8)
         with torch.no_grad():
             return cast("Tensor", encoder(frames))
@@ -255,7 +270,9 @@ class _EncoderContracts:
         """Checks that features can be stored, because they are the same in every call and after every load."""
         encoder = self.build()
         assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be stored"
+        # Without a checkpoint, the same weights must come out of every load, as the encoder is frozen and never saved.
         if not self.settings().checkpoint:
+            # Another seed before the load must not change them.
             is_fixed = bool((self.run(encoder) == self.run(self.build(1))).all())
             assert is_fixed, (
                 "its weights are random after every load, but no checkpoint saves them; read them from "
@@ -270,6 +287,7 @@ class _EncoderContracts:
 
         transform: Any = self.build().transform
         ForkingPickler.dumps(transform)  # for the data workers
+        # 90 × 160 is neither square nor the size of the encoder.
         frames, size = transform(torch.zeros(2, 3, 90, 160, dtype=torch.uint8)), transform.image_size
         actual = (tuple(frames.shape), frames.dtype)
         assert actual == ((2, 3, size, size), torch.uint8), f"it gives {actual}, expected uint8 of {size} × {size}"
@@ -293,6 +311,7 @@ class _EncoderContracts:
 def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
     from vlmcap.metrics.user_metrics import user_scores
 
+    # The cases that break metrics: an empty caption, and clips with one and with two references.
     texts = ["파도가 치는 바다.", "", "산 위의 구름."]
     references = [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
 
@@ -308,6 +327,7 @@ def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
         assert error < 1e-9, f"clips in another order differ by {error:.1e}"
 
     yield "it gives a finite number, or one per clip, for several references and an empty caption", check_value
+    # The order of the table: the value first, as the other checks need one.
     yield "equal captions give equal scores", check_repeat
     yield "the order of clips makes no difference", check_order
 
@@ -340,6 +360,7 @@ def noise(*shape: int) -> Tensor:
     """Returns normal noise that is the same in every call; a larger batch starts with the clips of a smaller one."""
     import torch
 
+    # The generator is on the CPU and is named, so that `torch.device("meta")` around the call changes nothing.
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 

@@ -67,6 +67,7 @@ def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int
     from vlmcap.models.encoders.preprocessing import StatedGrid
 
     grid_of = encoder.transform.grid_thw
+    # With a varying number of frames, the number must travel with each clip, even if rows and columns are fixed.
     return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of
 
 
@@ -97,9 +98,11 @@ class PathReader:
         from vlmcap.types import Clip
 
         data, llm = self.plan.config.data, self.plan.config.llm
+        # The position is the id, as paths may repeat; there are no captions, because these clips are only captioned.
         clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
         dataset = self.plan.decoded(clips)
         collator = Collator(self.prompt, self.visual, llm.caption_tokens, mode="generate")
+        # Starting a worker takes longer than decoding one clip, so a single clip is read in this process.
         num_workers = max(0, min(data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
         watched = watch.watch(dataset, clips) if num_workers else dataset

@@ -61,6 +61,7 @@ class Features:
         """Returns the content hashes of a full split, or of any of its clips."""
         from vlmcap.data.features.content_hash import content_hashes
 
+        # Hashes of full splits are known already. Identity is enough, because loaders pass on the same objects.
         split = next((split for split, members in self.clips.items() if members is clips), None)
         return content_hashes(clips, self.hash_file) if split is None else self.hashes[split]
 
@@ -82,6 +83,7 @@ class Features:
         from vlmcap.data.features.feature_dataset import pooled_grid
 
         for content in self.hashes_of(clips):
+            # Numpy gives a scalar of its own, which is not a key of the index.
             name = bytes(content)
             grid, times_s = (
                 (self.store.grid_thw(name), self.store.times_s(name)) if name in self.store else (None, None)
@@ -106,20 +108,24 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
     """
     from vlmcap.data.features.eviction import prune
 
+    # 1. Decide whether features are stored.
     config = plan.config
     if config.cache.enabled is False:
         return None
     clips = with_blank(config, clips)
     plans = plans_of(plan)
     stores = [open_store(one) for one in plans]
+    # With two encoders, both stores must be worth it: the joined data set reads both.
     if config.cache.enabled == "auto" and not all(
         _is_worthwhile(one, store, clips) for one, store in zip(plans, stores, strict=True)
     ):
         return None
+    # 2. Hash the media, and encode what is missing, store by store.
     hash_file = hash_cache(config)
     hashes = hash_clips(clips, hash_file)
     for one, store in zip(plans, stores, strict=True):
         fill_store(one, store, clips, hashes)
+    # 3. Remove old stores over the limit, but never those of this run.
     if config.cache.max_gib is not None:
         prune(stores[0].root, round(config.cache.max_gib * 2**30), keep=[store.key for store in stores])
     features = [Features(store, clips, hashes, hash_file, config.pool_size) for store in stores]
@@ -135,6 +141,7 @@ def plans_of(plan: FeaturePlan) -> list[FeaturePlan]:
         return [plan]
     plans = []
     for config, key, encoder in zip(configs, ENCODER_KEYS, cast(Any, plan.meta_encoder).encoders, strict=True):
+        # The second encoder's files move to the key "encoder", so that its recipe equals that of a run with it alone.
         folder, base = plan.base_checkpoints.folders[key], plan.base_checkpoints.fingerprints[key]
         base_checkpoints = BaseCheckpoints({"encoder": folder}, {"encoder": base})
         grid_of = grid_of_frames(config, encoder)
@@ -176,6 +183,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
         encoder=base.sha256 if plugin is None else hashlib.sha256(code.encode()).hexdigest(),
         layer=plan.meta_encoder.feature_layer,
         transform=settings,
+        # Everything below decides which pixels the encoder sees.
         num_frames=config.data.num_frames,
         sampling=config.data.sampling.value,
         fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,
@@ -183,8 +191,10 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
         decoder=resolve_decoder(config.data.decoder).value,
         pooled={"kind": "pool", "size": config.pool_size} if config.pool_size else None,
         precision=config.hardware.precision.value,
+        # The dtype of storage; `precision` is that of computation.
         dtype=config.cache.dtype,
         encoder_name=base.name,
+        # Name and revision are for people; `encoder` above is the identity.
         revision=base.revision,
     )
 
@@ -245,6 +255,7 @@ def fill_store(
     from vlmcap.data.features import filling
     from vlmcap.terminal import gigabytes, grouped, progress_reporter
 
+    # Clips that were lost earlier, for example because of a decoding timeout, are tried again.
     missing = {split: len(store.missing(wanted, retry_lost=True)) for split, wanted in hashes.items()}
     if not any(missing.values()):
         return
@@ -262,6 +273,7 @@ def fill_store(
                 filling.fill_store(
                     store,
                     hashes[split],
+                    # Clips per pass, so that a pass has about FRAMES_PER_PASS frames.
                     _batches_of(
                         plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers
                     ),
@@ -271,6 +283,7 @@ def fill_store(
                     retry_lost=True,
                     max_bytes=max_bytes,
                 )
+    # The closure holds the encoder, which must leave memory before the language model is loaded.
     del encode
     free_memory()
 
@@ -341,12 +354,14 @@ def _batches_of(
     from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 
     def batches(positions: NDArray[np.int64]) -> Iterator[list[Sample | Skipped]]:
+        # More workers than clips would only cost their start.
         watch, workers = WorkerWatch(), min(num_workers, len(positions))
         loader = DataLoader(
             watch.watch(dataset, dataset.clips) if workers else dataset,
             batch_size=batch_size,
             sampler=positions.tolist(),
             collate_fn=list,
+            # Seeds of workers come from a generator of their own, so that the global random state does not change.
             generator=torch.Generator(),
             **worker_options(workers, batch_size, dataset.data.decode_timeout_s),
         )
@@ -362,6 +377,7 @@ def free_memory() -> None:
 
     import torch
 
+    # Models contain reference cycles, so that their memory is not freed when the last name is deleted.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -110,24 +110,30 @@ def describe_model(config: Config) -> ModelSpec:
     from vlmcap.models.projectors import check_projector, count_tokens
 
     base_checkpoints = locate_base_checkpoints(config)
+    # 1. Find the checkpoints, and check what their configuration files alone decide.
     group = "model" if config.is_pretrained_vlm else "llm"
     folder, name = base_checkpoints.folders[group], f"{group}={config.component_names[group]}"
     if config.data.batching is Batching.packed:
         check_packing(folder, name, is_vlm=config.is_pretrained_vlm)
     _check_decoding(config, folder, name)
+    # 2. Build the encoder on the meta device, which knows the possible patch grids of a clip.
     encoder = load_encoder(config, base_checkpoints.folders, is_meta=True)
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
+    # 3. Prompt and visual tokens: a pretrained VLM brings the text around them, otherwise the projector gives a plain
+    # run.
     if config.is_pretrained_vlm:
         sizes, meta_vlm = None, load_vlm(config, folder, is_meta=True)
         prompt = load_prompt_of(
             config, folder, visual_prefix=meta_vlm.visual_prefix, visual_suffix=meta_vlm.visual_suffix
         )
+        # The layout without a tokenizer counts no text between frames; `_assemble_vlm` checks the context again.
         visual = meta_vlm.layout(grids[0])
     else:
         prompt = load_prompt_of(config, folder)
         sizes = projector_sizes(config, encoder, text_width(folder), len(prompt.question_ids))
         check_projector(config.projector, sizes)
         visual = VisualRun(partial(count_tokens, config.projector, sizes), grids[0])
+    # 4. Check that the largest clip with the longest caption fits into the context.
     num_visual = check_context(config, visual, grids, prompt, context)
     feature_plan = FeaturePlan(config, base_checkpoints, encoder, grid_of_frames(config, encoder), num_visual)
     return ModelSpec(feature_plan, prompt, sizes, visual, context)
@@ -140,8 +146,11 @@ def _check_decoding(config: Config, folder: Path, model: str) -> None:
     from vlmcap.models.llm.prompt import generation_config
 
     chosen, default = config.evaluation, EvaluationConfig()
+    # Settings of the native loop. They have no effect on `generate`, which runs architectures that the loop does not
+    # know.
     names = ("clips_per_slot", "speculate_ngram", "engine", "cuda_graphs") if chosen.engine is not Engine.vllm else ()
     key = next((name for name in names if getattr(chosen, name) != getattr(default, name)), None)
+    # The language model of a plugin has no folder in Hugging Face layout that could be inspected.
     is_known = maker_of("llm", config.llm.kind) is None
     if (
         key is not None
@@ -206,13 +215,16 @@ def _assemble_components(
         sizes = dataclasses.replace(sizes, grid=reduced_grid(settings, sizes.grid))
         settings = dataclasses.replace(settings, reducer=Reducer.none)
         visual = VisualRun(partial(count_tokens, settings, sizes), (frames, side[0], side[1]))
+    # 1. Projector.
     projector = build_projector(settings, sizes)
     if is_fresh and config.projector.checkpoint:
         warm_start(projector, config.projector.checkpoint)
+    # 2. Encoder, which stays on disk if the features are stored.
     encoder = None
     if features is None:
         encoder = load_encoder(config, folders, is_meta=is_meta).requires_grad_(False)
         train_encoder(config, encoder)
+    # 3. Language model; a measurement or an engine may bring another one.
     if llm is None:
         llm = add_adapters(config, load_llm(config, folders["llm"], is_meta=is_meta), num_kept_layers)
     compile_blocks(config, llm)
@@ -256,6 +268,7 @@ def warm_start(projector: Projector, checkpoint: str) -> None:
     from vlmcap.models.checkpoint import locate
     from vlmcap.models.projectors import load_projector_weights
 
+    # A folder or a weight file on this machine, else a hub id of a LLaVA model with a projector.
     is_here = Path(checkpoint).exists()
     folder = (
         checkpoint
@@ -295,6 +308,7 @@ def check_context(
     """
     latest = latest_times(config.data.num_frames)
     layouts = [visual(grid, latest) for grid in grids]
+    # A layout mixes numbers of placeholders with lists of token ids, such as the timestamp between two frames.
     num_visual = max(sum(run for run in layout if isinstance(run, int)) for layout in layouts)
     text = prompt.num_prompt_tokens + max(
         sum(len(run) for run in layout if not isinstance(run, int)) for layout in layouts

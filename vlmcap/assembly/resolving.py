@@ -55,6 +55,7 @@ def with_model_kind(config: Config) -> Config:
     from vlmcap.models.pretrained import family_of
 
     folder = locate_description(model.checkpoint, model.revision, key="model.checkpoint", gate=model.gate)
+    # "custom" becomes a known kind, such as "qwen3_vl", whose schema knows the keys that this family reads.
     schema = SCHEMAS["model"][family_of(read_config(folder).get("model_type")).kind]
     values = {
         field.name: getattr(model, field.name)
@@ -75,6 +76,7 @@ def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Co
         UserError: The tokenizer of the language model does not exist.
     """
     counted = [clips[split] for split in _COUNTED if split in clips] or list(clips.values())
+    # Only fields that are still `auto` are replaced; a value that the user has set stays.
     resolved: dict[str, Any] = {}
     if config.llm.prompt == AUTO:
         resolved["prompt"] = KOREAN_PROMPT if _is_korean(counted) else ENGLISH_PROMPT
@@ -93,7 +95,7 @@ def _is_korean(splits: Sequence[Sequence[Clip]]) -> bool:
 
 def token_limit(longest: int) -> int:
     """Rounds the length of the longest caption, in tokens with the end token, up to a limit."""
-    return max(1, -(-longest // _STEP)) * _STEP
+    return max(1, -(-longest // _STEP)) * _STEP  # rounded up to a multiple of _STEP
 
 
 def longest_caption(config: Config, splits: Sequence[Sequence[Clip]]) -> int:
@@ -115,8 +117,10 @@ def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDA
     group = "model" if config.is_pretrained_vlm else "llm"
     folder = _folder(config, group)
     prompt = load_prompt_of(config, folder)
+    # Only the tokenizer decides the counts, so weights are neither downloaded nor hashed here.
     sha256 = fingerprint(folder, getattr(config, group).checkpoint, has_weights=False).sha256
     manifests = Path(config.paths.cache_dir) / "manifests"
+    # Whitespace before the answer merges with its first token, so it belongs to the key of the counts.
     fingerprinted = f"{sha256}:{prompt.caption_lead}"
     return [
         caption_lengths(clips, prompt.encode_caption, folder=manifests, fingerprint=fingerprinted) for clips in splits

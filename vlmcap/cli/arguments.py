@@ -51,11 +51,13 @@ def _add_config_dir(parser: ArgumentParser) -> None:
     parser.set_defaults(overrides=[])
 
 
+# Matches "llm=qwen3_8b", "+data.fps=2" and "~logger=", but no path such as "./a=b".
 _OVERRIDE = re.compile(r"[+~]*[A-Za-z_][\w.]*=")
 
 
 def is_override(argument: str) -> bool:
     """Returns whether an argument is `KEY=VALUE` rather than a file or a folder."""
+    # A file whose name contains "=" is still a file.
     return bool(_OVERRIDE.match(argument)) and not Path(argument).exists()
 
 
@@ -63,6 +65,7 @@ def _separate_overrides(options: Namespace, name: str) -> None:
     """Moves the overrides among the paths in `options.<name>` to `options.overrides`."""
     paths = getattr(options, name)
     options.overrides = [*(str(path) for path in paths if is_override(str(path))), *options.overrides]
+    # argparse cannot tell paths from overrides, as both are positional.
     setattr(options, name, [path for path in paths if not is_override(str(path))])
     if not getattr(options, name):
         raise UserError(
@@ -74,6 +77,7 @@ def _separate_overrides(options: Namespace, name: str) -> None:
 def _check_keys(options: Namespace, keys: Sequence[str]) -> None:
     """Refuses overrides of keys that a command does not read."""
     for override in options.overrides:
+        # "+data.root=x" -> "data.root"
         key = override.lstrip("+").partition("=")[0]
         if key not in keys:
             hint = "remove it, or add --sweep FILE" if options.command == "dashboard" else "remove it"
@@ -144,6 +148,7 @@ def _cache(parser: ArgumentParser) -> None:
     parsers = {
         name: actions.add_parser(name, help=text, description=f"{text.capitalize()}.") for name, text in texts.items()
     }
+    # Each action has the overrides, because argparse accepts options of a parent only before the action.
     for action in parsers.values():
         _add_overrides(
             action,
@@ -292,6 +297,7 @@ def _check_plugin(parser: ArgumentParser) -> None:
 
 def _check_plugins(options: Namespace) -> None:
     options.overrides = [*(name for name in options.plugins if is_override(name)), *options.overrides]
+    # `--plugin` files come first, so that positional ones may depend on them.
     options.plugins = [*options.plugin, *(name for name in options.plugins if not is_override(name))]
 
 

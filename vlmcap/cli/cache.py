@@ -61,11 +61,15 @@ def build(overrides: Sequence[str]) -> None:
     Raises:
         UserError: The configuration is invalid, or its encoder or its data cannot be used.
     """
+    # The command asks for features, whatever `cache.enabled` is in the configuration.
     config = with_model_kind(compose([*overrides, "cache.enabled=true"]))
+    # Raises before anything is read, if the GPU is missing.
     device_of(config)
     silence_libraries()
     config = prepare(config)
+    # No split is required; whatever exists is encoded.
     clips = load_splits(config, (), tuple(Split))
+    # The language model need not be on this machine.
     base_checkpoints = locate_base_checkpoints(config, is_encoder_only=True)
     meta_encoder = load_encoder(config, base_checkpoints.folders, is_meta=True)
     hashes = hash_clips(clips, hash_cache(config))
@@ -137,6 +141,7 @@ def verify(overrides: Sequence[str]) -> None:
     end = "they were removed, and the next run encodes them again" if are_removed else "not all could be removed"
     num_clips = sum(len(damage.contents) for damage in damages)
     print(f"Damaged: {grouped(num_clips)} clips in {grouped(len(damages))} files of {root}; {end}.")
+    # Damage is the finding that a script asks about.
     raise SystemExit(1)
 
 
@@ -152,6 +157,7 @@ def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | 
         UserError: No store has this key.
     """
     root = features_folder(compose(overrides))
+    # Without a limit or a key, everything goes: at most 0 bytes stay.
     freed = prune_stores(root, round((max_gib or 0.0) * 2**30)) if key is None else remove_store(root, key)
     left = list_stores(root)
     in_use = ", ".join(store.key for store in left if store.is_in_use)
@@ -162,6 +168,7 @@ def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | 
 
 def _row(store: StoreInfo) -> list[str]:
     recipe: dict[str, Any] = store.recipe
+    # Stores of an older version may lack some of these keys.
     frames = f"{recipe.get('num_frames', '?')} {recipe.get('sampling', '')}".strip()
     pooled = f", pooled by {recipe['pooled']['size']}" if recipe.get("pooled") else ""
     return [

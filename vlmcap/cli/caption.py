@@ -50,11 +50,13 @@ def run(options: Namespace) -> None:
     """
     if options.resume and not options.output:
         raise UserError("--resume needs --output, the file to continue")
+    # A key that captioning does not read is refused, as in every command.
     settings = override_values(options.overrides, program="vlmcap caption", read=_READ)
     inputs = find_videos([Path(path) for path in options.paths])
     for notice in inputs.notices():
         print(notice, file=sys.stderr)
     output = Path(options.output) if options.output else None
+    # The file is checked before the model is loaded, which takes minutes.
     file = CaptionFile(output, inputs.all, is_resumed=options.resume) if output else None
     counts = _Counts(output)
     with _stopping_on_sigterm():
@@ -121,6 +123,7 @@ def find_videos(paths: Sequence[Path]) -> Inputs:
 
     inputs = Inputs()
     for path in paths:
+        # Folders and archives are searched; a single file is taken whatever its ending is.
         if path.is_dir() or (path.is_file() and is_archive(str(path))):
             _search(path, inputs)
         elif path.is_file():
@@ -133,6 +136,7 @@ def find_videos(paths: Sequence[Path]) -> Inputs:
 def _search(root: Path, inputs: Inputs) -> None:
     from vlmcap.data.media.tree import VIDEO_ENDINGS, WalkState, list_files
 
+    # Collected apart, so that the message of an empty folder names only its own files.
     walk_state, here, videos = WalkState(), Inputs(), []
     for file in list_files(str(root), "follow", walk_state):
         if isinstance(file, Skipped):
@@ -145,6 +149,7 @@ def _search(root: Path, inputs: Inputs) -> None:
     if not videos and not here.broken:
         why = f"; {'; '.join(here.notices())}" if here.notices() else ""
         raise UserError(f"{root} holds no video ({', '.join(sorted(VIDEO_ENDINGS))}){why}")
+    # Sorted folder by folder: "a/2.mp4" comes before "a b/1.mp4".
     inputs.videos += [file.address for file in sorted(videos, key=lambda file: file.path.split("/"))]
     inputs.broken += here.broken
     inputs.other_endings += here.other_endings
@@ -178,9 +183,11 @@ def _caption(
     checkpoint: str, settings: dict[str, Any], inputs: Inputs, file: CaptionFile | None, counts: _Counts
 ) -> None:
     """Captions the videos that have no caption in the output yet."""
+    # 1. Leave out what the file has already.
     videos = inputs.videos if file is None else file.remaining(inputs.videos)
     counts.skipped = len(inputs.videos) - len(videos)
     captions: Iterable[tuple[str | Path, str | Skipped]] = ()
+    # 2. Load the model only if there is something to caption.
     if videos:
         from vlmcap.training.checkpoints.load import load_captioner
 
@@ -188,7 +195,9 @@ def _caption(
             captions = load_captioner(checkpoint, settings).caption_files(videos)
     screen = sys.stdout  # a progress bar on the terminal replaces sys.stdout by its own stream
     is_silent = not videos or (file is None and screen.isatty())
+    # 3. Caption. On a terminal without --output, captions themselves show the progress.
     with nullcontext(_no_report) if is_silent else progress_reporter("captioning") as report, _adding_counts(counts):
+        # An archive that cannot be opened gets a line like a video that cannot be read.
         for archive in inputs.broken:
             _write_result(archive.clip.video, archive, file, counts, screen)
         for done, (video, caption) in enumerate(captions, 1):
@@ -223,6 +232,7 @@ def _adding_counts(counts: _Counts) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        # The trace of the interrupted code would hide the message.
         raise StoppedBySignal(f"Stopped by Ctrl-C: {counts}{hint}", signal.SIGINT) from None
     except StoppedBySignal as stop:
         raise StoppedBySignal(f"Stopped by {signal.Signals(stop.number).name}: {counts}{hint}", stop.number) from None
@@ -246,6 +256,7 @@ def _stopping_on_sigterm() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedBySignal("Stopped by SIGTERM.", number)
 
+    # SIGTERM ends Python without running `finally`, so that half a line could be left.
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

@@ -40,10 +40,12 @@ class CaptionFile:
         existing = Counter(_key(row["video"]) for _, row in lines if _is_caption_row(row))
         # Refuse to overwrite a file that holds something else, or captions that this command would not write again.
         # The beginning of a first row, which a killed command leaves, is not something else.
+        # A crash can leave zero bytes at the end of a file on some file systems.
         if not existing and (lines or not _START.startswith(content.strip(b"\0 \r\n\t")[: len(_START)])):
             raise UserError(
                 f"--output: {path} holds something other than captions: choose another name, or remove that file"
             )
+        # Counters, because a video that is given twice has two rows.
         if not is_resumed and existing and (missing := (wanted - existing).total()):
             raise UserError(
                 f"--output: {path} has {existing.total()} rows of an earlier command and lacks {missing} of these "
@@ -83,7 +85,9 @@ class CaptionFile:
         except UnicodeEncodeError:  # a file name that is not UTF-8
             content = (json.dumps(row) + "\n").encode()
         try:
+            # Unbuffered, so that one `write` is one system call.
             with open(self.path, self._mode, buffering=0) as file:
+                # Only the first row may replace an old file.
                 self._mode = "ab"
                 _append(file, content)
         except OSError as error:
@@ -93,6 +97,7 @@ class CaptionFile:
         if before == after:
             return
         try:
+            # Behind a symbolic link, the file itself is replaced and not the link.
             with replacing(Path(os.path.realpath(self.path))) as partial:
                 partial.write_bytes(after)
         except OSError as error:
@@ -112,6 +117,7 @@ def _append(file: IO[bytes], content: bytes) -> None:
         while left:  # a disk that is nearly full may write only some of the bytes
             left = left[file.write(left) :]
     except BaseException:
+        # Half a line would damage the next one that is appended.
         file.truncate(start)
         raise
 
@@ -130,6 +136,7 @@ def _parsed(line: bytes) -> Any:
     """Parses a line; returns None for a broken or an empty one."""
     try:
         return json.loads(line)
+    # RecursionError: a line of thousands of nested brackets.
     except (ValueError, RecursionError):
         return None
 
@@ -144,5 +151,6 @@ def _is_caption_row(row: Any) -> bool:
 
 def _key(video: str) -> str:
     """Identifies a file by its absolute path, so that relative paths name the same file."""
+    # "member.mp4::archive.zip" names a member of an archive; only the archive is a path.
     member, separator, file = video.rpartition("::")
     return f"{member}{separator}{os.path.abspath(file)}"

@@ -31,11 +31,13 @@ def run(options: Namespace) -> None:
             "vlmcap check-plugin needs a FILE: a Python file or an importable module that registers components"
         )
     use_plugins(options.plugins)
+    # "my_projector.py" -> "my_projector", "package.module" -> "package"
     modules = {Path(name).stem if name.endswith(".py") else name.partition(".")[0] for name in options.plugins}
     components = [
         (group, kind)
         for group, kinds in MAKERS.items()
         for kind, maker in kinds.items()
+        # Components of the package itself and of installed plugins are not checked.
         if maker.__module__.partition(".")[0] in modules
     ]
     groups = {group for group, _ in components}
@@ -58,6 +60,7 @@ def _settings(group: str, kind: str, overrides: Sequence[str]) -> Callable[[], A
     given = [override for override in overrides if override.startswith(f"{group}.")]
     if not given:
         return None
+    # A component needs a complete configuration to be composed, but no data set.
     return lambda: getattr(compose([NO_DATA, "hardware.frame_stack=1", f"{group}={kind}", *given]), group)
 
 

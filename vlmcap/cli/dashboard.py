@@ -33,6 +33,7 @@ def run(options: Namespace) -> None:
     """
     read = ("logger.project", "logger.entity", "monitor")
     given = {} if options.sweep else override_values(options.overrides, program="vlmcap dashboard", read=read)
+    # The default of the configuration, which is a class attribute of the dataclass.
     project = options.project or given.get("logger.project") or WandbConfig.project
     entity = options.entity or given.get("logger.entity")
     if options.sweep:
@@ -68,6 +69,7 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
         return
     target = file or OFFLINE_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
+    # A placeholder that the user replaces, as the owner is unknown without a connection.
     write_json(target, spec(workspace(project, entity or "ENTITY", objective)))
     why = "" if reason is None else f"W&B cannot be reached, {reason}; "
     command = _publish_command(project, entity, objective)
@@ -91,6 +93,7 @@ def _publish(project: str, entity: str | None, objective: str) -> str:
 
 
 def _publish_command(project: str, entity: str | None, objective: str) -> str:
+    # Only what differs from the defaults, so that the printed command stays short.
     words = ["vlmcap", "dashboard", "--project", project]
     words += ["--entity", entity] if entity else []
     return shlex.join([*words, *(["--objective", objective] if objective != Config.monitor else [])])
@@ -136,6 +139,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     settings = (
         config.sweep
         if isinstance(config.sweep, WandbSweepConfig)
+        # Another kind of sweep, such as the default grid, becomes a grid of W&B.
         else WandbSweepConfig("wandb", method=SweepMethod.grid, max_runs=None)
     )
     if settings.method is SweepMethod.grid and any("values" not in space for space in parameters.values()):
@@ -145,12 +149,14 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     read_by_runs = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
     command = [
         "${env}",
+        # "${…}" are W&B's own variables; the agent replaces them.
         "${interpreter}",
         "${program}",
         "logger=wandb",
         f"logger.project={project}",
         _FOLDER,
         *read_by_runs,
+        # "key=value", as Hydra reads it; W&B's default would be "--key=value".
         "${args_no_hyphens}",
     ]
     return {
@@ -159,6 +165,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         "project": project,
         **({"entity": entity} if entity else {}),
         "method": settings.method.value,
+        # Without a cap, a grid ends by itself, and a search goes on until the agent is stopped.
         **({"run_cap": settings.max_runs} if settings.max_runs else {}),
         "metric": {"name": config.monitor, "goal": goal},
         "parameters": parameters,
@@ -178,6 +185,7 @@ def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[s
         for override in parser.parse_overrides(read_overrides(overrides, is_sweep=True)):
             space = override.value()
             if isinstance(space, IntervalSweep):
+                # W&B's "log_uniform" takes exponents as its bounds, "log_uniform_values" takes the values.
                 kind = "log_uniform_values" if "log" in space.tags else "uniform"
                 parameters[override.get_key_element()] = {"distribution": kind, "min": space.start, "max": space.end}
             elif override.is_sweep_override():

@@ -63,6 +63,7 @@ def check_data(
     if config.data.is_demo:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
     # 1. Captions of all splits, from the annotations alone.
+    # No split is required, as a data set may be checked before it is complete.
     splits = load_splits(config, (), tuple(Split))
     if not splits:
         raise UserError(
@@ -70,7 +71,9 @@ def check_data(
         )
     report = Inspection(same_captions=repeated_captions(splits))
     report.broken += [
-        Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped
+        # Entries that cannot be used are listed without a split.
+        Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason)
+        for skipped in splits.skipped
     ]
     report.splits = {split: read_captions(clips) for split, clips in splits.items()}
     if splits.note:
@@ -119,8 +122,10 @@ def _caption_limit(config: Config, report: Inspection) -> int:
 
 
 def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: int | None) -> None:
+    # The first clips of each split, whose annotations were all read above.
     read = {split: clips[:max_clips] for split, clips in splits.items()}
     total = sum(map(len, read.values()))
+    # The page's examples are drawn with the seed of the run, so that two checks show the same clips.
     chosen = sorted(random.Random(config.seed).sample(range(total), min(NUM_SAMPLES, total)))
     with progress_reporter("reading clips") as progress:
         for done in read_videos(report, _items(config, read), chosen=chosen):
@@ -131,7 +136,11 @@ def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: 
 
 def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tuple[str, Sample | Skipped]]:
     data = dataclasses.replace(
-        config.data, num_frames=NUM_HASHED_FRAMES, sampling=Sampling.uniform, variable_frames=True
+        # A few small frames are enough to compare clips and to show them.
+        config.data,
+        num_frames=NUM_HASHED_FRAMES,
+        sampling=Sampling.uniform,
+        variable_frames=True,
     )
     config = dataclasses.replace(config, data=data)
     for split, clips in splits.items():
@@ -140,7 +149,10 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
         watched = watch.watch(dataset, clips) if workers else dataset
         with watch.as_user_errors():
             for item in DataLoader(
-                watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)
+                # Single samples without a collator.
+                watched,
+                batch_size=None,
+                **worker_options(workers, 1, config.data.decode_timeout_s),
             ):
                 yield split, item
 

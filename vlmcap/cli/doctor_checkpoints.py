@@ -137,6 +137,7 @@ def _describe_encoder(config: Config) -> Description:
             f"encoder.checkpoint {folder} is a {content.get('model_type')} and has no vision encoder; choose another "
             "checkpoint"
         )
+    # Some encoders state patch or image size as a list, or no image size at all.
     is_square = isinstance(patch, int) and isinstance(side, int)
     plain = {
         "model_class": ", ".join(content.get("architectures") or ()) or None,

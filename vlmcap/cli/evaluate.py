@@ -31,6 +31,7 @@ def main(node: DictConfig) -> float:
         checkpoint = Path(node.checkpoint)
         saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
         name_components(node, HydraConfig.get())
+        # The saved configuration, changed only by what was given on the command line.
         config = with_overrides(saved, node, HydraConfig.get().overrides.task)
         scores = evaluate(config, checkpoint)
         show_scores(scores, tokenizer_version(config))

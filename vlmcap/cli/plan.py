@@ -37,6 +37,7 @@ def run(options: Namespace) -> None:
 
 
 def _one(overrides: Sequence[str], *, as_json: bool, shows_all: bool) -> None:
+    # A plan needs no data set; captions of a known one make it more exact.
     overrides = [NO_DATA, *overrides]
     config = planned(overrides)
     check_single_run(overrides, config)
@@ -47,6 +48,7 @@ def _one(overrides: Sequence[str], *, as_json: bool, shows_all: bool) -> None:
         print(json.dumps(plan.plain(), indent=2))
     else:
         show_plan(plan, show_all=shows_all)
+    # A script can ask by the exit code.
     if not plan.fits:
         raise SystemExit(1)
 

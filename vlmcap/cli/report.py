@@ -29,6 +29,7 @@ def run(options: Namespace) -> None:
     """
     given = override_values(options.overrides, program="vlmcap report", read=("monitor", "evaluation.tokenizer"))
     metric, tokenizer = options.metric or given.get("monitor"), options.tokenizer or given.get("evaluation.tokenizer")
+    # A flag goes before its KEY=VALUE form.
     wanted = Wanted(metric, options.title, options.clips, tokenizer)
     report = make_report(options.folders, options.output, wanted)
     show_report(report)
@@ -54,6 +55,7 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
             f"--output: the folder {output} cannot be created ({error.strerror}); choose another one"
         ) from error
     with claimed_folder(output, "--output"):
+        # Each run counts twice: reading it, and analysing it.
         with transient_bar("Reading runs", 2 * len(paths)) as advance:
             runs = []
             for path in paths:
@@ -66,6 +68,7 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
 
 def _write(report: Report, output: Path) -> None:
     with transient_bar("Reading videos", len(report.clips)) as advance:
+        # Frames are read last, as they take longest.
         pictures = read_all_frames(report.clips, advance=advance)
     write_text(output / "index.html", report_page(report, pictures))
     # The byte order mark lets spreadsheets read Korean.

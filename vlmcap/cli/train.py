@@ -21,6 +21,7 @@ from vlmcap.sweeping.study import trial_of_job
 def main(node: DictConfig) -> float:
     """Trains one configuration and returns its objective, which sweeps compare."""
     with report_user_errors():
+        # Everything that can fail is inside `recorded`, which writes the status of the job.
         with recorded() as record:
             name_components(node, HydraConfig.get())
             config = checked_config(node, record.overrides)

@@ -25,6 +25,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
     """Returns one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
     grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (F, 1, H, W)
+    # One column more than needed, as each bit compares two neighbours.
     small = F.adaptive_avg_pool2d(grey, (8, 9))  # (F, 1, 8, 9)
     rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()  # (F, 1, 8, 8) -> (F, 64)
     packed = np.packbits(rises, axis=1, bitorder="little")  # (F, 64) bits -> (F, 8) bytes
@@ -69,6 +70,7 @@ def _near_pairs(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple
         # Sorting brings equal bands together; only clips within such a run are compared.
         order = np.argsort(bands[:, band], kind="stable")
         values = bands[order, band]
+        # Cut where the band's value changes.
         for group in np.split(order, np.flatnonzero(np.diff(values)) + 1):
             if len(group) > 1:
                 yield from _compare(hashes, group, max_distance)
@@ -79,8 +81,10 @@ def _compare(hashes: NDArray[np.uint64], group: NDArray[np.int64], max_distance:
         strip = group[start : start + _STRIP_SIZE]
         for other_start in range(start, len(group), _STRIP_SIZE):
             other = group[other_start : other_start + _STRIP_SIZE]
+            # (strip, 1, 3) ^ (1, other, 3): the number of bits that differ
             distance = np.bitwise_count(hashes[strip][:, None] ^ hashes[other][None]).sum(-1)  # (strip, other)
             for i, j in np.argwhere(distance <= max_distance):
+                # Each pair once, and no clip with itself.
                 if strip[i] < other[j]:
                     yield int(strip[i]), int(other[j])
 

@@ -103,6 +103,7 @@ def read_captions(clips: Sequence[Clip]) -> SplitReport:
     counts = np.array(
         [(len(clip.captions), len(clip.captions[0]) if clip.captions else 0) for clip in clips], dtype=np.int64
     )
+    # An empty list would have no second axis.
     counts = counts.reshape(-1, 2)
     return SplitReport(len(counts), int(counts[:, 0].sum()), counts[:, 1])
 

@@ -83,6 +83,7 @@ class ClipTable(Sequence[Clip]):
         start, end = int(offsets[row]), int(offsets[row + 1])
         if self._file is None or self._process != os.getpid():  # a forked child must not use its parent's open file
             self._file, self._process = self.path.open("rb", buffering=0), os.getpid()
+        # Reads at an offset without moving a shared position.
         content = json.loads(os.pread(self._file.fileno(), end - start, start))
         return Clip(
             content["id"],
@@ -115,6 +116,7 @@ class TableWriter:
         self._partial = self._opened.enter_context(work_folder(folder / "table"))
         self._file: BinaryIO = (self._partial / "table.jsonl").open("wb")
         self._digest = hashlib.sha256()
+        # 8 bytes per clip, where a list would take 32 and more.
         self._offsets, self._ids = array("q", [0]), array("q")
 
     def __enter__(self) -> Self:
@@ -141,6 +143,7 @@ class TableWriter:
         self._file.write(line)
         self._digest.update(line)
         self._offsets.append(self._offsets[-1] + len(line))
+        # Eight bytes instead of the id; equal ones are compared as text at the end.
         self._ids.append(hash(clip.id))
 
     def close(self) -> ClipTable:

@@ -25,6 +25,7 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], hash_file: Path) -> s
     # 1. Find the sizes that occur in more than one split.
     keys = {split: [_cheap_key(clip) for clip in clips] for split, clips in splits.items()}
     first_split: dict[Hashable, str] = {}
+    # Keys that a second split has too; a size alone proves nothing.
     pairs = ((split, key) for split, split_keys in keys.items() for key in split_keys if key)
     shared = {key for split, key in pairs if first_split.setdefault(key, split) != split}
     # 2. Hash the content of the clips with these sizes.

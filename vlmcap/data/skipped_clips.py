@@ -91,6 +91,7 @@ class SkippedClipLog:
     def _write(self, fresh: dict[bytes, Skipped]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path) as file:
+            # Lines of other processes, which count towards the limit.
             self._bad |= self._read_new(file)
             lines = [_line(skipped) for key, skipped in fresh.items() if key not in self._written]
             # A single write, so that lines do not mix even without a lock.
@@ -99,6 +100,7 @@ class SkippedClipLog:
 
     def _read_new(self, file: int) -> set[bytes]:
         """Returns the keys on complete lines not read so far, our own included; lines torn by a kill are ignored."""
+        # From the end of the last read.
         os.lseek(file, self._read_bytes, os.SEEK_SET)
         data = b""
         while chunk := os.read(file, 1 << 20):

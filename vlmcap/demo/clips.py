@@ -53,14 +53,17 @@ def is_held_out(scene: Scene) -> bool:
     """Returns whether this combination of facts is kept from training; camera motion does not count."""
     facts = asdict(scene)
     facts.pop("camera")
+    # The first byte of a hash: it does not depend on Python's hash seed, and spreads over all facts.
     return hashlib.sha256("|".join(facts.values()).encode()).digest()[0] % _HELD_OUT == 0
 
 
 def _plan(settings: DemoConfig) -> Iterator[_Job]:
     for split, count in (("train", settings.num_train), ("val", settings.num_val), ("test", settings.num_test)):
+        # A seed for each split: more clips of one split leave those of the others as they are.
         rng = random.Random(f"{settings.seed}/{split}")
         for index in range(count):
             scene = draw_scene(rng)
+            # Training draws only from combinations that are not held out, validation and test only from those that are.
             while is_held_out(scene) != (split != "train"):
                 scene = draw_scene(rng)
             yield _Job(split, f"{split}_{index:05d}", scene, rng.randrange(2**31))
@@ -70,6 +73,7 @@ def _write_all(root: Path, jobs: list[_Job], report: Callable[[int, int], None])
     for split in {job.split for job in jobs}:
         (root / split / "videos").mkdir(parents=True)
         (root / split / "labels").mkdir()
+    # A further process for every 50 clips, as starting one takes time.
     workers, write = min(len(jobs) // 50 + 1, usable_processors(), _MAX_WORKERS), partial(_write_one, root)
     with nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         written = map(write, jobs) if pool is None else pool.map(write, jobs, chunksize=25)

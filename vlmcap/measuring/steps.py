@@ -74,12 +74,14 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     """
     encoder = meta_encoder(config)
     shape = frames_shape(encoder, sizes.grid)
+    # The batch carries grids for complete models, for encoders that join frames, and for frames as rows of patches.
     varies = config.is_pretrained_vlm or getattr(encoder, "frames_per_token", 1) > 1 or shape[1] != 3
     is_packed = config.data.batching is Batching.packed and any(captions)
     batch = language_batch(
         captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed
     )
     most = min(_MAX_ID, int(text_config(config).vocab_size))
+    # Id 0 is padding.
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
     # (labels,): the token after each position that has a label.
     targets = None if batch.label_indices is None else ids.flatten()[batch.label_indices + 1]
@@ -123,6 +125,7 @@ def ending_ids(captions: Sequence[Sequence[int]]) -> list[int]:
     """
     longest = max(map(len, captions))
     half = longest // 2
+    # Spread evenly over the second half of the longest caption.
     wanted_ends = [half + index * (longest - half) // len(captions) for index in range(len(captions))]
     # An end token must not stop another caption early: it occurs in none of them before the end that is wanted there.
     before_ends = {token for caption, end in zip(captions, wanted_ends, strict=True) for token in caption[:end]}
@@ -161,7 +164,7 @@ class _Clock(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the training phase."""
         self.meter.start()
-        self._lap()
+        self._lap()  # starts the clock
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Ends the passes of the last micro-batch of a step."""
@@ -180,6 +183,7 @@ class _Clock(L.Callback):
     def _note(self, trainer: L.Trainer, into: list[float], batch_idx: int | None = None) -> None:
         index = trainer.fit_loop.epoch_loop.batch_idx if batch_idx is None else batch_idx
         seconds = self._lap()
+        # Step 0 warms up, and the one after the timed steps measures memory.
         if 1 <= index // self.num_micro <= NUM_TIMED:
             into.append(seconds)
 
@@ -195,6 +199,7 @@ class _Clock(L.Callback):
         tokens = (self.num_new, 1, self.num_new)[batch_idx]
         self.captioner.generation = dataclasses.replace(self.captioner.generation, max_new_tokens=tokens)
         if len(self.captions) == 2:
+            # Known only now: the ids are chosen from the captions of the first batch, which are the same each time.
             self.captioner.prompt.stop_ids = ending_ids(self.captions[0])  # type: ignore[misc]
         self._lap()
 
@@ -220,6 +225,7 @@ class _Clock(L.Callback):
     @property
     def token_s(self) -> float:
         """Seconds per token: the difference of long captions and captions of one token."""
+        # One token costs the encoder and the prompt, which the difference drops.
         return max(self.caption_s[2] - self.caption_s[1], 1e-9) / max(1, self.longest - 1)
 
 
@@ -278,6 +284,7 @@ def measure_run(
 
 def _fullest_stage(config: Config) -> Stage:
     """Returns one epoch that trains all that any stage trains, with rates so low that random weights stay finite."""
+    # A part is trained if any stage trains it.
     stages = config.tuning.stages.values()
     rates = ("encoder_lr", "projector_lr", "adapter_lr", "llm_lr")
     return Stage(

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; a user's mistake gives one line on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
     try:
+        # Warnings follow the table, a line each, without the place in the code that Python prints; equal ones appear
+        # once.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             _score(options)
@@ -109,6 +111,7 @@ def _record(
     backend: str,
     references: list[list[str]],
 ) -> dict[str, object]:
+    # Table and JSON show the three main scores of a category; `score_by_category` computes more.
     categories = {
         str(name): {key: _nan_to_none(row[key]) for key in ("clips", *_GROUP_METRICS)} for name, row in groups.items()
     }
@@ -123,6 +126,7 @@ def _record(
 
 
 def _nan_to_none(value: float) -> float | None:
+    # JSON has no NaN.
     return None if math.isnan(value) else value
 
 
@@ -152,6 +156,7 @@ def _group_table(groups: dict[Hashable, dict[str, float]]) -> str:
 
 
 def _width(name: str) -> int:
+    # Two digits, the point, four decimals, and a space; a longer label makes its column wider.
     return max(8, len(METRIC_LABELS[name]))
 
 

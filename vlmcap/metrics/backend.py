@@ -66,6 +66,7 @@ def score_with(
     wanted = STANDARD_METRICS if metrics is None else tuple(metrics)
     native = [name for name in wanted if name not in COCO_METRICS]
     # Called even if no score is native, because it checks the names.
+    # A lone text is passed on, too, since its characters would look like names; `score_captions` refuses it.
     names = metrics if isinstance(metrics, str) else native
     scores = score_captions(predictions, references, tokenizer=tokenizer, metrics=names, synonyms=synonyms)
     if len(native) < len(wanted):
@@ -98,6 +99,7 @@ def coco_scores(
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         raise UserError('The backend "pycocoevalcap" needs its package: pip install pycocoevalcap.') from error
+    # pycocoevalcap's CIDEr would take the maximum of no document frequencies.
     if not any(tokens for refs in references for tokens in refs):
         raise UserError("The references have no tokens, which pycocoevalcap cannot score; use the backend native.")
     # The package joins tokens by spaces and splits them again; our tokens contain none.
@@ -105,6 +107,7 @@ def coco_scores(
     results = {index: [" ".join(tokens)] for index, tokens in enumerate(hypotheses)}
     scores: dict[str, float] = {}
     if any(name.startswith("bleu") for name in wanted):
+        # With the default `verbose=1` the package prints its counts to stdout.
         bleu, _ = Bleu(4).compute_score(truth, results, verbose=0)
         scores |= {f"bleu_{order}": float(score) for order, score in enumerate(bleu, start=1)}
     if "cider_d" in wanted:

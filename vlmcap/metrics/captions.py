@@ -83,6 +83,7 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
         if entry.name is None or entry.references is None:
             raise UserError(f"{other_path}: each entry needs an id and references; add them.")
         by_name.setdefault(entry.name, []).extend(entry.references)
+    # "" if every prediction has references, None for a prediction without an id.
     lacking = next((entry.name for entry in entries if entry.name is None or entry.name not in by_name), "")
     if lacking is None:
         raise UserError(
@@ -91,6 +92,7 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
     if lacking:
         raise UserError(f"{other_path} has no references for the prediction with id {lacking}; add them.")
     by_clip = [by_name[str(entry.name)] for entry in entries]
+    # `_read_entries` has checked that the predictions' ids are distinct, so the difference counts unused names.
     return _corpus(entries, by_clip, len(by_name) - len(entries))
 
 
@@ -105,6 +107,7 @@ def _read_entries(path: Path, wanted: str) -> list[_Entry]:
     if _is_text(path):
         return [_Entry(None, line, None) for line in _read_lines(path)]
     content = _read(path)
+    # A file that starts with "{" may be one object over several lines, or one object per line.
     if content.lstrip().startswith("[") or (content.lstrip().startswith("{") and _is_one_object(content)):
         values = _parse(content, str(path))
         # COCO's annotations are one object that contains a list.
@@ -133,6 +136,7 @@ def _entry(value: Any, location: str, wanted: str) -> _Entry:
     name = value.get("image_id", value.get("id"))  # COCO's entries have both, and `id` is that of the caption
     text = value.get("caption", _MISSING)
     prediction = value.get("prediction", text)
+    # In a file of references, "caption" is a reference, as in COCO's annotations.
     references = value.get("references", value.get("reference", text if wanted == "references" else None))
     if (prediction if wanted == "prediction" else references) is _MISSING:
         keys = ", ".join(map(str, value)) or "none"
@@ -146,6 +150,7 @@ def _entry(value: Any, location: str, wanted: str) -> _Entry:
     )
 
 
+# A key that is missing, in contrast to one whose value is null.
 _MISSING = object()
 
 
@@ -167,11 +172,13 @@ def _is_one_object(content: str) -> bool:
 def _read_lines(path: Path) -> list[str]:
     # Not splitlines(): a U+2028, form feed or lone carriage return inside a caption would shift all pairs after it.
     lines = _read(path).split("\n")
+    # The last line is empty if the file ends with a newline, as it should.
     return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def _read(path: Path) -> str:
     try:
+        # "utf-8-sig" drops the byte order mark with which some editors begin UTF-8.
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error

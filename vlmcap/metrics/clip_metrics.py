@@ -55,12 +55,13 @@ def mean_metric(name: str, values: npt.ArrayLike) -> ClipMetric:
     array = np.asarray(values, np.float64)
     if array.ndim != 1:
         raise UserError(f"{name} must be one number per clip, not an array of shape {array.shape}.")
-    return ClipMetric(name, np.stack([array, np.ones_like(array)], axis=1), _mean)
+    return ClipMetric(name, np.stack([array, np.ones_like(array)], axis=1), _mean)  # (N, 2): value and 1
 
 
 def clip_metrics(statistics: ClipStatistics) -> dict[str, ClipMetric]:
     """Builds `bleu_1` to `bleu_4` of the corpus, `cider`, `cider_d` and `rouge_l` from clip statistics."""
     s = statistics
+    # (N, 10): four columns of matches, four of n-grams, and the two lengths; `_bleu` takes them apart.
     counts = np.column_stack([s.matches, s.ngrams, s.hypothesis_length, s.reference_length]).astype(np.float64)
     metrics = {f"bleu_{order}": ClipMetric(f"bleu_{order}", counts, _bleu(order)) for order in range(1, 5)}
     return metrics | {name: mean_metric(name, getattr(s, name)) for name in ("cider", "cider_d", "rouge_l")}
@@ -175,6 +176,7 @@ def _mean(sums: Floats) -> Floats:
 
 def _meteor(sums: Floats) -> Floats:
     rows = sums.reshape(-1, 5).tolist()
+    # The first two columns are counts; the weights stay fractions.
     scores = [meteor_from_statistics(MeteorStatistics(round(row[0]), round(row[1]), *row[2:])) for row in rows]
     return np.array(scores).reshape(sums.shape[:-1])
 

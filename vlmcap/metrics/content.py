@@ -66,6 +66,7 @@ def content_counts(
     check_captions(predictions, references)
     groups = load_synonyms(synonyms)
     predicted = [_content_words(morphemes, groups) for morphemes in analyze_many(predictions)]
+    # All references in one call, which analyzes equal texts one time.
     flat = iter(analyze_many([reference for refs in references for reference in refs]))
     counts = np.zeros((len(predictions), len(CONTENT_CLASS_NAMES), 3), np.int64)
     for index, refs in enumerate(references):
@@ -103,6 +104,7 @@ def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
     """
     if synonyms is None:
         return {}
+    # The source is named in errors.
     given, where = (_read(synonyms), str(synonyms)) if isinstance(synonyms, str | Path) else (synonyms, "The synonyms")
     if not isinstance(given, Mapping):
         raise UserError(f"{where} must be an object of words, each with a list of equivalent words.")
@@ -112,6 +114,7 @@ def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
             isinstance(other, str) and other.strip() for other in (word, *others)
         ):
             raise UserError(f"{where}: {word!r} needs a list of equivalent words, none of them empty.")
+        # Both forms of each word: a user writes 달리다, and captions contain its stem, "달리-".
         for form in dict.fromkeys(form for other in (word, *others) for form in _dictionary_forms(other)):
             # A form belongs to one group, or a word would be equivalent to two words that differ.
             if group.setdefault(form, normalize(word)) != normalize(word):
@@ -135,6 +138,7 @@ def _dictionary_forms(word: str) -> list[str]:
     mecab-ko returns stems, and the noun 이동 for 이동하다.
     """
     word = normalize(word).lower()
+    # A noun with 하다 or 되다 is that noun in mecab's morphemes: 운동하다 is 운동 + 하 + 다.
     for ending in ("하다", "되다"):
         if len(word) > len(ending) and word.endswith(ending):
             return [word.removesuffix(ending), word.removesuffix("다") + "-"]
@@ -146,6 +150,7 @@ def _content_words(morphemes: list[Morpheme], groups: Mapping[str, str]) -> _Wor
     for morpheme in morphemes:
         name = morpheme.content_class
         if name is not None:
+            # The "-" keeps a stem from being taken for a noun of the same form.
             key = f"{morpheme.form}-" if morpheme.tag in ("VV", "VA") else morpheme.form
             words[name, groups.get(key, key)] += 1
     return words
@@ -153,6 +158,7 @@ def _content_words(morphemes: list[Morpheme], groups: Mapping[str, str]) -> _Wor
 
 def _count(predicted: _Words, true: _Words) -> npt.NDArray[np.int64]:
     counts = np.zeros((len(CONTENT_CLASS_NAMES), 3), np.int64)
+    # The intersection of two counters has the smaller count of each word.
     for column, words in enumerate((predicted & true, predicted, true)):
         for (name, _), number in words.items():
             counts[CONTENT_CLASS_NAMES.index(name), column] += number

@@ -101,6 +101,7 @@ class ReferenceCorpus:
             raise UserError(f"Clip {empty[0]} has no reference; leave it out or give it one.")
         self.vocabulary = Vocabulary()
         packed = Packed.pack(list(chain.from_iterable(references)), self.vocabulary)
+        # int32 halves the memory that is held over all epochs.
         self.captions = Packed(packed.ids.astype(np.int32), packed.start)
         self.orders = self._count(packed)
 
@@ -119,6 +120,7 @@ class ReferenceCorpus:
     def _count(self, packed: Packed) -> list[OrderCounts]:
         tables = [packed.ids[:0]]
 
+        # Called by `numbered` for orders 2 to 4; the number of an n-gram is its place in the table.
         def number(order: int, prefix: Ints, last: Ints) -> Ints:
             table, numbers = rank(prefix, last)
             tables.append(table)
@@ -127,9 +129,10 @@ class ReferenceCorpus:
         orders = []
         bounds = self.first[_chunk_clips(packed.start[self.first])]  # first caption of each chunk, and their number
         for order, (caption, numbers) in enumerate(numbered(packed, number), start=1):
+            # `caption` ascends, so each chunk is one range of the n-grams.
             ends = np.searchsorted(caption, bounds).tolist()
             pieces = [
-                count_pairs(caption[a:b] - c, numbers[a:b])
+                count_pairs(caption[a:b] - c, numbers[a:b])  # captions numbered from 0 in each chunk
                 for a, b, c in zip(ends[:-1], ends[1:], bounds, strict=False)
             ]
             orders.append(
@@ -145,6 +148,7 @@ class ReferenceCorpus:
         captions = np.diff(bounds).tolist()
         ngram = np.concatenate([piece.ngram.astype(np.int32) for piece in pieces])
         times = np.concatenate([piece.times.astype(np.int32) for piece in pieces])
+        # With one reference per clip, a caption's n-grams are those of its clip, and already distinct.
         unique = ngram if len(self) == self.first[-1] else self._unique_per_clip(pieces, bounds)
         frequency = np.bincount(unique, minlength=size).astype(np.int32)
         inverse = inverse_frequency(frequency, len(self))
@@ -157,6 +161,7 @@ class ReferenceCorpus:
     def _unique_per_clip(self, pieces: list[Counts], bounds: Ints) -> Ints:
         """Returns the n-grams of each clip, without repetitions in its references."""
         clip = np.repeat(np.arange(len(self)), np.diff(self.first))
+        # caption of the chunk -> caption -> clip
         each = (join(clip[piece.caption + first], piece.ngram) for piece, first in zip(pieces, bounds, strict=False))
         return np.concatenate([split(distinct(pairs))[1] for pairs in each])
 
@@ -265,6 +270,7 @@ def _chunk_captions(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
         if clip == len(number):
             raise UserError(f"There are more hypotheses than the {len(number)} clips with references; remove some.")
         chunk.append(hypothesis)
+        # A hypothesis is compared with each of its references, so its tokens count once for each.
         size += max(tokens[clip], len(hypothesis) * number[clip])
         if size >= CHUNK_TOKENS:
             yield first, chunk

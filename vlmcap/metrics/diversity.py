@@ -25,7 +25,9 @@ COLLAPSED_REPETITION_RATE = 0.2
 It is 0.5 if captions state everything twice, and about 0.2 if a loop fills one caption in five."""
 
 _ORDER = 4
+# Captions in the sample, and captions that each of them is compared with.
 _SELF_BLEU_CAPTIONS, _SELF_BLEU_OTHERS = 200, 100
+# Fewer captions may be equal because their clips are.
 _MIN_CAPTIONS_FOR_WARNING = 8
 
 
@@ -102,6 +104,7 @@ def self_bleu(
     """
     if len(hypotheses) < 2:
         return math.nan
+    # A sample as large as the corpus is a permutation of it.
     shuffled = random.Random(seed).sample(range(len(hypotheses)), len(hypotheses))
     pool = shuffled[: others + 1]  # one more, since a caption in it is not compared with itself
     counts = {index: [Counter(_ngrams(hypotheses[index], order)) for order in range(1, _ORDER + 1)] for index in pool}
@@ -135,6 +138,7 @@ def collapse_warning(predictions: Sequence[str]) -> str | None:
             f"The captions have collapsed: only {ratio:.0%} of {len(predictions)} are distinct, and {count} clips get "
             f"{shown!r}; do not trust overlap scores."
         )
+    # By words, as no tokenizer is given here and a loop repeats whole words.
     repeated = repetition_rate([normalize(text).split() for text in predictions])
     if repeated > COLLAPSED_REPETITION_RATE:
         return f"The captions repeat themselves: {repeated:.0%} of their 4-grams occur earlier in the same caption."
@@ -153,6 +157,6 @@ def _bleu(tokens: Tokens, references: list[list[Counter[tuple[str, ...]]]], leng
         matches = sum(
             min(count, max(reference[order][ngram] for reference in references)) for ngram, count in ngrams.items()
         )
-        product *= (matches + 1e-15) / (ngrams.total() + 1e-9)
+        product *= (matches + 1e-15) / (ngrams.total() + 1e-9)  # clipped precision of this order
     ratio = (len(tokens) + 1e-15) / (closest_length(len(tokens), lengths) + 1e-9)
     return product ** (1 / _ORDER) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)

@@ -207,6 +207,7 @@ def _phrases_of(values: object, where: str) -> dict[str, str]:
     for value, wordings in values.items():
         if not isinstance(wordings, list) or not wordings:
             raise UserError(f"The value {value!r} of {where} must be a non-empty list of phrases.")
+        # Phrases are compared with normalized texts, and one phrase must not state two values of a fact.
         for wording in wordings:
             phrase = normalize(wording) if isinstance(wording, str) else ""
             if not phrase:

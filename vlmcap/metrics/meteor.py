@@ -46,6 +46,7 @@ _FUNCTION_WORDS = frozenset(
 )
 # Prefix of function word tokens; normalized text contains no tab.
 _MARK = "\t"
+# "|" separates groups of forms, of which the first represents the others.
 _EQUIVALENT = (
     # particles
     "이 가|은 는|을 를|와 과|로 으로|로서 으로서|로써 으로써|아 야|이나 나|이랑 랑|이라는 라는|이라고 라고",
@@ -108,6 +109,7 @@ def meteor_statistics(
 ) -> MeteorStatistics:
     """Returns the counts of one caption against its best reference; `weigh` gives the weight of a token."""
     distinct = dict.fromkeys(map(tuple, references))  # equal references are aligned only one time
+    # max() keeps the first of equally good references.
     return max(
         (_pair_statistics(tuple(hypothesis), reference, weigh) for reference in distinct), key=meteor_from_statistics
     )
@@ -161,7 +163,7 @@ def _pair_statistics(
     hypothesis: tuple[str, ...], reference: tuple[str, ...], weigh: Callable[[str], float]
 ) -> MeteorStatistics:
     used, chunks = _align(hypothesis, reference)
-    matched = [token for position, token in enumerate(hypothesis) if used >> position & 1]
+    matched = [token for position, token in enumerate(hypothesis) if used >> position & 1]  # bit i: token i is matched
     if hypothesis == reference:
         chunks = 0
     weights = (sum(map(weigh, tokens)) for tokens in (matched, hypothesis, reference))
@@ -203,6 +205,7 @@ class _Beam:
         if all(closes):
             self.base += self.chunk
         elif any(closes):
+            # Only some alignments pay for a chunk, so their order may change; sorting keeps ties in order.
             self.ranks = [
                 rank + self.chunk if closing else rank for rank, closing in zip(self.ranks, closes, strict=True)
             ]
@@ -227,6 +230,7 @@ class _Beam:
         # can be dropped early.
         limit, codes = math.inf, []
         for index, (rank, end, used) in enumerate(zip(self.ranks, self.ends, self.used, strict=True)):
+            # Candidates of alignment `index` have the serial numbers index * width to index * width + width - 1.
             code = rank << _SERIAL_BITS | index * width
             if code >= limit:
                 break
@@ -246,6 +250,7 @@ class _Beam:
                     closing += distance
                 code += 1
                 closing += 1
+            # The last candidate of an alignment matches nothing, which closes its chunk.
             if closing + miss < limit:
                 codes.append(closing + miss)
             if len(codes) > _SORT_ABOVE:
@@ -258,6 +263,7 @@ class _Beam:
     def _keep(self, codes: list[int], choices: list[tuple[int, int, int]]) -> None:
         """Decodes the best candidates into the lists of alignments."""
         width, before = len(choices) + 1, self.used
+        # By the choice: the next position of the open chunk, and the bit of the match; the last entry is "no match".
         next_ends, bits = [position + 1 for position, _, _ in choices] + [-1], [bit for _, bit, _ in choices] + [0]
         serials = [code & (1 << _SERIAL_BITS) - 1 for code in codes]
         self.ranks = [code >> _SERIAL_BITS for code in codes]
@@ -277,6 +283,7 @@ def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
         positions[token].append(position)
     in_reference = Counter(reference)
     # Larger than any sum of distances: every token of the reference adds at most the distances of all its choices.
+    # A rank is misses * miss + chunks * chunk + distance, so fewer misses come first, then fewer chunks.
     chunk = len(reference) * len(hypothesis) * max(len(reference), len(hypothesis)) + 1
     beam = _Beam(chunk, miss=chunk * (len(reference) + 2))
     for index, token in enumerate(reference):
@@ -288,6 +295,7 @@ def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
         else:  # even if a match is free, skipping the reference token may save a chunk later
             beam.branch([(position, 1 << position, abs(position - index) << _SERIAL_BITS) for position in choices])
     beam.leave_out()  # closes the open chunks; the miss that it adds to every alignment changes no order
+    # The first alignment is the best; the remainder of its rank is that of chunks and distance.
     return beam.used[0] | beam.certain, (beam.base + beam.ranks[0]) % beam.miss // beam.chunk
 
 

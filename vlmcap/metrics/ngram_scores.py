@@ -39,6 +39,7 @@ from vlmcap.metrics.ngrams import MAX_ORDER, Counts, Ints
 
 Floats = npt.NDArray[np.float64]
 
+# Width of CIDEr-D's Gaussian penalty, as in the reference implementation.
 SIGMA_TOKENS = 6.0
 
 # A numerator that keeps zero matches from making the product exactly zero, and a denominator that avoids a division by
@@ -61,7 +62,9 @@ def bleu_from_counts(matches: Ints, ngrams: Ints, hypothesis_length: Ints, refer
     """
     ratio = (np.asarray(hypothesis_length) + _TINY) / (np.asarray(reference_length) + _SMALL)
     brevity = np.exp(1 - 1 / np.minimum(ratio, 1.0))
+    # (..., 4): products of the precisions up to each order
     product = np.cumprod((np.asarray(matches) + _TINY) / (np.asarray(ngrams) + _SMALL), axis=-1)
+    # geometric mean of orders 1 to n
     scores: Floats = product ** (1 / np.arange(1, MAX_ORDER + 1)) * brevity[..., None]
     return scores
 
@@ -102,6 +105,7 @@ def cosine(dot: Floats, norm: Floats, other: Floats) -> Floats:
 
 def scale(cosines: Floats) -> Floats:
     """Returns the score of a pair, from 0 to 10, from the sum of its cosines of order 1 to 4."""
+    # The mean over orders, times 10 as in the reference implementation.
     return cosines * (10 / MAX_ORDER)
 
 

@@ -43,6 +43,7 @@ class Vocabulary(dict[str, int]):
         self._next = len(self._base)
 
     def __missing__(self, token: str) -> int:
+        # Copied from the base on first use: later look-ups find it here, and the base stays as it is.
         index = self._base.get(token)
         if index is None:
             index, self._next = self._next, self._next + 1
@@ -107,7 +108,7 @@ def split(joined: Ints) -> tuple[Ints, Ints]:
 def is_first(ordered: Ints) -> npt.NDArray[np.bool_]:
     """Returns a mask of the positions at which a new value of a sorted array begins."""
     first = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])  # the first value is always new
     return first
 
 
@@ -142,6 +143,7 @@ def rank(prefix: Ints, token: Ints) -> tuple[Ints, Ints]:
         order = np.argsort(join(prefix, token))
     ordered = join(prefix[order], token[order])
     first = is_first(ordered)
+    # Undo the sorting: the place of the i-th given pair.
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.cumsum(first) - 1
     return ordered[first], ranks
@@ -193,5 +195,5 @@ def count_pairs(caption: Ints, ngram: Ints) -> Counts:
     pairs = join(caption, ngram)
     pairs.sort()
     start = np.flatnonzero(is_first(pairs))
-    unique = pairs[start]
+    unique = pairs[start]  # (caption, n-gram), each one time
     return Counts(*split(unique), np.diff(start, append=len(pairs)))

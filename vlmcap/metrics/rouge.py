@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from vlmcap.metrics.ngrams import Ints, Packed, rank
 
+# Weight of recall against precision.
 _BETA = 1.2
 _WORD_BITS = 64
 # A numpy step takes at least a microsecond, so a few long captions are faster with Python's long integers (measured).
@@ -60,8 +61,9 @@ def lcs_lengths(hypotheses: Packed, references: Packed, hypothesis: Ints, refere
         The length for each pair, shape (P,).
     """
     result = np.zeros(len(hypothesis), np.int64)
+    # 64-bit words that hold a bit per token of the reference, rounded up.
     words = -(-references.lengths[reference] // _WORD_BITS)
-    words[hypotheses.lengths[hypothesis] == 0] = 0
+    words[hypotheses.lengths[hypothesis] == 0] = 0  # their LCS is 0
     for count in np.unique(words[words > 0]):
         pairs = np.flatnonzero(words == count)
         if len(pairs) < _PAIRS_PER_WORD * count:
@@ -97,7 +99,9 @@ def _batched_lcs(hypotheses: Packed, references: Packed, hypothesis: Ints, refer
                 new += carry
             if word + 1 < words:  # the addition carries into the next word
                 carry = (common | (old & ~new)) >> np.uint64(_WORD_BITS - 1)
+            # old ^ common is V & ~M.
             state[word, :pairs] = new | (old ^ common)
+    # Bits behind the reference's end stay ones, as no mask has a bit there.
     return np.bitwise_count(~state).sum(axis=0, dtype=np.int64)
 
 

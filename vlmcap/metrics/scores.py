@@ -37,9 +37,11 @@ METRIC_LABELS: dict[str, str] = {
     "repetition_rate": "Repeated 4-grams",
 }
 METRIC_NAMES: tuple[str, ...] = tuple(METRIC_LABELS)
+# BLEU-1 to METEOR, and three cheap ones; the others are computed if they are named.
 STANDARD_METRICS: tuple[str, ...] = (*METRIC_NAMES[:8], "chrf", "distinct_ratio", "length_ratio")
 
 _CIDER = ("cider", "cider_d")
+# What `tokenizers` gives to the most worker processes that it starts.
 _BATCH_CHARACTERS = 8_000_000
 
 
@@ -192,6 +194,7 @@ def tokenize_captions(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[s
     known: dict[str, str] = {}
     captions: dict[str, list[str]] = {}
     for batch in _batches(list(dict.fromkeys(texts))):
+        # None lets the tokenizer choose the number of processes.
         try:
             split = tokenizer.tokenize_many(batch)
         except (RuntimeError, OSError):  # no second process can start here, because of a sandbox or too little memory
@@ -251,6 +254,7 @@ def _token_scores(
         scores["self_bleu"] = self_bleu(hypotheses)
     if "repetition_rate" in wanted:
         scores["repetition_rate"] = repetition_rate(hypotheses)
+    # BLEU, CIDEr, ROUGE-L and the length ratio come from the same statistics.
     if wanted - scores.keys():
         statistics = clip_statistics(hypotheses, corpus)
         scores |= corpus_scores(statistics)

@@ -41,6 +41,7 @@ from vlmcap.errors import UserError
 from vlmcap.metrics.clip_metrics import ClipMetric, Floats
 
 # Resamples are drawn in chunks: counts of 1 000 resamples of 40 000 clips would take 320 MB.
+# Counts per chunk, 32 MB in float64.
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -160,6 +161,7 @@ def paired_bootstrap(
     columns = first.values.shape[1]
     samples = np.concatenate(
         [
+            # Both runs get the same resampled clips: columns of the first run, then of the second.
             second.score(sums[:, columns:]) - first.score(sums[:, :columns])
             for sums in resampled_sums([first.values, second.values], resamples, seed)
         ]
@@ -167,6 +169,7 @@ def paired_bootstrap(
     difference = second.corpus_score() - first.corpus_score()
     samples = _widened(samples, difference, len(first.values), seed)
     low, high = _interval_ends(samples, confidence)
+    # Centred on 0, the resamples show which differences equally good runs would have.
     p_value = _p_value(samples - difference, difference)
     return Comparison(difference, low, high, p_value, p_value)
 
@@ -180,6 +183,7 @@ def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
         seed: Seed of the resamples, which scores must share if their differences are taken.
     """
     clips, score = len(metric.values), metric.corpus_score()
+    # Levels of the sorted resamples; 0 and 1 would give infinite deviates.
     positions = np.clip(np.linspace(0, 1, len(samples)), 0.5 / len(samples), 1 - 0.5 / len(samples))
     levels = _bca_levels(_student_deviates(positions, clips), samples, score, metric)
     draws = np.empty_like(samples)

@@ -168,6 +168,7 @@ def tokenize_in_processes(name: str, normalize_fullwidth: bool, texts: Sequence[
     """
     size = -(-len(texts) // workers)
     chunks = [list(texts[start : start + size]) for start in range(0, len(texts), size)]
+    # The threads only wait for the pipes of their processes.
     with ThreadPoolExecutor(len(chunks)) as pool:
         results = pool.map(lambda chunk: _run_worker(name, normalize_fullwidth, chunk), chunks)
         return [tokens for result in results for tokens in result]

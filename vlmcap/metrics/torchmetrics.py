@@ -51,6 +51,7 @@ class CaptionScore(Metric):
 
     is_differentiable = False
     higher_is_better = None  # True for most, but not for the length ratio
+    # An update does not depend on earlier ones, so that `forward` needs to update only one time.
     full_state_update = False
     records: list[Tensor]  # bytes of JSON lines
 
@@ -98,6 +99,7 @@ class CaptionScore(Metric):
         names = [None] * len(predictions) if ids is None else [str(name) for name in ids]
         clips = zip(names, predictions, map(list, references), strict=True)
         lines = "".join(json.dumps(clip) + "\n" for clip in clips)  # ASCII, so that no text breaks a line
+        # torchmetrics gathers only tensors between ranks, so texts travel as bytes.
         self.records.append(torch.tensor(bytearray(lines.encode("ascii")), dtype=torch.uint8, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
@@ -115,6 +117,7 @@ class CaptionScore(Metric):
             metrics=self.metrics,
             synonyms=self.synonyms,
         )
+        # MPS has no float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in scores.items()}
 
@@ -132,6 +135,7 @@ class CaptionScore(Metric):
             if name is not None:
                 if seen.setdefault(name, references) != references:
                     raise UserError(f"Two clips with different references have the id {name!r}; give each its own.")
+                # Samplers repeat clips so that all ranks have equally many; sorted, equal ids are neighbours.
                 if len(corpus) and corpus[-1][0] == name:
                     continue
             corpus.append((name, prediction, references))

@@ -97,4 +97,5 @@ def _evaluate(
             f"the metric {name} gives {len(values)} numbers for {len(predictions)} clips; return one number, or one "
             "per clip"
         )
+    # A metric that is undefined for a clip, as for an empty caption, counts as 0.
     return [0.0 if math.isnan(value) else value for value in values]

@@ -78,6 +78,7 @@ class VideoCaptioner(nn.Module):
         self._graphs: tuple[Graphs | None] | None = None  # created by the first call of `generate`
         self.prompt, self.generation = prompt, generation
         self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
+        # Not persistent: the ids follow from the configuration, and no checkpoint needs them.
         self.register_buffer("question_ids", torch.tensor(prompt.question_ids, dtype=torch.long), persistent=False)
 
     @property
@@ -134,6 +135,7 @@ class VideoCaptioner(nn.Module):
             return batch
         size = self.generation.num_slots or len(batch)
         groups = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+        # Features of waiting clips lie in host memory, which is larger; a GPU holds those of one group.
         features = torch.cat([self.encode(batch.select(group)).cpu() for group in groups])
         return replace(batch, frames=None, features=features)
 
@@ -153,6 +155,7 @@ class VideoCaptioner(nn.Module):
         tokens: dict[int, Tensor] = {}
         for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size are projected together, without padding
             clips = [clip for clip, other in enumerate(batch.grid_thw) if other == grid_thw]
+            # h · w of these clips may be below P, the size to which the batch is padded.
             num_frames, height, width = grid_thw
             index = on_device(clips, features.device)
             selected = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> F and P of these clips
@@ -214,14 +217,17 @@ class VideoCaptioner(nn.Module):
             Hidden states (T, Dl) of these positions, and their logits (T, N), or (0, N) without the head.
         """
         model: Any = base_model(self.llm)
+        # The hook keeps the hidden states for the chunked loss, whose head runs outside of the model.
         seen: list[Tensor] = []
 
         def keep_label_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen.append(arguments[0].flatten(0, 1).index_select(0, label_indices))  # (R, S, Dl) -> (T, Dl)
+            # An empty slice gives the head nothing to do, while the rest of the class's own forward still runs.
             return (seen[0] if has_head else seen[0][:0],)
 
         handle = model.lm_head.register_forward_pre_hook(keep_label_positions)
         try:
+            # Keys and values would only take memory, as nothing is generated.
             logits = model(**inputs, use_cache=False).logits
         finally:
             handle.remove()
@@ -283,6 +289,7 @@ class VideoCaptioner(nn.Module):
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is a subclass
             if num_slots == 1 or not is_out_of_memory(error):
                 raise
+        # After the `except` block, whose exception keeps the tensors of the failed attempt alive.
         self.generation = replace(self.generation, num_slots=num_slots // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -303,11 +310,14 @@ class VideoCaptioner(nn.Module):
             for start in range(0, len(order), group_size):  # waiting clips are not encoded yet
                 clips = order[start : start + group_size]
                 embeddings = self.embed(batch.select(clips))
+                # The batch is left-padded, so the last `length` positions are the prompt: (N, S, Dl) -> N × (length,
+                # Dl).
                 yield from (embeddings[index, -lengths[clip] :] for index, clip in enumerate(clips))
 
         ids = greedy_ids(
             self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_slots, len(batch)), *self._graphs
         )
+        # Back from the order of lengths to that of the batch.
         by_clip = dict(zip(order, ids, strict=True))
         return [by_clip[clip] for clip in range(len(batch))]
 
@@ -360,6 +370,7 @@ class VideoCaptioner(nn.Module):
             batch = batch.to(self.device)
             with torch.inference_mode(), autocast(self.device, self.autocast_dtype):  # as in Lightning's test loop
                 texts = self.generate(batch) if len(batch) else []
+            # Ids are the indices of the paths; see `ClipReader`.
             captions: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
             captions |= {skipped.clip.id: skipped for skipped in batch.skipped}
             for index in sorted(captions, key=int):

@@ -29,6 +29,7 @@ def fetch_file(checkpoint: str, name: str, revision: str | None) -> Path:
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    # `hf_hub_download` would silently take an old file from the cache if the hub does not answer.
     get_hf_file_metadata(hf_hub_url(checkpoint, name, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     return Path(hf_hub_download(checkpoint, name, revision=revision))
 
@@ -41,6 +42,7 @@ def fetch_files(checkpoint: str, names: Iterable[str], commit: str) -> None:
     from huggingface_hub import hf_hub_download
 
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        # `list` waits for all of them, and raises the first exception.
         list(pool.map(lambda name: hf_hub_download(checkpoint, name, revision=commit), names))
 
 
@@ -61,6 +63,7 @@ def cached_folder(checkpoint: str, revision: str | None) -> Path | None:
         file = try_to_load_from_cache(checkpoint, "config.json", revision=revision)
     except HFValidationError:  # not a hub id
         return None
+    # A path, None if unknown, or a marker for a file that the hub is known not to have.
     return Path(file).parent if isinstance(file, str) else None
 
 
@@ -78,8 +81,10 @@ def hub_error(
         key: Configuration key of the checkpoint.
         gate: License that must be accepted on the hub, if known.
     """
+    # An exception in the chain that says more than the one that was raised, such as a timeout behind a missing file.
     for cause in _chain(error):
         message = _access_message(cause, checkpoint, revision, key, gate)
+        # The order matters: refused access, then an unreachable hub, then a broken transfer.
         if message is not None:
             return UserError(message)
         if (message := _unreachable_message(cause, checkpoint, key)) is not None:
@@ -106,6 +111,7 @@ def _access_message(
                 f"{key}={checkpoint} is neither a folder nor a hub id: set it {_TO_FOLDER}, or to an id such as "
                 "Qwen/Qwen3-8B"
             )
+        # 401: not logged in. The other status of a gated repository is 403: logged in, but without access.
         case errors.GatedRepoError() if _status(error) == 401:
             return (
                 f"checkpoint '{checkpoint}' is gated and no account is logged in: {license_text}, and log in with "
@@ -131,6 +137,7 @@ def _access_message(
                 f"there is no folder '{checkpoint}' here, and the hub has no such model or it is private: correct "
                 f"{key}, or log in with `hf auth login` to an account that may read it"
             )
+        # Statuses from 500 on are faults of the hub.
         case errors.HfHubHTTPError() if _status(error) < 500:
             return _status_message(_status(error), checkpoint, key)
     return None
@@ -161,6 +168,7 @@ def _unreachable_message(error: BaseException, checkpoint: str, key: str) -> str
     """
     from huggingface_hub import constants, errors
 
+    # Names instead of classes, because httpx and requests have classes of their own for the same fault.
     host, kinds = _host(constants.ENDPOINT), {kind.__name__ for kind in type(error).__mro__}
     or_folder = f"or set {key} {_TO_FOLDER}"
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -196,6 +204,7 @@ def _transfer_message(error: BaseException, checkpoint: str, key: str) -> str | 
     from huggingface_hub import constants
 
     kinds = {kind.__name__ for kind in type(error).__mro__}
+    # `huggingface_hub` raises a plain error with this text if a file has another size than the hub states.
     if kinds & {"NetworkError", "ProtocolError", "ConnectionError"} or "Consistency check failed" in str(error):
         return (
             f"the connection broke off while '{checkpoint}' was downloaded: run the same command again, which "
@@ -215,6 +224,7 @@ def _status(error: HfHubHTTPError) -> int:
 
 def _host(endpoint: str) -> str:
     """Returns host and port of an address, without user name and password."""
+    # "https://user:password@host:8080/path" -> "host:8080"
     return urlsplit(endpoint).netloc.rpartition("@")[2]
 
 
@@ -222,4 +232,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an exception and its causes, the latest first."""
     while error is not None:
         yield error
+        # `raise … from error` sets the cause, an exception inside of an `except` block the context.
         error = error.__cause__ or error.__context__

@@ -60,6 +60,7 @@ class Calibration:
             "kernel_s",
             "tokens_per_s",
         ):
+            # A broken or edited file must not lead to plans of zero or infinite seconds.
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a number above 0")
         if not (math.isfinite(self.context_gib) and self.context_gib >= 0):
@@ -94,6 +95,7 @@ def write_calibration(folder: Path, calibration: Calibration) -> Path:
         The file.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # "NVIDIA L4" -> "NVIDIA-L4.json"
     file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', calibration.device_name).strip('-.')}.json"
     write_json(file, calibration.plain())
     return file
@@ -111,6 +113,7 @@ def read_calibrations(folder: Path) -> list[Calibration]:
     for file in calibration_files(folder):
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
+            # Keys of another version are left out, and a missing one raises a TypeError.
             calibrations.append(Calibration(**{name: value for name, value in values.items() if name in names}))
         except (OSError, ValueError, TypeError, AttributeError):
             continue
@@ -131,8 +134,10 @@ def choose_calibration(
         here_profile: Hardware profile that suits it. A plan for another profile is a plan for another machine.
     """
     known = [calibration for calibration in calibrations if calibration.hardware == hardware]
+    # On a machine of this profile, only its own GPU counts.
     if here is not None and here_profile == hardware:
         return next((calibration for calibration in known if calibration.device_name == here), None)
+    # A plan for another machine takes a measurement of exactly that GPU, not of one that is merely similar.
     return next(
         (
             calibration

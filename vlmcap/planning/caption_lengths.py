@@ -31,6 +31,7 @@ class CaptionLengths:
             most: Length that longer captions are truncated to.
         """
         ordered = sorted(min(int(count), most) for count in counts if count)
+        # Every n-th length represents its neighbours.
         step = max(1, len(ordered) // _MAX_LENGTHS)
         return cls(tuple(ordered[::-step][::-1]))  # includes the longest one
 
@@ -38,7 +39,9 @@ class CaptionLengths:
     def assumed(cls, longest: int) -> CaptionLengths:
         """Returns the lengths of Korean captions of which the longest is given."""
         shares = (
-            _SHORTEST + (1 - _SHORTEST) * ((index + 0.5) / _MAX_LENGTHS) ** _POWER for index in range(_MAX_LENGTHS - 1)
+            # Most captions are short, and few are near the longest.
+            _SHORTEST + (1 - _SHORTEST) * ((index + 0.5) / _MAX_LENGTHS) ** _POWER
+            for index in range(_MAX_LENGTHS - 1)
         )
         return cls((*(max(1, round(share * longest)) for share in shares), longest))
 
@@ -56,6 +59,7 @@ class CaptionLengths:
         """Returns the expected length of the longest of `count` random captions, which a batch of them is padded to."""
         total = len(self.tokens)
         return sum(
+            # The chance that the longest of `count` has this length: all are at most so long, but not all are shorter.
             length * (((index + 1) / total) ** count - (index / total) ** count)
             for index, length in enumerate(self.tokens)
         )

@@ -100,6 +100,7 @@ def plan_captions(
         _CaptionPlanner(config, device, memory_profiler, stages, lengths, scores, is_merged).largest()
         for is_merged in ways_to_merge(config)
     ]
+    # Merged copies are faster but take memory; without a plan that fits, the last one takes the least.
     fitting = [plan for plan in plans if _fits(plan.moment, device, 1.0)]
     return min(fitting or plans[-1:], key=lambda plan: plan.caption_s)
 
@@ -167,6 +168,7 @@ class _CaptionPlanner:
         """
         num_clips, prompt = self.num_clips(slots), self.prompt(slots)
         # Tokens that the slots decode one after the other: full rounds at the mean length, the last at the longest.
+        # `num_clips / slots` captions follow each other in a slot.
         num_tokens = (num_clips / slots - 1) * self.lengths.mean + self.lengths.longest_of(slots)
         prefill_s = prompt.memory.flops / self.group(slots) / (self.device.utilisation * self.device.peak_flops)
         return prefill_s + num_tokens * token_s / num_clips
@@ -176,6 +178,7 @@ class _CaptionPlanner:
         from vlmcap.models.decoding.engine import PROMPT_TOKENS
 
         if not self.is_native:
+            # transformers repeats a prompt for each of its beams.
             return slots * self.config.evaluation.num_beams
         return min(slots, max(1, PROMPT_TOKENS // self.memory_profiler.sizes.num_before_caption))
 
@@ -231,11 +234,13 @@ class _CaptionPlanner:
         prompt = self.prompt(slots)
         # Experts are unpacked for any number of slots, other weights only for many.
         share = unpacked_experts(self.config, slots) or float(slots > FUSED_SLOTS)
+        # Two weights per packed byte; the half byte that is read is among `weights` already.
         unpacking = 2 * share * packed_bytes(self.config, prompt) * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
         weights = sum(size for kind, size in prompt.memory.weights.items() if kind != ORIGINALS)
         cached = (
             key_value_bytes(self.config)
             * slots
+            # On average, half of the caption is in the cache.
             * (self.memory_profiler.sizes.num_before_caption + self.config.llm.new_tokens / 2)
         )
         return TokenWork(weights + unpacking + cached, prompt.memory.launches, is_captured(self.config))
@@ -271,6 +276,7 @@ def token_seconds(work: TokenWork, device: DeviceInfo) -> float:
     The slowest of three bounds it: memory bandwidth, small kernels on the GPU, or kernel launches by the host.
     """
     return max(
+        # The slower one decides: memory traffic, or the launches of kernels.
         work.moved_bytes / (device.bandwidth_share * device.bytes_per_s),
         work.num_launches * kernel_seconds(work, device),
     )
@@ -302,6 +308,7 @@ def feature_values(memory_profiler: MemoryProfiler) -> float:
 
 def cached_bytes(memory_profiler: MemoryProfiler) -> float:
     """Returns the bytes of a clip's stored features."""
+    # float16 and bfloat16 take two bytes.
     size = {"float32": 4.0, "int8": 1.0}.get(memory_profiler.config.cache.dtype, 2.0)
     return size * feature_values(memory_profiler) / (memory_profiler.config.pool_size or 1) ** 2
 

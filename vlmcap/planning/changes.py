@@ -59,6 +59,7 @@ def with_changes(
             changed = make_plan(config, device)
         except UserError:  # the change is not possible with these components
             continue
+        # GiB; a smaller gain is not worth its cost.
         if changed.peak_gib < best.peak_gib - 0.05:
             taken.append(override)
             chosen.append(Change((override,), cost, changed.peak_gib))
@@ -76,12 +77,14 @@ def _without_needless(
 ) -> list[Change]:
     """Removes changes that are not needed for the plan to fit."""
     kept = list(chosen)
+    # The last change made it fit, so it is needed.
     for change in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not change]
         flat = [override for other in rest for override in other.overrides]
         if make_plan(compose_config([*overrides, *flat]), device).fits:
             kept = rest
     taken, result = list(overrides), []
+    # Peaks are planned again, as each is that of the changes up to its own.
     for change in kept:
         taken += change.overrides
         result.append(dataclasses.replace(change, peak_gib=make_plan(compose_config(taken), device).peak_gib))
@@ -110,6 +113,7 @@ def planned_changes(config: Config) -> list[str]:
         return saved_config(plain, {_GROUP_KEYS.get(key, key): value for key, value in pairs}, is_training=True)
 
     plan = make_plan(config)
+    # The run needed more than its plan said, so the aim is below both.
     device = dataclasses.replace(plan.device, usable_gib=_SHRINK * min(plan.peak_gib, plan.device.usable_gib))
     plan = with_changes(dataclasses.replace(plan, device=device), [], device, changed)
     return [f"{' '.join(change.overrides)} ({change.cost}; {change.peak_gib:.1f} GiB)" for change in plan.changes]

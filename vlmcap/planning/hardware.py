@@ -60,7 +60,7 @@ GPUS = {
     "t4": DeviceInfo(14.6, 65e12, 320e9, has_flash=False, launch_s=OLD_HOST_LAUNCH_S),
     "l4": DeviceInfo(22.0, 121e12, 300e9),
     "a100": DeviceInfo(39.4, 312e12, 1555e9),
-    "a100_80": DeviceInfo(79.1, 312e12, 2039e9),
+    "a100_80": DeviceInfo(79.1, 312e12, 2039e9),  # data sheet of the 80 GB SXM version
     "h100": DeviceInfo(79.1, 989e12, 3350e9, context_gib=0.8),
 }
 
@@ -74,8 +74,10 @@ def device_info(hardware: str, memory_gib: float, num_cores: int | None = None) 
         num_cores: Number of CPU cores; None for a GPU.
     """
     if num_cores is not None:
+        # 8 GB/s of memory bandwidth per core, an assumption.
         return DeviceInfo(memory_gib, num_cores * CORE_FLOPS, num_cores * 8e9, context_gib=0.0, launch_s=CPU_LAUNCH_S)
     known = GPUS.get(hardware)
+    # Drivers and ECC take some of what the product name promises.
     return known or DeviceInfo(0.92 * memory_gib, GPUS["l4"].peak_flops, GPUS["l4"].bytes_per_s)
 
 
@@ -95,6 +97,7 @@ def matching_profile(name: str, total_gib: float) -> str | None:
         for key, pattern in _NAME_PATTERNS.items()
         if re.search(pattern, name) and total_gib >= _MIN_MEMORY_SHARE * GPUS[key].usable_gib
     ]
+    # Of the two A100, the larger one that the memory allows.
     return max(fitting, key=lambda key: GPUS[key].usable_gib, default=None)
 
 
@@ -162,6 +165,7 @@ def _host_memory_gib() -> tuple[float, float]:
     """Returns total and available memory, at most a container's limit; zeros where the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        # "MemTotal:       16316412 kB" -> GiB
         sizes = {name: float(rest.split()[0]) * 1024 / GIB for name, _, rest in (line.partition(":") for line in lines)}
         total, free = sizes["MemTotal"], sizes["MemAvailable"]
     except (OSError, KeyError, ValueError, IndexError):
@@ -198,6 +202,7 @@ def _cgroup_limits_gib() -> list[tuple[float, float]]:
         for limit, use in _CGROUP_FILES:
             with contextlib.suppress(OSError, ValueError):  # "max" means no limit
                 most, used = int((folder / limit).read_text()), int((folder / use).read_text())
+                # The page cache counts as use, but is given back when memory is needed.
                 limits.append((most / GIB, (used - _reclaimable_bytes(folder)) / GIB))
     return limits
 

@@ -55,6 +55,7 @@ def host_peak(
     num_trained = sum(stage.memory.num_trained for stage in stages)
     process = {"process": float(PROCESS_BYTES)}
     loaders = _loaders(config, batches)
+    # An encoder of its own is read to the host before it moves to the GPU; a pretrained VLM is not.
     tower = next(
         (
             sum(stage.memory.weights.values())
@@ -78,6 +79,7 @@ def host_peak(
         moments[f"scoring by {name}"] = ended | {
             f"{name} being moved to the device": sum(stage.memory.weights.values())
         }
+    # Only the loader of captions runs then.
     moments["captioning a whole split"] = ended | _loaders(config, batches[1:]) | {"features to caption": waiting}
     name, sizes = max(moments.items(), key=lambda item: sum(item[1].values()))
     return Moment(name, largest_first(sizes))
@@ -109,9 +111,11 @@ def pinned_bytes(num_bytes: float) -> float:
 
 def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
     """Returns what is wrong if the host has too little memory; empty if it fits, or if its size is unknown."""
+    # Each process of several GPUs has memory of its own.
     needed = host.total / GIB * (1 if config.trainer.strategy is Strategy.auto else config.hardware.devices)
     if not machine_gib or needed <= machine_gib:
         return ""
+    # `sizes` is sorted, and the process itself cannot be made smaller.
     largest, size = next((name, size) for name, size in host.sizes.items() if name != "process")
     return (
         f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this "

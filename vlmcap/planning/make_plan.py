@@ -143,6 +143,7 @@ def fullest_batch(config: Config, memory_profiler: MemoryProfiler, captions: Cap
     budget, longest = config.data.max_tokens_per_batch, config.llm.caption_tokens
     if budget is None:
         return config.data.batch_size, longest
+    # The most clips fit if all captions are as short as the shortest.
     count = max(1, budget // (memory_profiler.sizes.num_before_caption + captions.tokens[0]))
     return count, min(longest, max(1, budget // count - memory_profiler.sizes.num_before_caption))
 
@@ -204,9 +205,11 @@ def _padded_flops(
     tokens, which ignores that attention grows faster.
     """
     _, profiled = fullest_batch(config, memory_profiler, captions)
+    # Sorted batches are padded little, so that the mean counts; a shuffled one is padded to its longest caption.
     length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
     padded = length if config.data.max_tokens_per_batch is None else profiled
     before = memory_profiler.sizes.num_before_caption
+    # The language model's arithmetic grows with its tokens.
     share = (before + min(padded, profiled)) / (before + profiled)
     *front, language = (stage.memory.flops for stage in stages)
     return sum(front) + share * language
@@ -226,8 +229,9 @@ def training_seconds(flops: float, packed_bytes: float, device: DeviceInfo, *, i
         device: Device that the step runs on.
         is_checkpointed: Whether the forward pass runs twice.
     """
+    # Weights are unpacked in the forward and the backward pass, and once more for a recomputation.
     passes = 3 if is_checkpointed else 2
-    moved = passes * 2 * packed_bytes * UNPACKED_BYTES
+    moved = passes * 2 * packed_bytes * UNPACKED_BYTES  # 2: weights per packed byte
     return flops / (device.utilisation * device.peak_flops) + moved / device.bytes_per_s
 
 
@@ -259,6 +263,7 @@ def kept_within(config: Config, memory_profiler: MemoryProfiler) -> int:
         return activations(training_peak(stages, {}, config.optim.kind.value, accumulates=accumulates))
 
     most = memory_profiler.depth - memory_profiler.min_recomputed
+    # From the most layers down, the first number that is within the budget.
     return next((kept for kept in range(most, 0, -1) if needed(kept) <= budget * GIB), 0)
 
 

@@ -14,6 +14,7 @@ EXPANDABLE_SHARE, FIXED_SHARE = 0.12, 0.55
 _FRAGMENTATION = "fragmentation"
 FLOAT = 4  # bytes of a trained float32 weight, and of its gradient
 # Bytes per trained parameter: optimiser state between steps, and temporary memory during a step.
+# 8-bit: two bytes and a scale per 256 values
 OPTIMIZERS = {"adamw": (8, 4), "adamw_fused": (8, 0), "adamw_8bit": (2.04, 0)}
 
 
@@ -97,6 +98,7 @@ def training_peak(
             alive = before + _with_stage_name(stage.name, peak)
             if moment.startswith("backward"):
                 alive += behind
+            # Gradients of earlier micro-batches are alive in the whole step.
             if accumulates:
                 alive["gradients"] = FLOAT * num_trained  # type: ignore[assignment]
             moments[f"{stage.name}, {moment}"] = alive
@@ -159,6 +161,7 @@ def generation_peak(
     """
     # 1. Forward passes of encoder and projector, beside the cache if it is reserved.
     always, last = weights(stages) + Counter(dict(held)), stages[-1].name
+    # All slots at the length of the longest caption.
     cache = work.token_bytes * work.num_slots * (work.prompt_tokens + work.new_tokens)
     reserved: Counter[str] = Counter({"keys and values": cache}) if work.is_reserved else Counter()
     moments = {
@@ -211,6 +214,7 @@ def _sum_stages(stages: object) -> Counter[str]:
 def _with_fragmentation(always: Counter[str], fullest: Counter[str], unused_share: float) -> dict[str, float]:
     """Returns all entries, largest first, with the memory that the allocator holds beside them."""
     sizes = always + fullest
+    # Weights are allocated once and leave no gaps.
     sizes[_FRAGMENTATION] = unused_share * fullest.total()  # type: ignore[assignment]
     return largest_first(sizes)
 

@@ -200,6 +200,7 @@ def show_plan(plan: Plan, *, show_all: bool = False) -> None:
         ("Training", plan.training, plan.training_gib),
         ("Generation", plan.generation, plan.generation_gib),
     ):
+        # The rest is what the allocator holds without using it.
         tensors = f", {moment.allocated / GIB:.1f} of it tensors" if moment.allocated < moment.total else ""
         console.print(f"{what}: {gib:.1f} GiB at its peak{tensors} ({moment.name})", style="bold", markup=False)
         table = Table(box=None, show_header=False)

@@ -46,7 +46,11 @@ def workspace(project: str, entity: str, objective: str = Config.monitor) -> Any
 
     ws_sections = [
         ws.Section(
-            name=title, panels=panels, is_open=index < 4, layout_settings=ws.SectionLayoutSettings(columns=2, rows=2)
+            # The first four sections are what a comparison looks at.
+            name=title,
+            panels=panels,
+            is_open=index < 4,
+            layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
         )
         for index, (title, panels) in enumerate(sections(objective).items())
     ]
@@ -115,6 +119,7 @@ def _cost_panels(objective: str) -> list[Any]:
             title=f"{objective} against {label}",
             x=wr.SummaryMetric(name),
             y=wr.SummaryMetric(objective),
+            # Numbers of trained parameters differ by orders of magnitude.
             log_x=name == names.TRAINED_PARAMETERS,
             legend_template="${config:encoder} ${config:llm} ${config:projector}",
         )

@@ -85,6 +85,7 @@ def show_inspection(report: Inspection, *, llm: str, limit: int, note: str) -> N
     _print_list(console, "Groups of similar clips in different splits, which would make scores too good", leaks)
     repeated = [f"{len(entries)} × {text[:70]}" for text, entries in report.same_captions]
     _print_list(console, "Captions used by several clips", repeated)
+    # Only if videos were read: without them, nothing is known of their state.
     if report.num_decoded and not (report.broken or leaks):
         console.print(f"All {report.num_decoded:,} videos can be used, and none is similar to one of another split.")
 
@@ -152,6 +153,7 @@ def _leaks(report: Inspection) -> str:
     across = _bilingual(f"Groups across splits: {len(report.leaks)}.", f"여러 분할에 걸친 묶음: {len(report.leaks)}개")
     rows = [
         [", ".join(_name(entry) for entry in group)]
+        # Groups across splits first, as these make scores too good.
         for group in sorted(report.look_alikes, key=lambda group: group not in report.leaks)
     ]
     return head + f"<p>{across}</p>" + _table([_bilingual("clips", "클립")], rows[:_MAX_ROWS]) + _more(len(rows))
@@ -220,6 +222,7 @@ def _page(title: str, korean_title: str, body: str) -> str:
 def _table(header: Sequence[str], rows: Iterable[Row]) -> str:
     """Returns a table; header cells are markup, other cells are escaped, and numbers are right-aligned."""
     body = [list(row) for row in rows]
+    # A column is right-aligned if all of its cells are numbers.
     is_number = [bool(body) and all(isinstance(row[i], int | float) for row in body) for i in range(len(header))]
     kind = [' class="number"' if number else "" for number in is_number]
     head = "".join(f"<th{kind[i]}>{cell}</th>" for i, cell in enumerate(header))
@@ -251,6 +254,7 @@ def _histogram(values: ArrayLike, label: str, marks: Sequence[tuple[float, str]]
     width, height, bottom = 640, 150, 170
     # Pixels: bars stand on a line at `height`, and the numbers at both ends of the axis are below it.
     scale = width / (edges[-1] - edges[0])
+    # Width of a bar, and height of the tallest one in clips.
     step, top = width / len(counts), int(counts.max())
     bars = "".join(
         f'<rect class="bar" x="{i * step:.1f}" y="{height - count * (height - 10) / top:.1f}" '
@@ -260,6 +264,7 @@ def _histogram(values: ArrayLike, label: str, marks: Sequence[tuple[float, str]]
     )
     lines = "".join(
         f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>'
+        # The label of a mark stands on the side with more room.
         f'<text class="mark" x="{x - 4 if x > width / 2 else x + 4:.1f}" y="10" '
         f'text-anchor="{"end" if x > width / 2 else "start"}">'
         f"{escape(text)}</text>"

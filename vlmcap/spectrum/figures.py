@@ -133,6 +133,7 @@ def singular_values(features: Tensor, *, is_centred: bool = True) -> Tensor:
     if is_centred:
         values = values - values.mean(0)
     gram = values.T @ values if values.shape[0] > values.shape[1] else values @ values.T
+    # Eigenvalues ascend, and rounding may make the smallest negative.
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
 
 
@@ -163,6 +164,7 @@ def num_directions(values: Tensor, share: float) -> int:
     variances = values**2
     if not variances.any():
         return 0
+    # The margin is for rounding: a sum that is equal to the share has reached it.
     return int((variances.cumsum(0) / variances.sum() < share - 1e-12).sum()) + 1
 
 
@@ -185,6 +187,7 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
             "product": centred @ centred.T,
             "count": torch.ones_like(distance),
         }
+        # (P * P,): the whole distance of each pair
         bins = distance.round().long().flatten()
         for name, values in of_pairs.items():
             binned = torch.bincount(bins, weights=values.flatten())  # (K,), a sum per whole distance
@@ -222,13 +225,18 @@ def measure_spectrum(frames: Sequence[FrameFeatures], *, max_tokens: int, seed: 
         seed: Seed of the draw.
     """
     tokens = torch.cat([frame.patches for frame in frames]).float().cpu()  # (N, Dv)
+    # A sample without repetition, the same for every encoder with as many patches.
     drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:max_tokens]
     norms = tokens.double().norm(dim=-1)
     median = norms.median()
     is_outlier = norms > _OUTLIER * median
     prefixes = [
-        float(frame.prefix[0].double().norm()) for frame in frames if frame.prefix is not None and len(frame.prefix)
+        # The first prefix token is CLS where there is one.
+        float(frame.prefix[0].double().norm())
+        for frame in frames
+        if frame.prefix is not None and len(frame.prefix)
     ]
+    # As many frames as the limit on pairs allows, at least one.
     pairs = max(len(frame.patches) for frame in frames) ** 2
     near = [FrameFeatures(frame.patches.cpu(), frame.grid) for frame in frames[: max(1, _MAX_PAIRS // pairs)]]
     return Spectrum(

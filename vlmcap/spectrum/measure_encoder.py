@@ -68,6 +68,7 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     """
     silence_libraries()
     jobs, swept = expand(overrides)
+    # One encoder per job: `encoder=a,b` is expanded as in a sweep.
     configs = [with_model_kind(compose(job)) for job in jobs]
     names = (
         short_names(jobs, swept)
@@ -100,7 +101,7 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
         UserError: The encoder or the clips are not available, or no clip can be read.
     """
     # 1. The clips and the encoder, without a language model.
-    device_of(config)
+    device_of(config)  # refuses a missing GPU before anything is made
     is_tiny = config.encoder.checkpoint == TINY
     if not is_tiny:  # prepare then makes no tiny language model
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, checkpoint="unused"))
@@ -110,11 +111,13 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
     if len(encoder_configs(config)) > 1:
         raise UserError(f"encoder={config.encoder.name} joins two encoders; measure each with encoder=NAME,NAME")
     folders = locate_base_checkpoints(config, is_encoder_only=True).folders
+    # Pooling would hide how patches differ.
     encoder = load_encoder(dataclasses.replace(config, cache=dataclasses.replace(config.cache, pooled=False)), folders)
     # 2. The features of some frames of each clip, and of all layers for the first clip.
     frames: list[FrameFeatures] = []
     pictures: list[Tensor | None] = []
     layers: dict[str, Spectrum] = {}
+    # An equal share of the limit for each clip.
     keep = max(1, MAX_FRAMES // len(clips))
     for sample in _samples(config, encoder, clips):
         if settings.has_layers and not layers:
@@ -128,6 +131,7 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
     spectrum = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
     middle = len(frames) // 2
     layer = encoder.feature_layer
+    # Before the next encoder is loaded.
     del encoder
     free_memory()
     return EncoderSpectrum(name, layer, spectrum, frames[middle], pictures[middle], layers)
@@ -165,6 +169,7 @@ def _encode(
         prefixes.append(output.last_hidden_state[:, : encoder.num_prefix_tokens])
 
     handle = encoder.tower.register_forward_hook(keep_prefix) if encoder.num_prefix_tokens else None
+    # A batch of one clip.
     grids = None if sample.grid_thw is None else [sample.grid_thw]
     try:
         features = encoding_of(config, encoder)(sample.frames[None], grids)
@@ -220,9 +225,11 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     prefix, num_patches = encoder.num_prefix_tokens, encoder.num_patches
 
     def keep(number: int, output: Any) -> None:
+        # Blocks return the hidden states, or a tuple that begins with them.
         hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
         if encoder.frames_per_token > 1:
             hidden = hidden.flatten(0, 1).unflatten(0, (-1, num_patches))  # (1, T · P, Dv) -> (T, P, Dv)
+        # (T, R + P, Dv) -> (LAYER_FRAMES, P, Dv): prefix tokens come first
         tokens = hidden[:LAYER_FRAMES, -num_patches:]
         frames = [
             FrameFeatures(patches, encoder.grid, states[:prefix] if prefix else None)

@@ -59,6 +59,7 @@ class EncoderSpectrum:
     @property
     def label(self) -> str:
         """The name, or the end of a long one such as a checkpoint's path."""
+        # The "…" takes one of the characters.
         return self.name if len(self.name) <= _MAX_LABEL else f"…{self.name[1 - _MAX_LABEL :]}"
 
 
@@ -68,6 +69,7 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     queries = [row * columns + column for row, column in _queries(rows, columns)]
     num_maps = len(queries) + 1
     figure = Figure(figsize=(3 * num_maps, 6.2), layout="constrained")
+    # matplotlib's stub returns one subfigure or an array.
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     upper, lower = halves
     # 1. Above: singular values, and similarity against distance.
@@ -82,11 +84,11 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     axes = lower.subplots(1, num_maps)
     _draw_frame(axes[0], one, queries)
     maps = similarity_maps(one.frame, queries)
-    low = min(float(maps.min()), 0.0)
+    low = min(float(maps.min()), 0.0)  # negative similarities extend the scale
     image = None
     for index, (query, plot) in enumerate(zip(queries, axes[1:], strict=True)):
         image = plot.imshow(maps[index].numpy(), cmap="viridis", vmin=low, vmax=1)
-        plot.plot(query % columns, query // columns, "+", color="red", markersize=10)
+        plot.plot(query % columns, query // columns, "+", color="red", markersize=10)  # column and row of the patch
         plot.set_title(f"alike patch {'ABC'[index]}", fontsize=9)
         plot.axis("off")
     assert image is not None

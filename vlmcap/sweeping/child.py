@@ -35,8 +35,10 @@ class JobPacker:
 
         config = self._context.config_loader.load_sweep_config(self._master, [*overrides])
         with open_dict(config):
+            # Hydra's launchers set these for each job.
             config.hydra.job.id = config.hydra.job.num = number
         folder = Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
+        # The folder exists before the job, so that its output and its status have a place even if it does not start.
         (folder / HYDRA_FOLDER).mkdir(parents=True, exist_ok=True)
         # cloudpickle sends the task of a script by value, as another process cannot import it by name.
         return cloudpickle.dumps((self._context, self._task, config, Singleton.get_state())), folder
@@ -48,9 +50,11 @@ def run_packed(packed: bytes) -> None:
     from hydra.core.singleton import Singleton
     from hydra.core.utils import run_job, setup_globals
 
+    # Before unpickling, which needs the schemas of the configuration and the classes of plugins.
     register_schemas()
     context, task, config, state = cloudpickle.loads(packed)
     sys.argv = ["vlmcap", *config.hydra.overrides.task]  # in place of the arguments of the launcher's process
+    # The order of Hydra's own launchers: resolvers first, then the state of Hydra's singletons.
     setup_globals()
     Singleton.set_state(state)
     run_job(

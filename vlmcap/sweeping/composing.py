@@ -80,9 +80,11 @@ class Composer:
                 for the whole sweep.
         """
         combinations, swept = expand(arguments, self.parser)
+        # Before composing, which takes longer.
         check_arguments(arguments, swept)
         names = short_names(combinations, swept)
         jobs = [self.job(one, name) for one, name in zip(combinations, names, strict=True)]
+        # If every combination is invalid, the arguments are wrong, and one error says more than a table of refusals.
         if all(job.refusal for job in jobs):
             raise UserError(jobs[0].refusal)
         return jobs
@@ -94,6 +96,7 @@ class Composer:
             UserError: A component or a key does not exist.
         """
         try:
+            # An unknown key or name stops the whole sweep, because it is a mistake in its arguments.
             node: Any = self._loader.load_sweep_config(self._master, [*overrides])
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(innermost(error))) from error

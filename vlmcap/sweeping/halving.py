@@ -70,6 +70,7 @@ class Halving:
         Args:
             candidates: The combinations, configured for the last round.
         """
+        # Refused jobs are recorded once, and take part in no round.
         left = [job for job in candidates if not job.refusal]
         self._runner.run([job for job in candidates if job.refusal])
         sizes = round_sizes(len(left), self._sweep.keep)
@@ -83,15 +84,18 @@ class Halving:
                 flush=True,
             )
             jobs = [
+                # Composed again with fewer clips and epochs, and so with another hash and another folder in each round.
                 self._composer.job(
                     scaled(job, share, self._sweep.scaled), f"{job.name}, round {index + 1}/{len(sizes)}"
                 )
                 for job in left
             ]
             results = self._runner.run(jobs)
+            # The last round keeps all of its combinations.
             num_kept = sizes[index + 1] if index + 1 < len(sizes) else size
             chosen = best_jobs(results, num_kept, self._objective[1])
             rounds.append(Round(share, jobs, results, [number in chosen for number in range(len(results))]))
+            # After each round, so that a sweep that is stopped leaves the rounds that have ended.
             self._write(rounds)
             left = [left[number] for number in chosen]
             if not left:
@@ -114,8 +118,10 @@ def round_sizes(count: int, keep: float) -> list[int]:
 
 def best_jobs(results: Sequence[JobResult], count: int, mode: str) -> list[int]:
     """Returns the indices of the `count` best finished jobs, in ascending order."""
+    # Lower is better after the change of sign.
     sign = 1.0 if mode == "min" else -1.0
     scored = [
+        # Equal values are decided by the index, so that a resumed sweep chooses the same jobs.
         (sign * one.status.objective, index)
         for index, one in enumerate(results)
         if one.status.status == FINISHED and one.status.objective is not None
@@ -135,17 +141,20 @@ def scaled(job: Job, share: float, what: Scaled) -> list[str]:
     assert config is not None
     if share == 1.0:
         return [*job.overrides]
+    # With both, the shares of clips and of epochs multiply to `share`.
     each = math.sqrt(share) if what is Scaled.both else share
     changed = []
     if what is not Scaled.epochs:
         changed.append(f"data.max_clips={max(1, math.ceil(num_clips(config) * each))}")
     if what is not Scaled.clips:
+        # A stage that trains keeps at least one epoch, and one without epochs gets none.
         stages = {
             name: max(1, round(stage.epochs * each)) if stage.epochs else 0
             for name, stage in config.tuning.stages.items()
         }
         changed.append(f"tuning.epochs={sum(stages.values())}")
         changed += [f"tuning.align_epochs={stages['align']}"] if isinstance(config.tuning, TwoStageConfig) else []
+    # Hydra refuses a key that is given twice.
     keys = {override.partition("=")[0] for override in changed}
     return [*(override for override in job.overrides if override.partition("=")[0] not in keys), *changed]
 

@@ -84,6 +84,7 @@ def read_status(folder: Path) -> Status | None:
     """Reads the status of the run in a folder; returns None if there is none."""
     try:
         plain: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+        # Unknown keys are ignored, so that folders of another version can be read.
         return Status(**{known.name: plain[known.name] for known in fields(Status) if known.name in plain})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
@@ -106,6 +107,7 @@ class Record:
     @property
     def folder(self) -> Path:
         """Folder of the run."""
+        # A single run may set `paths.output_dir`; a job of a sweep always runs in Hydra's folder.
         return output_folder() if self.config is None or is_sweep() else Path(self.config.paths.output_dir)
 
     def begin(self, config: Config) -> None:
@@ -118,6 +120,7 @@ class Record:
 
         self.claim.enter_context(run_folder(config))
         self.config, self.config_hash = config, config_hash(config)
+        # Written at the start: if nobody replaces it, the process was killed.
         if is_sweep():
             self._write(INTERRUPTED, BEGUN)
 
@@ -127,6 +130,7 @@ class Record:
             return
         status = self._status(error)
         plan = None
+        # Planned sizes go into the table of the sweep, for runs that were refused or that ran out of memory.
         if isinstance(error, DoesNotFitError):
             plan = {"peak_gib": round(error.peak_gib, 3), "usable_gib": round(error.usable_gib, 3)}
         elif error is not None and self.config is not None and is_out_of_memory(error):
@@ -141,6 +145,7 @@ class Record:
         # A mistake that is found before training is refused; later it is a failure.
         if isinstance(error, UserError) and not self._has_trained():
             return REFUSED
+        # KeyboardInterrupt and signals derive from BaseException alone.
         return FAILED if isinstance(error, Exception) else INTERRUPTED
 
     def _has_trained(self) -> bool:
@@ -151,6 +156,7 @@ class Record:
     def _write(
         self, status: str, reason: str, *, error: BaseException | None = None, plan: dict[str, float] | None = None
     ) -> None:
+        # `TrialPruned` carries its last value.
         objective = getattr(error, "value", self.objective)
         Status(
             status=status,
@@ -167,6 +173,7 @@ class Record:
 def with_auto_resume(config: Config) -> Config:
     """Sets `checkpoint=last` if `sweep.resume=true` and an earlier start of the job left a checkpoint."""
     last = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
+    # A checkpoint that the user names goes first.
     is_left = config.sweep.resume and config.checkpoint is None and last.is_file()
     return replace(config, checkpoint="last") if is_left else config
 
@@ -177,6 +184,7 @@ def recorded() -> Iterator[Record]:
     from hydra.core.hydra_config import HydraConfig
 
     record = Record([*HydraConfig.get().overrides.task])
+    # The folder stays claimed until the status is written.
     with record.claim:
         try:
             yield record
@@ -193,6 +201,7 @@ def recorded() -> Iterator[Record]:
 
 def _is_first_process() -> bool:
     """Returns whether this is the first of the processes that train together."""
+    # Unset in a single process. torchrun sets both, Lightning's children have LOCAL_RANK only.
     return all(os.environ.get(name, "0") in ("", "0") for name in ("LOCAL_RANK", "RANK"))
 
 

@@ -41,6 +41,7 @@ def batch_size(launcher: LauncherConfig) -> int | None:
 
 def visible_devices() -> list[str]:
     """Returns the GPUs of this process as named in CUDA_VISIBLE_DEVICES, without initialising CUDA."""
+    # "0,1", or UUIDs of GPUs; empty hides all of them.
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
@@ -56,10 +57,13 @@ def device_shares(launcher: ParallelLauncherConfig, devices: list[str]) -> list[
         launcher: Number of parallel jobs and of GPUs per job.
         devices: Result of `visible_devices`.
     """
+    # None means one GPU per job, 0 means jobs on the CPU.
     size = launcher.gpus_per_job if launcher.gpus_per_job is not None else 1
     groups = (
+        # GPUs that do not fill a group stay unused.
         [",".join(devices[start : start + size]) for start in range(0, len(devices) - size + 1, size)] if size else []
     )
+    # Without GPUs and without `n_jobs`, one job at a time.
     count = launcher.n_jobs or len(groups) or 1
     return [groups[index % len(groups)] if groups else "" for index in range(count)]
 
@@ -71,6 +75,7 @@ def import_library(library: str) -> Any:
         UserError: The library is not installed.
     """
     try:
+        # All launchers send jobs by cloudpickle.
         import_module("cloudpickle")
         return import_module(library)
     except ImportError as error:
@@ -124,10 +129,12 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
     library = "joblib"
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
+        # Each job takes a share of the GPUs, and returns it for the next one.
         free: queue.Queue[str] = queue.Queue()
         shares = device_shares(self._launcher, visible_devices())
         for share in shares:
             free.put(share)
+        # joblib only schedules the threads that wait for the processes.
         run = self._library.delayed(self._run_one)
         environment = self._environment(len(shares))
         self._library.Parallel(n_jobs=len(shares), backend="threading")(run(*one, free, environment) for one in packed)
@@ -144,6 +151,7 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
                     env=environment | {"CUDA_VISIBLE_DEVICES": share},
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    # The status file has the result, whatever the exit code is.
                     check=False,
                 )
         finally:
@@ -153,6 +161,7 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
     def _environment(self, num_jobs: int) -> dict[str, str]:
         """Returns the environment of a job: the module search path of this process, and a share of the cores."""
         cores = self._launcher.cpus_per_job or max(1, usable_processors() // num_jobs)
+        # The user's own OMP_NUM_THREADS wins, because the environment comes second.
         return {"OMP_NUM_THREADS": str(cores)} | dict(os.environ) | _module_paths()
 
 
@@ -164,12 +173,14 @@ class RayLauncher(_Launcher[RayLauncherConfig]):
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
         cpus, is_local = self._launcher.cpus_per_job or 1, self._launcher.address is None
         gpus = self._launcher.gpus_per_job
+        # A cluster is assumed to have GPUs, even if this computer has none.
         if gpus is None:
             gpus = 1 if not is_local or visible_devices() else 0
+        # Ray runs as many jobs as the CPUs that it was started with allow.
         started = {"num_cpus": cpus * self._launcher.n_jobs} if is_local and self._launcher.n_jobs else {}
         self._library.init(
             self._launcher.address,
-            include_dashboard=False if is_local else None,
+            include_dashboard=False if is_local else None,  # a cluster has its own
             runtime_env={"env_vars": _module_paths()},
             **started,
         )
@@ -179,6 +190,7 @@ class RayLauncher(_Launcher[RayLauncherConfig]):
             targets = {task.remote(one): folder for one, folder in packed}
             waiting = [*targets]
             while waiting:
+                # One at a time, so that results are printed as they come.
                 (done, *_), waiting = self._library.wait(waiting, num_returns=1)
                 try:
                     self._library.get(done)
@@ -198,17 +210,19 @@ class SubmititLauncher(_Launcher[SubmititLauncherConfig]):
     library = "submitit"
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
+        # submitit replaces %j by the id of the Slurm job.
         folder = packed[0][1].parent / ".submitit" / "%j"
         executor = self._library.AutoExecutor(
             folder=str(folder), cluster="local" if self._launcher.is_local else "slurm"
         )
         executor.update_parameters(**parameters(self._launcher))
+        # One array, of which Slurm runs `n_jobs` at the same time.
         jobs = executor.map_array(run_packed, [one for one, _ in packed])
         try:
             for job, (_, target) in zip(jobs, packed, strict=True):
                 job.wait()  # unlike job.result(), it does not raise if the job was killed
                 print_result(target)
-        except BaseException:
+        except BaseException:  # Ctrl-C or an error here must not leave jobs in the queue
             for job in jobs:
                 job.cancel()
             raise
@@ -230,6 +244,7 @@ def parameters(launcher: SubmititLauncherConfig) -> dict[str, Any]:
         "slurm_array_parallelism": launcher.n_jobs,
         "slurm_setup": launcher.setup,
     }
+    # Slurm's own defaults hold for what is not set.
     return {key: value for key, value in (common | ({} if launcher.is_local else slurm)).items() if value is not None}
 
 

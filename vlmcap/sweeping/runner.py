@@ -94,13 +94,16 @@ class Runner:
             if status is not None and status.is_finished:
                 print(f"Job {number}, {job.name}: already finished", flush=True)
                 results[number] = JobResult(job, number, status, is_new=False)
+            # Refusals are written again, as another version may give another reason.
             elif job.refusal:
                 results[number] = self._refuse(number, job)
             elif owner := living_owner(self.folder / str(number)):  # a job that outlived an earlier start of the sweep
                 print(f"Job {number}, {job.name}: still running, {owner}", flush=True)
                 results[number] = JobResult(job, number, Status(INTERRUPTED, f"still running, {owner}"))
             else:
+                # A dictionary by number, so that equivalent jobs are started once.
                 waiting[number] = job
+        # These are recorded now, so that the table is complete even if the launcher is interrupted.
         self.results += results.values()
         pairs = list(waiting.items())
         size = self._batch_size or max(1, len(pairs))
@@ -139,15 +142,18 @@ class Runner:
             # Without any status, the launcher itself failed; otherwise each job's status tells its end.
             if not any((self.folder / str(number) / STATUS_FILE).is_file() for number, _ in batch):
                 raise UserError(f"the jobs could not be started: {problem}") from error
+        # Also after Ctrl-C: the results so far are in the table that is printed then.
         finally:
             results = [self._result(number, job, problem) for number, job in batch]
             self.results += results
         return results
 
     def _overrides(self, number: int, job: Job) -> list[str]:
+        # Hydra sets this variable in the process of the job.
         trial = [f"++hydra.job.env_set.{TRIAL_VARIABLE}={quoted(job.trial)}"] if job.trial else []
         return [
             *job.overrides,
+            # Folder and number are set here, because Hydra would count jobs from 0 again after a resume.
             f"hydra.sweep.dir={quoted(str(self.folder))}",
             f"hydra.sweep.subdir={quoted(number)}",
             *trial,
@@ -157,6 +163,7 @@ class Runner:
         """Reads the result of a job; for a job that was killed, it writes the status."""
         target = self.folder / str(number)
         status = read_status(target)
+        # An owner that still writes must not get another status under its hands.
         if owner := living_owner(target):
             return JobResult(job, number, Status(INTERRUPTED, f"still running, {owner}"))
         if status is None or (status.status == INTERRUPTED and status.reason == BEGUN):

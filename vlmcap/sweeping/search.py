@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 
+# Matches "interval(1, 8)" and "interval(start=1, end=8)", but no decimal bounds.
 _WHOLE_BOUNDS = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
 
 
@@ -59,7 +60,9 @@ class SearchSpace:
 
     def probes(self) -> list[dict[str, Any]]:
         """Returns a few points that together cover every choice, to find misspelt values before anything runs."""
+        # As many points as the longest list has values; shorter lists are repeated.
         width = max((len(values) for values in self.choices.values()), default=1)
+        # Bounds of an interval are numbers, and the lower one is enough to find a misspelt key.
         lows = {key: one.low for key, one in self.distributions.items() if key not in self.choices}
         return [
             lows | {key: values[index % len(values)] for key, values in self.choices.items()} for index in range(width)
@@ -96,6 +99,7 @@ def _distribution(key: str, override: Override) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value: Any = override.value()
+    # interval(1e-5,1e-3), range(1,8,2), or a list
     is_interval, is_range = isinstance(value, IntervalSweep), isinstance(value, RangeSweep)
     is_log = "log" in getattr(value, "tags", ())
     try:
@@ -108,8 +112,10 @@ def _distribution(key: str, override: Override) -> Any:
             values = [*value.range()]
             if is_log or all(isinstance(bound, int) for bound in (value.start, value.stop, value.step)):
                 last = int(values[-1])
+                # Optuna allows only step 1 on a logarithmic axis.
                 return IntDistribution(int(values[0]), last, log=is_log, step=1 if is_log else int(value.step))
             return FloatDistribution(float(values[0]), float(values[-1]), step=float(value.step))
+        # Lists, choice(…), glob(…) and shuffled ranges.
         return CategoricalDistribution(sweep_values(override))
     except (ValueError, IndexError) as error:
         raise UserError(f"{override.input_line} is not a valid search space: {error}") from error
@@ -120,6 +126,7 @@ def _values(distribution: Any) -> list[Any] | None:
     if hasattr(distribution, "choices"):
         return [*distribution.choices]
     step = getattr(distribution, "step", None)
+    # Continuous or logarithmic, or too many values to list.
     if step is None or distribution.log or (distribution.high - distribution.low) / step > 100:
         return None
     count = round((distribution.high - distribution.low) / step) + 1
@@ -153,8 +160,10 @@ class Search:
         self._sweep, self._space, self._composer, self._runner = sweep, space, composer, runner
         self._num_parallel = num_parallel
         import_optuna()
+        # Composes the probes for their errors alone; nothing has been written so far.
         for point in space.probes():
             composer.job(space.overrides(point), "")
+        # A grid search enqueues every point, so that a resumed one continues with those that are left.
         points = space.points() if sweep.sampler is Sampler.grid else []
         self._study = open_study(sweep, runner.folder, mode, is_parallel=num_parallel > 1)
         for point in points:
@@ -166,6 +175,7 @@ class Search:
             jobs = [self._job(trial) for trial in batch]
             for trial, result in zip(batch, self._runner.run(jobs), strict=True):
                 status = result.status
+                # Only a finished run has a value; the other trials tell the sampler that they failed or were pruned.
                 value = status.objective if status.status == FINISHED else None
                 tell(self._study, trial.number, value, is_pruned=status.status == PRUNED)
 
@@ -174,13 +184,16 @@ class Search:
         from optuna.trial import TrialState
 
         trials = self._study.get_trials(deepcopy=False)
+        # Failed and pruned trials count as well, so that a search ends.
         left = self._sweep.n_trials - sum(trial.state.is_finished() for trial in trials)
         count = max(0, min(left, self._num_parallel))
         # Trials that an earlier start of the sweep left running come first.
         chosen = [trial for trial in trials if trial.state is TrialState.RUNNING][:count]
         num_waiting = sum(trial.state is TrialState.WAITING for trial in trials)
+        # A grid has no more trials than the points that were enqueued.
         while len(chosen) < count and (self._sweep.sampler is not Sampler.grid or num_waiting > 0):
             asked = self._study.ask(self._space.distributions)
+            # The study's own record has the parameters that `ask` has drawn.
             chosen.append(self._study.get_trials(deepcopy=False)[asked.number])
             num_waiting -= 1
         return chosen

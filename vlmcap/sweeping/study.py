@@ -41,6 +41,8 @@ def open_study(sweep: OptunaSweepConfig, folder: Path, mode: str, *, is_parallel
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna warns that constant_liar is experimental
         study.sampler = (
+            # `constant_liar`: parallel trials count as bad ones until they end, so that others are not drawn beside
+            # them.
             optuna.samplers.TPESampler(seed=seed, constant_liar=is_parallel)
             if sweep.sampler is Sampler.tpe
             else optuna.samplers.RandomSampler(seed=seed)
@@ -55,15 +57,20 @@ def trial_of_job(sweep: SweepConfig) -> optuna.Trial | None:
         sweep: Settings of the sweep, with those of pruning.
     """
     address = os.environ.get(TRIAL_VARIABLE, "")
+    # The address alone is not enough: a program that the job starts inherits the environment.
     if not (address and isinstance(sweep, OptunaSweepConfig)):
         return None
     import_optuna()
     import optuna
 
+    # "<folder>/study.db#<number>"
     path, _, number = address.rpartition("#")
     pruner = (
         optuna.pruners.MedianPruner(
-            n_startup_trials=sweep.prune_after_trials, n_warmup_steps=sweep.prune_after_epochs + 1
+            # The first `prune_after_epochs` epochs never stop a trial; Optuna counts a step as warm-up if it is below
+            # the number.
+            n_startup_trials=sweep.prune_after_trials,
+            n_warmup_steps=sweep.prune_after_epochs + 1,
         )
         if sweep.prune
         else optuna.pruners.NopPruner()
@@ -71,6 +78,7 @@ def trial_of_job(sweep: SweepConfig) -> optuna.Trial | None:
     storage = _storage(Path(path))
     study = optuna.load_study(study_name=STUDY_NAME, storage=storage, pruner=pruner)
     study_id = storage.get_study_id_from_name(STUDY_NAME)
+    # `Trial` loads the existing trial, and does not ask for a new one.
     return optuna.Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, int(number)))
 
 
@@ -93,6 +101,7 @@ def tell(study: optuna.Study, number: int, value: float | None, *, is_pruned: bo
 
     if is_pruned:
         study.tell(number, state=optuna.trial.TrialState.PRUNED)
+    # Optuna accepts no NaN as a value.
     elif value is None or not math.isfinite(value):
         study.tell(number, state=optuna.trial.TrialState.FAIL)
     else:

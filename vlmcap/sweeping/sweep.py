@@ -40,19 +40,23 @@ def run_sweep(
         UserError: No job can be run; nothing has been written.
         SystemExit: With code 1, at the end, if a job gave no result.
     """
+    # Only the groups of the sweep are resolved here; the rest may have interpolations that need a job.
     sweep, launcher = _settings(master, "sweep", SweepConfig), _settings(master, "launcher", LauncherConfig)
     folder = Path(sweep.folder or master.hydra.sweep.dir).resolve()
     composer = Composer(context, master)
+    # Before the folder is claimed, so that a missing library leaves no trace.
     job_launcher = make_launcher(launcher, context, task, master)
     with claimed_folder(folder, "sweep.folder"):
         runner = Runner(folder, job_launcher, is_resumed=sweep.resume, batch_size=batch_size(launcher))
         try:
             _run(sweep, launcher, composer, runner, arguments, master)
         except (KeyboardInterrupt, SystemExit):
+            # An interrupted sweep prints what it has.
             if runner.results:
                 show_sweep(runner.results, folder, _objective(master), is_interrupted=True)
             raise
     show_sweep(runner.results, folder, _objective(master))
+    # The exit code tells a script that some job gave no result.
     if any(result.is_failure for result in runner.results):
         raise SystemExit(1)
     return runner.results
@@ -69,6 +73,7 @@ def _run(
     if isinstance(sweep, OptunaSweepConfig):
         space = read_space(composer.parse(arguments))
         check_arguments(arguments, [*space.distributions])
+        # The study is opened, and every probe composed, before `multirun.yaml` is written.
         trials = Search(sweep, space, composer, runner, _objective(master)[1], num_parallel(launcher))
         write_arguments(master, runner.folder)
         trials.run()
@@ -117,6 +122,7 @@ def show_sweep(
     from rich.table import Table
 
     # A resumed or halved sweep may have several results of one job.
+    # The dictionary keeps the last result of each number.
     rows = sorted({result.number: result for result in results}.values(), key=lambda result: result.number)
     best = next((rows[index] for index in best_jobs(rows, 1, objective[1])), None)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -130,6 +136,7 @@ def show_sweep(
         style = "bold" if result is best else "red" if result.is_failure else None
         minutes = f"{status.seconds / 60:.1f}"
         table.add_row(str(result.number), result.job.name, word, value, minutes, reason, style=style)
+    # A wide table in a log file, and the width of the terminal otherwise.
     Console(width=None if os.isatty(1) else 160, soft_wrap=False).print(table)
     if best is not None:
         print(f"Best {objective[0]}: {best.status.objective:.4f}, job {best.number}, {best.job.name}")
@@ -147,6 +154,7 @@ def show_sweep(
 
 def _planned_memory(status: Status) -> str:
     plan = status.plan
+    # The reason of a run that did not fit already names the sizes.
     if not plan or "GiB" in status.reason:
         return ""
     return f" (planned {plan['peak_gib']:.1f} GiB of {plan['usable_gib']:.1f})"

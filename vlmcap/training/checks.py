@@ -32,9 +32,11 @@ def check_run(config: Config, resumed: Path | None) -> None:
     Raises:
         UserError: A check fails.
     """
+    # From the cheapest check to those that ask libraries and the driver.
     check_engine(config)
     check_stages(config)
     check_monitor(config)
+    # The other processes may start after the first one has written into the folder.
     if is_main(config):
         check_folder(config, resumed)
     device_of(config)  # raises if the GPU is missing
@@ -60,6 +62,7 @@ def check_stages(config: Config) -> None:
         raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.epochs")
     for name, stage in named.items():
         if not any(peak_rate(stage, component) > 0 for component in COMPONENTS):
+            # The learning rates of a single stage and of the last of two are `tuning.projector_lr` and its siblings.
             is_first_of_two = name == "align" and len(config.tuning.stages) > 1
             raise UserError(
                 f"the stage {name} of tuning={config.tuning.name} trains nothing, because all its learning rates are "
@@ -80,10 +83,12 @@ def check_monitor(config: Config) -> None:
 
     has_facts = config.data.is_demo or config.evaluation.facts is not None
     visual_reliance = config.callbacks.visual_reliance
+    # `facts/<fact>` stands for any fact; `check_facts` looks at the name later, when the demo has written its facts.
     measured = ["loss", *METRIC_NAMES, *user_metrics(), *(["facts/<fact>"] if has_facts else [])]
     if visual_reliance.enabled and visual_reliance.every_n_validations == 1:
         measured.append("visual_reliance/swapped/cider_drop")
     split, _, name = config.monitor.partition("/")
+    # "facts/", "visual_reliance/": any name in such a group is accepted here.
     groups = tuple(example.partition("/")[0] + "/" for example in measured if "/" in example)
     if split != "val" or not (name in measured or name.startswith(groups)):
         raise UserError(
@@ -126,12 +131,14 @@ def check_resume_position(held: Mapping[str, Any], config: Config) -> None:
         config: Configuration of the run that resumes.
     """
     position, before, steps = held["position"], held["plan"], config.trainer.accumulate_grad_batches
+    # A position inside an epoch counts micro-batches, which only make whole optimiser steps with the same accumulation.
     if position["batches"] and before["accumulate"] != steps:
         raise UserError(
             f"the checkpoint was saved inside an epoch with trainer.accumulate_grad_batches={before['accumulate']}, "
             f"which cannot continue with {steps}; resume with the same value, or from a checkpoint at the end of an "
             "epoch"
         )
+    # Epochs that have not begun may change, so that a finished run can be continued with more of them.
     num_begun = position["epoch"] + bool(position["batches"])
     trained, planned = before["stages"][:num_begun], StagePlan(config.tuning.stages).stage_names()[:num_begun]
     if trained != planned:
@@ -160,6 +167,7 @@ def check_strategy(config: Config) -> None:
 
 
 def _check_fsdp2(config: Config) -> None:
+    # bitsandbytes keeps the scales of a packed weight in a state beside the tensor, which `fully_shard` does not cut.
     if config.llm.quantization is not Quantization["none"]:
         raise UserError(
             f"trainer=fsdp2 cannot shard the packed weights of llm.quantization={config.llm.quantization.name}; set "
@@ -200,6 +208,7 @@ def extra_callbacks(config: Config) -> list[L.Callback]:
         target = entry.get("_target_")
         try:
             callback = instantiate(entry, _convert_="all")
+        # Hydra wraps what the constructor raises; its cause is the message that helps.
         except (HydraException, TypeError, ValueError) as error:
             cause = first_line(error.__cause__ or error)
             raise UserError(
@@ -224,6 +233,7 @@ def check_launch(config: Config) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    # Lightning starts its children with LOCAL_RANK but without the launchers' variables; `launch_command` has given
     is_lightning_child = "LOCAL_RANK" in os.environ and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
     if (
         num_processes(config) == 1
@@ -276,6 +286,8 @@ def find_resume_checkpoint(config: Config) -> Path | None:
     """
     last = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
     if config.checkpoint is None:
+        # A requeued job has the same command as the first start, so `last.ckpt` alone says that there is something to
+        # resume.
         return last if config.trainer.requeue and last.is_file() else None
     path = last if config.checkpoint == "last" else Path(config.checkpoint)
     if not path.is_file():

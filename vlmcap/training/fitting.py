@@ -53,6 +53,7 @@ def fit(
         OutOfMemoryError: Memory ran out; the message says which settings would help.
     """
     run = build_run(config, assembly, clips, folder, step, trial)
+    # A restart must not begin with weights that the failed attempt has changed already.
     initial_weights = _trained_weights(run) if config.trainer.shrink_on_oom else {}
     show_start(config, run, assembly)
     while (error := _try_fit(run, resumed)) is not None:
@@ -67,6 +68,7 @@ def fit(
             flush=True,
         )
         config = smaller
+        # Models stay loaded; only what `build_run` has made is freed.
         del run  # frees the optimiser state
         release_memory()
         run = build_run(config, assembly, clips, folder, step, trial)
@@ -82,6 +84,7 @@ def smaller_batches(config: Config) -> Config | None:
     size = config.data.batch_size
     # The smallest divisor: half the batch if the size is even.
     factor = next((factor for factor in range(2, size + 1) if size % factor == 0), None)
+    # A token budget decides the batch size by itself, so there is no number of clips to divide.
     if factor is None or config.data.max_tokens_per_batch is not None:
         return None
     accumulated = config.trainer.accumulate_grad_batches * factor
@@ -91,6 +94,7 @@ def smaller_batches(config: Config) -> Config | None:
 
 
 def _may_shrink(config: Config, run: Run, resumed: Path | None) -> bool:
+    # With several processes, the others would wait for this one in a collective operation.
     is_early = resumed is None and run.trainer.global_step < MAX_SHRINK_STEP
     return config.trainer.shrink_on_oom and is_early and run.trainer.world_size == 1
 
@@ -102,10 +106,12 @@ def _try_fit(run: Run, resumed: Path | None) -> str | None:
     """
     try:
         with run.data.watch.as_user_errors(), handling_signals(run), reraising_interrupts(run.trainer):
+            # `weights_only`: checkpoints hold plain data and tensors, and nothing is ever unpickled.
             run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        # A plain string, because the exception's traceback would keep the tensors of the failed step alive.
         return first_line(error)
     return None
 
@@ -116,6 +122,7 @@ def reraising_interrupts(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
+        # Lightning catches KeyboardInterrupt, shuts down and calls `sys.exit(1)`, which would look like a failed run.
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
@@ -142,6 +149,7 @@ def _reset_weights(run: Run, weights: dict[str, Tensor]) -> None:
     for component in run.module.trained.values():
         for name, weight in component.items():
             weight.data.copy_(weights[name])
+            # Adapters and projector are the same objects in the next attempt.
             weight.grad = None
 
 

@@ -189,7 +189,7 @@ class CaptioningModule(L.LightningModule):
         Lightning averages over micro-batches and ranks, which would give a mean of means.
         """
         (tokens,) = self._sum_over_ranks(self._window_tokens)
-        self._window_tokens = 0
+        self._window_tokens = 0  # the next step counts from zero
         self._step_rates = {group["component"]: float(group["lr"]) for group in optimizer.param_groups}
         # Undoes the division of `training_step` and Lightning's two means, then divides by the label tokens.
         scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, tokens)
@@ -226,7 +226,7 @@ class CaptioningModule(L.LightningModule):
             if len(micro_batch):
                 assert prompts.features is not None
                 features = select_entries(prompts.features, [indices[clip.id] for clip in micro_batch.clips])
-                loss, count = self.captioner(replace(micro_batch, features=features))
+                loss, count = self.captioner(replace(micro_batch, features=features))  # a sum over `count` label tokens
                 losses.append(float(loss))
                 num_labels += count
         return ValidationOutput(captions, sum(losses), num_labels)

@@ -127,6 +127,7 @@ def make_module(
     """
     from vlmcap.training.module import CaptioningModule
 
+    # A caption has at most `caption_tokens` label tokens; a packed batch cannot have more labels than tokens.
     max_label_tokens = config.data.max_tokens_per_batch or config.data.batch_size * config.llm.caption_tokens
     return CaptioningModule(
         captioner,
@@ -166,14 +167,16 @@ def make_trainer(
         accumulate_grad_batches=config.trainer.accumulate_grad_batches,
         gradient_clip_val=config.optim.max_grad_norm,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=0,  # a validation generates captions, which takes minutes with a large model
         logger=loggers or False,
+        # The order of callbacks is that of their calls, except that Lightning moves checkpoint callbacks to the end.
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=_shows_bar(config),
-        enable_model_summary=False,
+        enable_model_summary=False,  # the start table has the components instead
         use_distributed_sampler=False,  # Lightning's sampler would repeat clips in evaluation; ours never does
         default_root_dir=folder,
+        # Measurements save nothing; `build_run` sets True for a training run, with its own checkpoint callbacks.
         **{"enable_checkpointing": False, "check_val_every_n_epoch": config.evaluation.every_n_epochs, **settings},
     )
 

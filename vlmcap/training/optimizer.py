@@ -38,6 +38,7 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
             chosen = [parameter for parameter in parameters.values() if (parameter.ndim >= 2) == is_matrix]
             if chosen:
                 # LearningRateMonitor needs a unique name for each group.
+                # `component` is the key by which the scheduler finds the rate of a group.
                 groups.append(
                     {
                         "params": chosen,
@@ -47,6 +48,7 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
                     }
                 )
     # 2. The optimiser of the configured kind.
+    # the scheduler sets the rates before the first step
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2)}
     if config.kind is OptimKind.adamw:
         return torch.optim.AdamW(groups, **settings)  # foreach on a GPU, by torch's own choice
@@ -60,6 +62,7 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, min_8bit_size=_MIN_8BIT_SIZE, **settings)
+    # Fused AdamW updates all tensors of a group in few kernels.
     optimizer = torch.optim.AdamW(groups, fused=True, **settings)
     # Otherwise the float16 scaler would unscale inside the step, after clipping, which Lightning refuses.
     optimizer._step_supports_amp_scaling = False
@@ -78,6 +81,7 @@ def adapt_optimizer_states(saved: list[dict[str, Any]], config: OptimConfig) -> 
     """
     is_wanted = config.kind is OptimKind.adamw_8bit
     for optimizer in saved:
+        # State of a parameter without a gradient so far is empty, and tells nothing about the kind.
         states = [state for state in optimizer["state"].values() if state]
         if states and any(name in state for state in states for name in _QUANTIZED_STATE) != is_wanted:
             kind = "adamw" if is_wanted else "adamw_8bit"

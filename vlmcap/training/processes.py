@@ -36,10 +36,13 @@ def process_rank(config: Config) -> int:
 
     if num_processes(config) == 1:
         return 0
+    # 1. srun has started every process. With LOCAL_RANK set, Lightning has started this one itself, inside a Slurm job.
     if "LOCAL_RANK" not in os.environ and SLURMEnvironment.detect():
         return int(os.environ["SLURM_PROCID"])
+    # 2. torchrun.
     if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["RANK"])
+    # 3. Lightning's own launcher, one per machine; GROUP_RANK is torchrun's name for the rank of a machine.
     node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
     return node * config.hardware.devices + local_rank()
 
@@ -81,6 +84,7 @@ def as_process(config: Config) -> Iterator[None]:
 
     from vlmcap.training.strategies import end_processes
 
+    # Lightning prints and logs by this rank, for which it takes RANK or LOCAL_RANK until there is a trainer.
     rank_zero_only.rank = process_rank(config)  # type: ignore[attr-defined]
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -104,6 +108,7 @@ def launch_command(config: Config) -> list[str]:
     if not HydraConfig.initialized():
         return [*script, *sys.argv[1:]]
     folder = Path(config.paths.output_dir).resolve()
+    # `task` holds the overrides of this job, with the one value of each swept key.
     kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(_REPLACED)]
     # All processes share one folder, in which Hydra writes for the first process alone.
     added = [
@@ -122,6 +127,7 @@ def _program_command() -> list[str]:
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
+    # `__spec__` is None for a script or a console entry point, and names the module for `python -m`.
     is_vlmcap = (
         Path(sys.argv[0]).stem == "vlmcap"
         if spec is None
@@ -141,6 +147,7 @@ def make_strategy(config: Config) -> LightningStrategy:
         return ShardedStrategy(command, num_processes(config))
     if num_processes(config) == 1:
         return SingleStrategy(device_of(config))
+    # DDP must look for parameters without a gradient if a later stage trains others, if a partly tuned encoder has
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
     is_simple = (
         len(stages) == 1 and config.tuning.encoder_tuning is EncoderTuning.none and not uses_expert_adapters(config)

@@ -17,6 +17,7 @@ def random_states() -> dict[str, Any]:
     version, internal, gauss_next = random.getstate()
     return {
         "python": [version, list(internal), gauss_next],
+        # Plain data and tensors, as `torch.load(weights_only=True)` refuses NumPy arrays. int64 holds the uint32 keys.
         "numpy": [
             str(name),
             torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -25,6 +26,7 @@ def random_states() -> dict[str, Any]:
             float(gauss),
         ],
         "torch": torch.get_rng_state(),
+        # asking an unused CUDA would initialise it
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
@@ -37,6 +39,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
+        # A resumed run may have fewer GPUs.
         torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
 
 

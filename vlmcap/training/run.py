@@ -146,14 +146,17 @@ def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float
     """
     from vlmcap.training.callbacks.saving import run_checkpoints
 
+    # 1. Load the best checkpoint. Scores of the training loop are of `evaluation.max_clips` clips at most.
     saved = run_checkpoints(run.trainer)
     scores = dict(run.evaluation.scores)
     if saved.best is not None:
         load_weights(assembly, read_checkpoint(saved.best_path), config)
         scores = dict(saved.best.scores)
+    # 2. Caption the splits other than the first, which is the training split.
     with handling_signals(run):
         for split in list(run.data.clips)[1:]:
             scores |= test(run, Split[split])
+        # 3. Tests measure no loss, so that a run which ended before its first validation has none yet.
         if config.monitor == "val/loss" and not math.isfinite(scores.get("val/loss", math.nan)):
             scores |= _validation_loss(run)
     return scores
@@ -161,6 +164,7 @@ def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float
 
 def _validation_loss(run: Run) -> dict[str, float]:
     """Returns the loss of the validation clips for a run that ended before its first validation."""
+    # Lightning attaches a data module only when it is given one, and the loaders need the rank.
     run.data.trainer = run.trainer
     labelled = run.data.val_dataloader(is_captioned=False)
     with run.data.watch.as_user_errors(), suppress(TrialPruned):  # training is over, so there is nothing to prune
@@ -188,10 +192,12 @@ def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Co
         clips: Clips that were read already; empty if none were.
     """
     if not config.data.is_demo:
+        # The share of bad clips is checked before the demo is rendered or anything is loaded.
         clips = clips or _read_splits(config)
         open_skipped_log(config, clips)
     config = prepare(config)
     check_facts(config)
+    # The demo's clips exist only after `prepare`.
     clips = clips or _read_splits(config)
     check_monitored_clips(config, clips)
     if is_main(config):
@@ -204,6 +210,7 @@ def _read_splits(config: Config) -> Splits:
     if not config.trainer.overfit:
         return load_splits(config, REQUIRED_SPLITS, OPTIONAL_SPLITS)
     read = load_splits(config, [Split.train])
+    # The same table twice: the captions of the validation show what was memorised.
     return Splits({"train": read["train"], "val": read["train"]}, read.skipped, read.note)
 
 
@@ -250,6 +257,7 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     # 3. Report.
     (folder / "predictions" / f"{split.value}.jsonl").replace(folder / "predictions.jsonl")
+    # Only an empty folder is removed.
     if not any((folder / "predictions").iterdir()):  # the folder of a training run holds other predictions
         (folder / "predictions").rmdir()
     write_json(
@@ -263,6 +271,7 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 def test(run: Run, split: Split) -> dict[str, float]:
     """Captions a full split and returns its scores by name."""
     run.evaluation.split = split.value
+    # As in `_validation_loss`.
     run.data.trainer = run.trainer
     with run.data.watch.as_user_errors():
         run.trainer.test(run.module, dataloaders=run.data.prompt_loader(split.value), verbose=False)

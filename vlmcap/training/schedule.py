@@ -83,6 +83,7 @@ class StagePlan:
         position = self.at_epoch(step // steps_per_epoch)
         num_steps = position.stage.epochs * steps_per_epoch
         return cosine_rate(
+            # Each stage has a warm-up and a decay of its own, counted from its first step.
             step - position.first_epoch * steps_per_epoch,
             num_steps,
             peak=peak_rate(position.stage, component),
@@ -106,6 +107,7 @@ class StageRates(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, plan: StagePlan) -> None:
         self.plan, self.steps_per_epoch = plan, 0
+        # The base class calls `step`, with `steps_per_epoch` still 0, so that no rate changes before `begin`.
         super().__init__(optimizer)
 
     def begin(self, epoch: int, step: int, steps_per_epoch: int) -> None:
@@ -118,6 +120,7 @@ class StageRates(LRScheduler):
                 loaders.
         """
         self.steps_per_epoch = steps_per_epoch
+        # The total is computed with this run's steps per epoch, also for epochs that were trained with another number.
         self.step(epoch * steps_per_epoch + step)
 
     @property
@@ -139,6 +142,7 @@ class StageRates(LRScheduler):
     def get_lr(self) -> list[Any]:
         """Returns the rates of the next step; before `begin`, the rates of the optimiser."""
         groups = self.optimizer.param_groups
+        # Called by the base class's constructor.
         if self.steps_per_epoch == 0:
             return [group["lr"] for group in groups]
         return [self.plan.rate(group["component"], self.last_epoch, self.steps_per_epoch) for group in groups]

@@ -41,11 +41,15 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
     del stripped
     # 2. Divide the model into units, the inner ones first.
     policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+        # Weights are gathered in the dtype of autocast, and gradients are summed in float32.
+        param_dtype=dtype,
+        reduce_dtype=torch.float32 if dtype else None,
+        cast_forward_inputs=False,
     )
     for component in ("encoder", "llm"):
         for block in blocks(getattr(captioner, component)):
             fully_shard(block, mesh=mesh, mp_policy=policy)
+    # No policy: the projector's weights stay in float32 when they are gathered.
     fully_shard(captioner.projector, mesh=mesh)  # type: ignore[arg-type]
     # Unlike torch's default for a root, gather again in the backward pass: embeddings and head take a gigabyte, and
     # stages change which parameters are trained.
@@ -70,6 +74,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(child, nn.ModuleList):
             yield from (member for member in child if next(member.parameters(), None) is not None)
         else:
+            # Only the outermost lists: blocks inside of blocks, such as experts, belong to the unit of their layer.
             yield from _blocks(child)
 
 
@@ -80,6 +85,7 @@ def _strip_to_meta(captioner: nn.Module) -> dict[str, Tensor]:
     for module in captioner.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
+                # Tied weights, such as embedding and head, must stay one parameter.
                 if id(parameter) not in replaced:
                     empty = torch.empty_like(parameter, device="meta")
                     replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
@@ -98,6 +104,7 @@ def as_sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
     moved = tensor.to(model.device)
     if not isinstance(model, DTensor):
         return moved
+    # None: every process cuts its own shard from its own copy, and nothing is sent.
     return distribute_tensor(moved, model.device_mesh, model.placements, src_data_rank=None)
 
 

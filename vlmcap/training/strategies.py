@@ -40,6 +40,7 @@ class JobLauncher(_SubprocessScriptLauncher):
         self._check_can_spawn_children()
         environment, count = self.cluster_environment, self.num_processes
         # The variables of torchrun, which the children inherit; each child gets a rank of its own below.
+        # `|=` writes into the environment of this process, which joins the group with the same variables.
         os.environ |= {
             "MASTER_ADDR": environment.main_address,
             "MASTER_PORT": str(environment.main_port),
@@ -50,6 +51,7 @@ class JobLauncher(_SubprocessScriptLauncher):
         self.procs = [
             subprocess.Popen(self.command, env=os.environ | {"LOCAL_RANK": str(rank)}) for rank in range(1, count)
         ]
+        # Known beyond this launcher, because the processes take part in fit and tests, until `end_processes`.
         _children.extend(self.procs)
 
 
@@ -62,6 +64,7 @@ class _KeepOnDevice(Strategy):
     def teardown(self) -> None:
         """Frees what Lightning frees, except the model."""
         module = self.lightning_module
+        # `Strategy.teardown` calls `.cpu()` on the module if it has one.
         self._lightning_module = None  # hides the module from Lightning, which would move it
         try:
             super().teardown()
@@ -87,7 +90,7 @@ class SharedStrategy(_KeepOnDevice, DDPStrategy):
     def __init__(self, command: Sequence[str], *, has_unused: bool) -> None:
         super().__init__(
             find_unused_parameters=has_unused,
-            broadcast_buffers=False,
+            broadcast_buffers=False,  # they hold constants, which are equal in all processes
             gradient_as_bucket_view=True,
             static_graph=False,
             timeout=_TIMEOUT,
@@ -101,6 +104,7 @@ class SharedStrategy(_KeepOnDevice, DDPStrategy):
         """Wraps the module in DDP, which ignores its frozen parameters."""
         assert isinstance(self.model, torch.nn.Module)
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        # At the start DDP broadcasts every parameter that is not in this list, also a frozen one.
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
         super().configure_ddp()
 
@@ -118,6 +122,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(self, command: Sequence[str], num_processes: int) -> None:
+        # All processes are data parallel; the tensor parallel size is 1.
         super().__init__(num_processes, 1, save_distributed_checkpoint=False, timeout=_TIMEOUT)
         self.command = command
 
@@ -139,7 +144,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the optimiser state in the layout of a single process; every process must call this method."""
+        # Lightning may wrap the optimiser; the torch optimiser is inside.
         plain = getattr(optimizer, "optimizer", optimizer)
+        # `state_dict` numbers the parameters by their place in the groups, which is the same in any number of
+        # processes.
         full: dict[str, Any] = plain.state_dict()
         return full | {
             "state": {
@@ -162,6 +170,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads the optimiser states, sharded like their weights."""
+        # States arrive in full; moments are cut like their weights, and the step counter stays as it is.
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states = {
@@ -180,6 +189,7 @@ def _shard_state(value: Any, parameter: Tensor) -> Any:
 def _launcher(strategy: Any) -> JobLauncher | None:
     environment = strategy.cluster_environment
     if environment.creates_processes_externally:
+        # torchrun or srun has started the others.
         return None
     return JobLauncher(strategy.command, environment, strategy.num_processes, strategy.num_nodes)
 
@@ -201,6 +211,7 @@ def end_processes(*, is_failed: bool) -> None:
             process.kill()
             process.wait()
     _children.clear()
+    # The next job of a sweep opens a group of its own, at another port.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):

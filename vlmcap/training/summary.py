@@ -36,6 +36,7 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     """Prints the table of trained and frozen components, and the main settings of the run."""
     from vlmcap.training.callbacks.progress import component_counts, show_components
 
+    # The encoder may not be loaded, so its size comes from the model on the meta device.
     components = component_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
@@ -133,6 +134,7 @@ def summarize(
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
+        # None if the batch size was not lowered after an out-of-memory error.
         "shrunk_from": configured_batch_size if configured_batch_size != config.data.batch_size else None,
     }
 
@@ -176,6 +178,7 @@ def _program() -> list[str]:
 
 def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
     """Returns the scores with None in place of NaN, which JSON does not have."""
+    # NaN is the only value that differs from itself.
     return {name: None if value != value else value for name, value in scores.items()}
 
 
@@ -183,6 +186,7 @@ def _peak_memory_gib(config: Config) -> float | None:
     """Returns the peak memory of the device, or of this process on the CPU; None on Windows, which counts none."""
     import torch
 
+    # Bytes of live tensors; the allocator reserves some more.
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     try:
@@ -194,6 +198,7 @@ def _peak_memory_gib(config: Config) -> float | None:
 
 
 def _git_revision() -> str | None:
+    # "1a2b3c4d5e6f-dirty" in a checkout; empty for an installed wheel.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     return process.stdout.strip() or None

@@ -35,10 +35,12 @@ def augment_frames(frames: Tensor, augment: AugmentConfig, rng: Generator) -> Te
     Returns:
         uint8 (F, 3, H', W'); the frames themselves if nothing is enabled.
     """
+    # Drawn in one call, so that switching one change off does not alter the random numbers of the others.
     share, top, left, *factors = rng.random(6).tolist()
     if augment.crop:
         frames = crop_frames(frames, share * augment.crop, top, left)
     if augment.color:
+        # 0…1 -> 1 - color … 1 + color
         frames = recolor_frames(frames, *(1 + augment.color * (2 * factor - 1) for factor in factors))
     return frames
 
@@ -60,7 +62,9 @@ def recolor_frames(frames: Tensor, brightness: float, contrast: float, saturatio
     luma = torch.tensor(_LUMA)
     mean_grey = float(luma @ frames[..., ::_MEAN_STEP, ::_MEAN_STEP].float().mean(dim=(0, 2, 3)))
     scale = brightness * contrast
+    # Saturation mixes each channel with the luma, (3, 3); contrast and brightness scale the result.
     matrix = scale * (saturation * torch.eye(3) + (1 - saturation) * luma.expand(3, 3))
+    # Contrast pulls towards the mean grey, and brightness scales that too.
     offset = torch.full((3, 1), (1 - contrast) * brightness * mean_grey)
     changed = torch.empty(frames.shape, dtype=torch.uint8)
     for frame, target in zip(frames, changed, strict=True):

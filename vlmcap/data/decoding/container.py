@@ -121,6 +121,7 @@ class MediaFile:
             if path is not None:  # the library reads it faster than through a file object
                 source, protocols = f"file:{path}", "file"
             else:
+                # Without any protocol, the library can read nothing but this stream.
                 source, protocols = stream or stack.enter_context(self.open_bytes()), "none"
             options = {"protocol_whitelist": protocols, "format_whitelist": _FORMATS}
             yield stack.enter_context(
@@ -168,6 +169,7 @@ def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream
     from av.video.stream import VideoStream
 
     stream = container.streams.best("video")
+    # Covers of audio files are video streams of one picture.
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise VideoError("it has no video stream")
     if getattr(stream, "codec_context", None) is None:

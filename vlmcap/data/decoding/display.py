@@ -44,6 +44,7 @@ def is_hd(width: int, height: int) -> bool:
 def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
     """Returns whether a frame needs at most a rotation, so that any decoder that follows rotation gives the same."""
     matrix = display_matrix(frame)
+    # A positive determinant rotates, a negative one mirrors.
     is_turn = matrix is None or matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0
     return (
         is_turn
@@ -59,6 +60,7 @@ def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
 
     Interlaced frames show the moment of their upper field, rather than two moments at once.
     """
+    # Both fields of an interlaced frame are from different moments; one of them is enough.
     if frame.interlaced_frame:
         frame = _upper_field(frame)
     colorspace = Colorspace.ITU709 if _is_untagged_hd(frame) else None
@@ -87,6 +89,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
         return _TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
         return None
+    # The first two rows of a 3 × 3 matrix, whose third column is about perspective.
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(side_data), np.int32)[:5])
     return (a, b, c, d) if a * d != b * c else None
 
@@ -97,9 +100,11 @@ def _oriented(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int] | Non
         return pixels
     a, b, c, d = matrix
     across, down = a, d
+    # Nearer to a quarter turn: x and y change places.
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels = pixels.transpose(1, 0, 2)  # (H, W, 3) -> (W, H, 3)
         across, down = c, b
+    # Negative entries reverse an axis.
     return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
 
 

@@ -154,10 +154,13 @@ class FrameReader:
             VideoError: The clip ends well before it should, contains no frame, or the deadline has passed.
         """
         moment = self._tick_of(moment_s)
+        # 1. Jump ahead if that skips enough frames.
         if self._can_seek and self._saves_decoding(moment):
             self._seek(moment)
+        # 2. Let the decoder drop non-reference frames until shortly before the moment.
         if self._can_skip:
             self._decode_all_from = moment - _SKIP_MARGIN_FRAMES * self.timeline.step
+        # 3. Decode up to the moment.
         self._go_to(moment)
         if self._shown is not None and self._shown[0] < self._last_skipped:
             # After a long pause between frames, a skipped frame may be the one on screen.
@@ -167,6 +170,7 @@ class FrameReader:
             self._go_to(moment)
         if self._shown is None:
             raise VideoError("it contains no frame that can be decoded")
+        # 4. The file has ended: the last frame may stand for its own duration, and not for a truncated rest.
         if self._ahead is None:
             start, frame = self._shown
             end = start + max(frame.duration or 0, self.timeline.step) - self.timeline.start
@@ -204,6 +208,7 @@ class FrameReader:
     def _go_to(self, moment: int) -> None:
         if not self._is_started:
             self._ahead, self._is_started = next(self._frames, None), True
+        # The frame on screen is the last one that begins before or at the moment.
         while self._ahead is not None and (self._shown is None or self._ahead[0] <= moment):
             self._shown, self._ahead = self._ahead, next(self._frames, None)
 
@@ -245,6 +250,7 @@ class FrameReader:
         """Yields the packets from key frames that are not later than `moment`, each time from further back."""
         if self.timeline.is_indexed:
             second = math.ceil(1 / self.timeline.tick_s)
+            # Some key frames lack part of the picture, so earlier ones are tried too.
             for goal in (moment, moment - second, moment - 10 * second, self.timeline.start):
                 packets = self._packets_from(max(goal, self.timeline.start))
                 packet = next(packets, None)
@@ -258,6 +264,7 @@ class FrameReader:
 
     def _find_key(self, key: KeyPacket) -> Iterator[Packet[VideoStream]] | None:
         """Returns the packets from `key` on, or None if no seek leads to it."""
+        # Formats seek by display times or by decoding times, and some stop late, hence a second earlier.
         for goal in (key.time, key.decoding_time, key.decoding_time - math.ceil(1 / self.timeline.tick_s)):
             packets = self._packets_from(goal)
             for packet in packets:

@@ -30,6 +30,7 @@ def to_sdr(pixels: NDArray[np.uint16], *, is_hlg: bool) -> NDArray[np.uint8]:
     for top in range(0, len(pixels), _NUM_ROWS):
         light = decode[pixels[top : top + _NUM_ROWS]]  # (rows, W, 3)
         if is_hlg:  # scene light to display light, which raises bright areas more than dark ones
+            # HLG's system gamma of 1.2 for a display of 1000 nits, as luma^(1.2 - 1)
             light *= np.maximum(light @ _LUMA, 1e-6)[..., None] ** np.float32(0.2)
             light *= np.float32(_PEAK_NITS / _WHITE_NITS)
         light = np.maximum(light @ _TO_BT709.T, 0)
@@ -50,6 +51,7 @@ def _roll_off(light: NDArray[np.float32]) -> NDArray[np.float32]:
 @functools.cache
 def _decode_pq() -> NDArray[np.float32]:
     """Returns the light of each 16-bit value, where 1 is white."""
+    # Constants of SMPTE ST 2084
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
     power = np.linspace(0, 1, 1 << 16) ** (1 / m2)
     nits = 10_000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
@@ -59,6 +61,7 @@ def _decode_pq() -> NDArray[np.float32]:
 @functools.cache
 def _decode_hlg() -> NDArray[np.float32]:
     """Returns the scene light of each 16-bit value, 0 to 1."""
+    # Constants of ARIB STD-B67
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     signal = np.linspace(0, 1, 1 << 16)
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12).astype(np.float32)

@@ -78,6 +78,7 @@ def sample_indices(num_all: int, data: DataConfig, rng: Generator | None) -> lis
     """
     chosen = data if data.sampling is Sampling.random else dataclasses.replace(data, sampling=Sampling.uniform)
     moments = choose_moments(chosen, float(num_all), rng)
+    # Against centres that fall just below a whole number.
     return sorted({min(int(moment + 1e-9), num_all - 1) for moment in moments})
 
 
@@ -106,6 +107,7 @@ def _to_rgb(image: Image.Image, size: tuple[int, ...] | None = None) -> NDArray[
     """Returns an upright image, uint8 (3, H, W); `size` is (H, W) to scale to."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):  # PIL would clip 16 bits at 255 instead of scaling them
+        # The upper byte of 16 bits.
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     pixels = upright.convert("RGB")
     if size is not None and (pixels.height, pixels.width) != tuple(size):

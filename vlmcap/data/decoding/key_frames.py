@@ -60,6 +60,7 @@ def picture_changes(
         deadline_s: `time.monotonic()` at which a `VideoError` is raised.
     """
     entries = _indexed_keys(stream) if timeline.is_indexed else []
+    # Enough key frames: they alone are decoded, each by itself.
     if len(entries) >= _KEYS_FOR_CHANGE * num_frames:
         chosen = [entries[i] for i in spread(len(entries), min(len(entries), _MAX_KEYS * num_frames))]
         packets = _with_flushes(_indexed_packets(container, stream, chosen, deadline_s))
@@ -69,6 +70,7 @@ def picture_changes(
     changes: list[float] = []
     last: NDArray[np.int16] | None = None
     for moment, frame in timeline.clock(packets):
+        # Thumbnails closer to each other than this would not change the choice.
         if times and moment < times[-1] + max(1, timeline.duration // (_MAX_THUMBNAILS * num_frames)):
             continue
         grey = frame.to_ndarray(

@@ -73,6 +73,7 @@ def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames
     moments = [key_moments[i] for i in spread(len(key_moments), min(len(key_moments), num_frames))]
     while len(moments) < num_frames:
         edges = [0.0, *moments, duration_s]
+        # The longest gap between neighbouring moments, or between one and an end of the clip.
         start, end = max(pairwise(edges), key=lambda gap: gap[1] - gap[0])
         moments = sorted([*moments, (start + end) / 2])
     return moments
@@ -92,10 +93,12 @@ def adaptive_moments(
         num_frames: Number of moments.
     """
     knots = np.asarray([0.0, *times, duration_s])
+    # Change that has accumulated up to each moment; it is 0 before the second picture.
     curve = np.concatenate([[0.0, 0.0], np.cumsum(changes, dtype=np.float64), [float(np.sum(changes))]])[: len(knots)]
     if len(times) < 2 or curve[-1] <= 0 or duration_s <= 0:
         return uniform_moments(duration_s, num_frames)
     share: NDArray[np.float64] = _EVEN_SHARE * knots / duration_s + (1 - _EVEN_SHARE) * curve / curve[-1]
+    # The middles of equal shares, at which the curve is read backwards.
     wanted = (2 * np.arange(num_frames) + 1) / (2 * num_frames)
     return [float(moment) for moment in np.interp(wanted, share, knots)]
 

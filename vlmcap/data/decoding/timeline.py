@@ -149,6 +149,7 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
     keys = tuple(
         sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None)
     )
+    # The first packet shows the first frame, unless frames are reordered or key frames are missing.
     start, is_start_known = times[0], times[0] == min(times) and scan.is_from_key
     if is_slotted:
         start = scan.first_time()
@@ -203,11 +204,13 @@ class _Scan:
         """Returns ascending times of all frames if packets do not carry display times; empty if they do."""
         times = [time for time in self.times if time is not None]
         start = times[0] if times else 0
+        # Times at a constant rate, where nothing better is known.
         even = [start + self._step * i for i in range(len(self.times))]
         # One of two packets may lack a time, as they can be the fields of one frame.
         if 2 * len(times) < len(even):
             return self._between_known() or even
         orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
+        # The clock was reset, so no time can be trusted.
         if any(after < before - largest_jump for before, after in pairwise(orders)):
             return even
         if any(after <= before for before, after in pairwise(times)) or len(times) < 2:
@@ -226,6 +229,7 @@ class _Scan:
         if len(known) < 2 or any(after <= before for before, after in pairwise(orders)):
             return []
         known.append(len(self.times))
+        # One more place behind the last frame, at the average distance.
         orders.append(orders[-1] + round((orders[-1] - orders[0]) / (known[-2] - known[0]) * (known[-1] - known[-2])))
         spread = np.interp(np.arange(len(self.times)), known, orders)
         first = self.times[known[0]]
@@ -257,6 +261,7 @@ def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
 
 
 def _stated_end(container: InputContainer, stream: VideoStream, tick_s: Fraction) -> int | None:
+    # "00:01:02.345000000"
     if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
         # Matroska; some writers state the duration, which is never later than the end.
         hours, minutes, seconds = (Fraction(number) for number in tag.groups())

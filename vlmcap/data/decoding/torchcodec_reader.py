@@ -88,7 +88,9 @@ class TorchcodecReader:
             batch = self._decoder.get_frames_played_at([min(max(moment, self.start_s), last_s) for moment in moments_s])
         except (RuntimeError, IndexError, ValueError) as error:
             raise VideoError(f"torchcodec cannot decode it ({first_line(error)})") from error
+        # Moments between two frames give the same frame.
         times_s, inverse = torch.unique_consecutive(batch.pts_seconds, return_inverse=True)
         indices = inverse.tolist()
+        # The first position of each distinct frame.
         firsts = [indices.index(index) for index in range(indices[-1] + 1)]
         return batch.data[firsts], times_s, indices

@@ -87,6 +87,7 @@ def read_timed_frames(
 ) -> DecodedFrames:
     """Reads frames as `read_frames` does, with the time of each; `pad_frames` repeats times like frames."""
     limits = limits or DecodeLimits()
+    # One deadline for opening, scanning and decoding.
     deadline_s = time.monotonic() + data.decode_timeout_s
     file = MediaFile(clip if isinstance(clip, str) else clip.video)
     if isinstance(clip, Clip) and clip.frames:
@@ -147,6 +148,7 @@ def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[T
     times_s: list[float] = []
     for moment_s in moments:
         frame = reader.frame_at(moment_s)
+        # The same frame is on screen, and is not converted twice.
         if frames is not None and frame is last:
             indices.append(indices[-1])
             continue
@@ -200,6 +202,7 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf:
         raise ValueError(f"fps must be positive, not {fps}")
     options = {"crf": str(crf), "preset": "veryfast", "x264-params": _REPRODUCIBLE}
     with replacing(Path(path)) as partial:
+        # 1001 allows 30000/1001, the rate of NTSC.
         _encode(partial, frames, Fraction(fps).limit_denominator(1001), options)
 
 
@@ -211,7 +214,12 @@ def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict
     from vlmcap.data.decoding.display import is_hd
 
     with av.open(
-        f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart", "fflags": "+bitexact"}
+        # The index at the front lets a reader start before the whole file is there; bitexact leaves out version and
+        # date.
+        f"file:{path}",
+        "w",
+        format="mp4",
+        container_options={"movflags": "+faststart", "fflags": "+bitexact"},
     ) as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -73,6 +73,7 @@ def media_hash(address: str, stat: MediaStat) -> str:
     size = stat.size
     digest = hashlib.sha256(f"{size}:".encode())
     with open_media(address) as file:
+        # Up to 1 MiB a file is hashed whole, beyond that by 16 blocks of 64 KiB.
         if size <= _BLOCK * _NUM_BLOCKS:
             digest.update(file.read())
         else:
@@ -105,6 +106,7 @@ def _clip_hash(clip: Clip, known: dict[str, _HashRecord | None]) -> bytes:
     digests = [entry[2] for entry in entries if entry]
     if len(digests) < len(entries):
         return UNREADABLE
+    # The prefix keeps a list of one image apart from that image.
     return hashlib.sha256(("frames:" + ",".join(digests)).encode()).hexdigest()[:32].encode()
 
 
@@ -194,6 +196,7 @@ class _HashCache:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+        # The low byte of an extended error code is the primary one.
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED and not self._was_replaced:
             self._was_replaced = True
             for suffix in ("", "-journal", "-wal", "-shm"):

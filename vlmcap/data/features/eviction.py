@@ -85,6 +85,7 @@ def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
         shutil.rmtree(leftover, ignore_errors=True)
     sizes = {folder: _size(folder) for folder in store_folders(root)}
     before = excess = sum(sizes.values()) - max_bytes
+    # The least recently used first.
     for folder in sorted(sizes, key=last_used):
         if excess <= 0:
             break
@@ -160,6 +161,7 @@ def _size(folder: Path) -> int:
 def _evict(folder: Path, num_bytes: int) -> int:
     """Evicts about `num_bytes` of a store, or all of it if no shard is left; returns the bytes freed."""
     freed, shards = 0, shards_of(folder)
+    # Shards are sorted by their time, so the oldest features go first.
     while shards and freed < num_bytes:
         with contextlib.suppress(FileNotFoundError):  # another process evicts at the same time
             size = shards[0].stat().st_size

@@ -157,6 +157,7 @@ class _Filling:
 
     def _chunks(self) -> list[_Chunk]:
         """Splits all clips, not only the missing ones, so that processes that start at other times get equal chunks."""
+        # First position of each distinct content, in the order of the clips.
         positions = np.sort(np.unique(self.hashes, return_index=True)[1])
         size = self.settings.chunk_clips
         slices = [positions[start : start + size].astype(np.int64) for start in range(0, len(positions), size)]
@@ -241,6 +242,7 @@ class _Filling:
                     f"{self.max_bytes / 2**30:.2f}; raise it, or {hint}"
                 )
             self._make_room(num_bytes)
+            # Making room may have freed some.
             free = shutil.disk_usage(self.store.folder).free
         if num_bytes > free:
             raise UserError(

@@ -62,6 +62,7 @@ class ShardIndex:
 
     def find(self, content: bytes) -> int | None:
         """Returns the row of a clip, or None."""
+        # `hashes` is sorted.
         row = int(np.searchsorted(self.hashes, np.asarray(content, "S32")))
         return row if row < len(self.hashes) and self.hashes[row] == content else None
 
@@ -147,6 +148,7 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
         del broken[name]
     # 2. Read the headers of new shards.
     new = []
+    # New shards: present, not known or changed, and not broken.
     for name in sorted(present.keys() - (known.keys() - gone) - broken.keys()):
         try:
             shard = read_shard(folder / name)
@@ -245,7 +247,9 @@ def _load(folder: Path) -> ShardIndex | None:
             checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
             times_s = _mapped(file, header, "times_s", np.float64, header.tensors["times_s"].shape[1])
         index = ShardIndex(files, hashes, offsets, layouts, checksums, times_s)
+        # A file that was cut off or changed has another checksum, and is made again.
         return index if header.metadata["checksum"] == str(_checksum(header.metadata["files"], index)) else None
+    # Whatever is wrong: the index only repeats what the shards hold.
     except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

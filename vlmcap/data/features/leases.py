@@ -38,6 +38,7 @@ class Lease:
     def renew(self) -> None:
         """Marks the store as in use; cheap enough to call at each read."""
         pid, now = self._renewed
+        # A fork has another process id, and takes a lease of its own.
         if pid == os.getpid() and time.monotonic() - now < _RENEW_S:
             return
         path = self.folder / USERS / process_name()
@@ -76,6 +77,7 @@ def is_alive(lease: Path) -> bool:
         is_late = time.time() - lease.stat().st_mtime > _EXPIRE_S
         if is_here(lease.name):
             try:
+                # Its owner holds a lock as long as it lives, so a lock that can be taken means a dead one.
                 with file_lock(lease):
                     lease.unlink()
                 return False
@@ -84,6 +86,7 @@ def is_alive(lease: Path) -> bool:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
+        # A lease of another machine, or on a file system without locks.
         if not is_late:
             return True
         lease.unlink()

@@ -93,6 +93,7 @@ def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
 
 def is_finite(numbers: Tensor) -> bool:
     """Returns, in a single pass, whether no number is NaN or infinite."""
+    # NaN and infinity both reach the smallest or the largest number.
     return bool(torch.isfinite(torch.stack(torch.aminmax(numbers))).all())
 
 

@@ -79,6 +79,7 @@ def cache_key(**values: object) -> str:
         ValueError: A float is not finite.
     """
     _check_plain(values)
+    # One text for equal values, as JSON without NaN and without spaces.
     text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

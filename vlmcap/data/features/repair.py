@@ -68,8 +68,10 @@ def repair_shard(path: Path) -> bool:
         content: Skipped(Clip("", "", ()), reason, content not in shard.lost)
         for content, reason in shard.skipped.items()
     }
+    # =|Not final, so that the next filling computes the features of these clips.
     skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
     times_s = {entry.content: entry.times_s for entry in shard.entries if entry.times_s and entry.content in valid}
+    # The new shard is complete before the damaged one goes.
     write_shard(path.parent, shard.dtype, valid, grids, skipped, shard.errors, times_s)
     path.unlink(missing_ok=True)
     return True

@@ -179,7 +179,7 @@ def _entry(
     place = header.tensors[name]
     if not _CONTENT.fullmatch(name) or place.dtype != _SAFE_TYPE[dtype] or not 0 <= checksum < 2**32:
         raise ValueError(name)
-    num_frames, num_patches, embed_dim = place.shape
+    num_frames, num_patches, embed_dim = place.shape  # (F, P, Dv)
     scale_offset = 0
     if dtype == "int8":
         scale = header.tensors[name + SCALE]
@@ -248,6 +248,7 @@ def write_shard(
     checksums = {
         content: tensors_checksum(content, tensors, grids.get(content), times.get(content, ())) for content in names
     }
+    # Metadata of safetensors is text only, so everything is JSON in a string.
     plain: dict[str, Any] = {
         "grids": grids,
         "times_s": times,
@@ -364,6 +365,7 @@ class ShardWriter:
                     "or set cache.enabled=false"
                 ) from error
             raise
+        # Only after the shard is on the disk.
         self._tensors, self._grids, self._times_s, self._skipped, self._errors = {}, {}, {}, {}, ErrorSums()
         self.num_bytes, self.since = 0, None
 
@@ -373,7 +375,7 @@ class ShardWriter:
         read = stored[content]
         if self.recipe.dtype == "int8":
             stored[content], stored[content + SCALE] = quantize(features)
-            read = dequantize(stored[content], stored[content + SCALE])
+            read = dequantize(stored[content], stored[content + SCALE])  # what training will read
         self._check(sample, features, read)
         self._errors.add(measure(features, read))
         self._tensors |= {name: _to_own_memory(tensor, features) for name, tensor in stored.items()}

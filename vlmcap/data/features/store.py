@@ -109,6 +109,7 @@ class FeatureStore:
         """
         names, first = np.unique(hashes, return_index=True)
         is_missing = ~contains(self._opened().hashes, names) & (names != UNREADABLE)
+        # Lost clips are tried again, those that are broken for good are not.
         known = np.setdiff1d(self._skipped_hashes, self._lost_hashes) if retry_lost else self._skipped_hashes
         is_missing &= ~contains(known, names)
         return np.sort(first[is_missing]).astype(np.int64)
@@ -147,6 +148,7 @@ class FeatureStore:
         try:
             return self._read(content), self.grid_thw(content)
         except (OSError, ValueError):
+            # The open file may be an older one of the same name.
             self._shards.close()
             self.refresh()  # another machine may have written them again
         try:
@@ -183,6 +185,7 @@ class FeatureStore:
         self.refresh()
         if self._index is not self._saved:
             indices.save(self._opened(), self.folder)
+            # Reloaded from the file, so that the arrays are mapped and shared with other processes.
             self._index = None
             self.refresh()
 
@@ -223,6 +226,7 @@ class FeatureStore:
         opened = self._opened()
         row = opened.find(content)
         assert row is not None
+        # An entry is checked at its first read in this process.
         if self._is_verified[row]:
             return
         times_s = self.times_s(content) or ()

@@ -22,7 +22,9 @@ from vlmcap.types import Clip, Skipped
 MAX_LABEL_BYTES = 64 * 1024**2
 
 # Folders, and prefixes of folder names, that distinguish labels from clips; ignored when the two are compared.
+# Matches "labels", "1.라벨링데이터" and "원천데이터".
 _KIND_FOLDER = re.compile(r"(\d+[.\s_-]*)?(labels?|videos?|라벨(링)?(데이터)?|원천(데이터)?)", re.IGNORECASE)
+# Matches the start of "[라벨]도시", "TL_도시" and "VS1.zip".
 _KIND_START = re.compile(r"\[(라벨|원천)[^\]]*\]\s*|[TV][LS](?=[_\-.\d])[_\-.]?")
 
 
@@ -99,6 +101,7 @@ def _named(file: TreeFile) -> _Named:
 
 def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_Named, str, _Named | Skipped]]:
     """Yields each label with its id and its clip, or with what is wrong, sorted by path."""
+    # By the path without its kind: labels/city/a.json and videos/city/a.mp4.
     clips_at = {key: _videos_first(group) for key, group in _grouped(media, "key").items()}
     labels_at = _grouped(labels, "key")
     # Files without a counterpart of the same path are compared by their stem alone.

@@ -32,6 +32,7 @@ def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tup
     if "{split}" not in pattern:
         return [("", address) for address in annotation_files(settings)]
     split_of: dict[str, str] = {}
+    # All splits are looked up, as a file may match the spelling of two.
     for name in dict.fromkeys([*SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
             if split_of.setdefault(address, name) != name:
@@ -168,6 +169,7 @@ def make_record(
     except OutsideRootError as error:
         return skip(id, str(error), files[0])
     category = text_at(entry, settings.category_key) if settings.category_key else ""
+    # Several files are images of one clip, a single file is a video or an image.
     frames = addresses if len(addresses) > 1 else ()
     return Record(Clip(id, addresses[0], captions.texts, category, frames), split, group, captions.num_empty)
 
@@ -181,6 +183,7 @@ def checked(entries: Entries, settings: AnnotatedConfig) -> Entries:
     bad: list[Skipped] = []
     for entry in entries:
         if isinstance(entry, Record):
+            # The skipped entries before the first good one, in their order.
             yield from bad
             yield entry
             yield from entries

@@ -12,6 +12,7 @@ from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.splits import split_in_path
 from vlmcap.types import Skipped
 
+# "train2014/x.jpg" -> "train/x.jpg"
 _YEAR = re.compile(r"(?<=\w)20\d\d(?=/)")
 
 

@@ -46,6 +46,7 @@ def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
     wanted = None if split is None else standard_split(split)
     number = 0  # counts lines of all files, so that ids made from it are unique
     for address in annotation_files(settings):
+        # "zip://train.jsonl::file.zip" names its split by the member.
         name = standard_split(PurePosixPath(address.split("::")[0]).stem)
         file_split = name if name in SPLITS else ""
         try:
@@ -62,9 +63,11 @@ def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
     """Yields the lines without their ends; None for a line that is too long to hold in memory."""
     while line := file.readline(MAX_LINE_BYTES):
+        # The last line may have no end.
         if line.endswith(b"\n") or len(line) < MAX_LINE_BYTES:
             yield line
             continue
+        # Skip the rest of the long line.
         while rest := file.readline(MAX_LINE_BYTES):
             if rest.endswith(b"\n"):
                 break
@@ -75,6 +78,7 @@ def _read_line(
     line: bytes | None, location: str, number: int, file_split: str, settings: JsonlConfig, wanted: str | None
 ) -> Record | Skipped | None:
     """Returns the entry of a line, or None if it is blank or of another split."""
+    # A byte order mark alone counts as blank.
     if line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf"):
         return None
     content: Any = None
@@ -86,6 +90,7 @@ def _read_line(
         clip, num_empty = _clip(content, number, settings)
         return Record(clip, split, text_at(content, "group"), num_empty)
     except _BadLineError as error:
+        # A broken line states no split, so it counts only if its file may be of the wanted one.
         if content is None and wanted is not None and file_split not in ("", wanted):
             return None
         given = text_at(content, "id") if isinstance(content, dict) else ""
@@ -126,6 +131,7 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
     given = text_at(content, "id")
     if "id" in content and not given:
         raise _BadLineError("'id' is neither text nor a number; repair it or leave it out", addresses[0])
+    # A file may have several lines, so its name alone is not enough.
     clip_id = given or f"{names[0]}:{number}"
     frames = tuple(addresses) if "frames" in content else ()
     category = text_at(content, settings.category_key or "category")

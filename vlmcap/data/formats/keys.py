@@ -33,6 +33,7 @@ def value_at(label: Any, key: str) -> Any:
     if isinstance(label, dict):
         if key in label:
             return label[key]
+        # A key may contain dots itself, so the longest prefix that exists is tried first.
         words = key.split(".")
         names = (".".join(words[:count]) for count in range(len(words) - 1, 0, -1))
         values = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
@@ -82,6 +83,7 @@ def text_at(label: Any, key: str) -> str:
 
 def describe_keys(label: Any) -> str:
     """Describes where a label has text, for the message on a key that leads nowhere."""
+    # A label of many megabytes need not be searched to its end.
     paths = [path for path, _ in zip(_text_paths(label, ""), range(_MAX_KEYS_SEEN), strict=False)]
     more = f" and {len(paths) - _MAX_KEYS_NAMED} more" if len(paths) > _MAX_KEYS_NAMED else ""
     return ("text at " + ", ".join(paths[:_MAX_KEYS_NAMED]) + more) if paths else _NO_TEXT

@@ -48,6 +48,7 @@ def _record(settings: LlavaConfig, entry: Any, number: int, split: str, seen: Co
     files = _files(entry)
     id = text_at(entry, "id") or (files[0].rpartition(".")[0] if files else f"entry {number}")
     seen[id] += 1
+    # The second conversation about one image gets "#2".
     if seen[id] > 1:
         id = f"{id}#{seen[id]}"
     if not files:

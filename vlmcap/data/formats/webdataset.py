@@ -32,6 +32,7 @@ _LABELS = ("json", "txt")
 _MAX_LABEL_BYTES = 16 * 1024**2
 _MAX_SHARDS = 100_000
 _NUM_REQUESTS = 16  # concurrent requests for labels of remote shards
+# Matches "{000..099}" and "{a,b}", and leaves "{split}" alone.
 _BRACES = re.compile(r"\{(?!split\})([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -64,6 +65,7 @@ def expand_braces(pattern: str) -> list[str]:
         UserError: Braces contain something else, or there are more than 100 000 patterns.
     """
     pieces = _BRACES.split(pattern)
+    # `split` with a group returns text and content of braces in turn.
     choices = [_choices(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
     spelled = ["".join(parts) for parts in islice(product(*choices), _MAX_SHARDS + 1)]
     if len(spelled) > _MAX_SHARDS:
@@ -83,6 +85,7 @@ def _choices(piece: str) -> list[str]:
     first, last = int(numbers[1]), int(numbers[2])
     if last < first or last - first >= _MAX_SHARDS:
         raise UserError(f"data.annotations contains {{{piece}}}, which must count up, by at most {_MAX_SHARDS}; fix it")
+    # "{000..099}" keeps its zeros.
     return [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
 
 
@@ -97,6 +100,7 @@ def _entries(settings: WebdatasetConfig, split: str | None) -> Entries:
 
 def _shard_entries(settings: WebdatasetConfig, shard: str, split: str) -> Entries:
     samples = _samples(settings, shard)
+    # A local shard is read faster without threads.
     if local_file(shard) is not None:
         yield from (_record(settings, sample, split) for sample in samples)
         return

@@ -56,6 +56,7 @@ class BatchPlan:
             largest = int(sizes.argmax())
             if sizes[largest] < 2:
                 break
+            # A new boundary in the middle of the largest batch.
             bounds = np.insert(bounds, largest + 1, bounds[largest] + sizes[largest] // 2)
         return replace(self, bounds=bounds)
 
@@ -89,7 +90,9 @@ def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None
     assert max_tokens is None or not len(lengths) or lengths.max() <= max_tokens
     order = np.argsort(-lengths, kind="stable")  # the longest clip first
     ordered = lengths[order]
+    # Clips that fit into the budget if all are as long as this one.
     batch_sizes = np.full_like(ordered, batch_size) if max_tokens is None else max_tokens // ordered
+    # The cube root of the number of batches: more buckets pad less, and fewer shuffle more.
     batches_per_bucket = math.ceil((1 / batch_sizes).sum() ** (1 / 3))
     buckets, bounds = np.empty_like(order), [np.zeros(1, dtype=np.int64)]
     start = bucket = 0
@@ -115,6 +118,7 @@ def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
     """
     assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= max_tokens
     order = np.argsort(-lengths, kind="stable")
+    # About √N buckets of √N clips: rows are planned by the longest clip of each bucket.
     buckets = np.arange(len(order)) // max(1, math.isqrt(len(order)))
     starts = np.flatnonzero(np.diff(buckets, prepend=-1))
     counts = np.diff(np.append(starts, len(order)))
@@ -236,6 +240,7 @@ class BatchSampler(Sampler[list[Draw]]):
         slots, bounds = self.plan.slots, self.plan.bounds
         for drawn, batch in enumerate(batches[start:].tolist(), start + 1):
             self._drawn = drawn  # before the yield, because the loader keeps the state that follows the batch
+            # An empty batch where the number of batches cannot be divided evenly.
             chosen = slots[bounds[batch] : bounds[batch + 1]] if batch < len(self.plan) else slots[:0]
             yield [(epoch, index) for index in clips[chosen].tolist()]
         self._start = 0
@@ -247,6 +252,7 @@ class BatchSampler(Sampler[list[Draw]]):
         generator = np.random.default_rng([self.seed, epoch])
         steps = np.arange(len(self))
         if len(plan.buckets) and plan.buckets[-1]:  # several buckets: shuffle inside each of them
+            # Sorted by bucket, and at random within each.
             clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
             generator.shuffle(steps)
             # Sharded ranks need a batch before an empty one.
@@ -254,4 +260,5 @@ class BatchSampler(Sampler[list[Draw]]):
                 steps = np.roll(steps, -1)
         else:  # a single bucket, whose clips may be in any order
             clips = generator.permutation(plan.clips)
+        # Ranks take neighbouring batches of the plan in the same step.
         return clips, steps * self.world_size + self.rank

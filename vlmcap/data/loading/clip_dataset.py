@@ -105,6 +105,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         epoch, index = request
         assert index is not None
         clip = self.clips[index]
+        # One generator per sample, so that results do not depend on which worker reads it.
         rng = None if epoch is None else np.random.default_rng([self.seed, epoch, index])
         try:
             return self._frames(clip, rng)
@@ -124,6 +125,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
             times_s = torch.arange(len(frames), dtype=torch.float64) / CLOCKLESS_FPS
         if not data.variable_frames:
             frames, times_s = pad_frames(frames, data.num_frames), pad_frames(times_s, data.num_frames)
+        # Only training samples have a generator.
         if rng is not None:
             frames = augment_frames(frames, data.augment, rng)
         num_frames, _, height, width = frames.shape

@@ -168,7 +168,9 @@ class Collator:
             return (1, width), [(0, start) for start in starts]
         width = max(lengths, default=0) or len(self._prompt(None, None)[0])
         return (len(lengths), width), [
-            (row, width - length if self.mode == "generate" else 0) for row, length in enumerate(lengths)
+            # Left padding ends every row at the same column.
+            (row, width - length if self.mode == "generate" else 0)
+            for row, length in enumerate(lengths)
         ]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
@@ -212,6 +214,7 @@ class ValidationCollator:
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
         """Collates the usable samples."""
+        # Labelled batches get the features of the prompts later, so frames are decoded and sent once.
         bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
         labelled = [
             self.labelled(bare[start : start + self.batch_size]) for start in range(0, len(bare), self.batch_size)

@@ -72,6 +72,7 @@ class CaptionDataModule(L.LightningDataModule):
         sampler = BatchSampler(plan, seed=self.seed, rank=rank, world_size=world_size, content=content)
         if self._position is not None:
             sampler.load_state_dict(self._position)
+            # Only the first loader after a resume starts inside an epoch.
             self._position = None
         collator = replace(self.train_collator, is_packed=self.data.batching is Batching.packed)
         num_clips = int(np.diff(plan.bounds).max(initial=1))

@@ -96,6 +96,7 @@ class Isolated:
             UserError: `function` raised it.
             RuntimeError: `function` raised any other error; the text is its traceback.
         """
+        # After a fork, this object is a copy, and the child belongs to the other process.
         if self._owner != os.getpid():
             self._reset()
         with self._lock:
@@ -188,6 +189,7 @@ class _Child:
         self.num_calls += 1
         line = json.dumps(request).encode()
         self._connection.settimeout(max(0.001, deadline_s - time.monotonic()))
+        # A message is its length, a header of JSON, and the bytes of the tensor, if any.
         self._connection.sendall(_LENGTH.pack(len(line)) + line)
         length = bytearray(_LENGTH.size)
         self._receive(memoryview(length), deadline_s)
@@ -220,6 +222,7 @@ class _Child:
 
 
 def _end(pid: int, connection: socket.socket, parent: int, patience_s: float = 0.0) -> int | None:
+    # The child reads the end of its connection and exits.
     connection.close()
     if os.getpid() != parent:  # a copy of the object in a process forked later
         return None
@@ -276,6 +279,7 @@ def _serve(connection: socket.socket, function: Callable[[Any], Answer], memory_
                 break
             del tensor
     finally:
+        # Without the parent's handlers at exit and buffers, which a fork has inherited.
         os._exit(0)
 
 
@@ -313,6 +317,7 @@ def _die_with(parent: int) -> None:
     """Dies with the parent. Outside Linux the end of the connection serves, which a child that hangs does not see."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have ended before `prctl` was called.
     if os.getppid() != parent:
         os._exit(0)
 
@@ -325,6 +330,7 @@ def _redirect_open_files(keep: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     with contextlib.suppress(OSError):  # without /proc they stay open
         for name in os.listdir("/proc/self/fd"):
+            # 1 and 2 stay, so that messages of libraries are seen.
             if int(name) not in (1, 2, keep, null):
                 with contextlib.suppress(OSError):
                     os.dup2(null, int(name))
@@ -332,6 +338,7 @@ def _redirect_open_files(keep: int) -> None:
 
 def _limit_memory(memory_bytes: int) -> None:
     with contextlib.suppress(OSError, ValueError):  # outside Linux memory is unlimited
+        # The first number of statm is the size of the address space in pages.
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = taken + memory_bytes

@@ -58,6 +58,7 @@ def sequence_lengths(
         visual_tokens: Number of visual tokens per clip, text between them included, or (N,) numbers; where they vary
             and are unknown, the largest possible number.
     """
+    # Longer captions are truncated.
     return np.minimum(captions, max_caption_tokens).astype(np.int64) + prompt_tokens + visual_tokens
 
 

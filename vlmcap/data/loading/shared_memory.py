@@ -53,6 +53,7 @@ def _reduce_storage(storage: torch.UntypedStorage) -> Any:
     except (RuntimeError, OSError):
         if storage.device.type != "cpu":
             raise
+    # The bytes themselves go through the pipe.
     return _rebuild_storage, (torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes(),)
 
 

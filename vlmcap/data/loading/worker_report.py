@@ -23,6 +23,8 @@ T_co = TypeVar("T_co", covariant=True)
 _MAX_NAMED_CLIPS = 4
 _MAX_WORKERS = 256  # per loader; further workers are not watched
 _ALARM_S = 120.0  # time that a worker may live on after SIGTERM
+# Matches "DataLoader worker (pid 123) is killed by signal: Killed." and "DataLoader worker (pid(s) 1, 2) exited
+# unexpectedly".
 _DEATH = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)"
 )
@@ -41,6 +43,7 @@ def worker_options(num_workers: int, num_clips: int, clip_timeout_s: float) -> d
     """
     if not num_workers:
         return {"num_workers": 0}
+    # Twice the limit of each clip, as a clip whose decoder is lost may be tried again.
     timeout_s = _START_S + 2 * num_clips * (clip_timeout_s + _MARGIN_S)
     return {"num_workers": num_workers, "worker_init_fn": start_worker, "timeout": timeout_s}
 
@@ -66,6 +69,7 @@ def leave_signals_to_main() -> None:
 
 
 def _set_alarm(*_: object) -> None:
+    # The worker lives on until the main process has saved, and ends by the alarm if nobody else ends it.
     signal.setitimer(signal.ITIMER_REAL, _ALARM_S)
 
 

@@ -145,6 +145,7 @@ def read_text(address: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         MediaError: The content cannot be read, is larger than `max_bytes`, or is not UTF-8.
     """
     with as_media_errors(address), open_media(address) as file:
+        # One byte more shows whether there is more.
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise MediaError(f"{address} has more than {max_bytes} bytes of text; split the file")
@@ -225,6 +226,7 @@ def _unpack(address: str, packed: bytes, span: MemberSpan) -> bytes:
     content = _checked_length(address, packed, span.packed)
     if span.method == zipfile.ZIP_DEFLATED:
         try:  # the stated size may be false, so at most one byte more is decompressed
+            # Raw deflate data, without a header of zlib.
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, span.size + 1)
         except zlib.error as error:
             raise MediaError(f"{address} is damaged ({error})") from error

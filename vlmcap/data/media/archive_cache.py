@@ -37,6 +37,7 @@ def index_of(archive: str, kind: str) -> ArchiveIndex:
     """
     key = f"{kind}://{archive}"
     index = _indices.pop(key, None)
+    # Asking a remote server for each access would take too long, so its archives are looked at once.
     if index is None or (local_file(archive) is not None and _version(archive) != index.version):
         index = _load(archive, kind, _version(archive))
     _indices[key] = index  # moves to the end, so that it is evicted last

@@ -149,6 +149,7 @@ def _tar_spans(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]
                 name = decode_name(info.name.encode("utf-8", "surrogateescape"), is_utf8=True)
                 if info.isreg() and not info.issparse() and "\0" not in name:
                     start, size = info.offset_data, info.size
+                    # Members of a tar have no checksum and no compression.
                     yield name, MemberSpan(start, start + size, size, size, 0, zipfile.ZIP_STORED)
             file.seek(tar.offset)
     except tarfile.TarError as error:

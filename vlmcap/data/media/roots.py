@@ -53,6 +53,7 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
         return f"{settings.root.rstrip('/')}/{relative}"
     address = _local_file(settings, relative) or _archive_member(settings, relative, "/".join(parts))
     if address is None:
+        # The file may be in an archive that cannot be read.
         broken = [archive.error for archive in _archives(settings) if archive.error]
         raise OutsideRootError(
             f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else "")
@@ -122,6 +123,7 @@ def _split_name(name: str, allow_outside: bool, *, is_folder: bool = False) -> l
         raise OutsideRootError(f"{name!r} is an address and not a file below data.root; {_HINT}")
     if name.startswith(("/", "\\")) or _DRIVE.match(name):
         raise OutsideRootError(f"{name!r} is an absolute path; {_HINT}")
+    # Annotations written on Windows have backslashes.
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts and not allow_outside:
         raise OutsideRootError(f"{name!r} contains '..'; {_HINT}")

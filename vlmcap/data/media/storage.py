@@ -155,6 +155,7 @@ def list_files(pattern: str) -> list[str]:
     Raises:
         MediaError: The folder cannot be listed.
     """
+    # The part before the first wildcard, up to its last slash.
     folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
     with as_media_errors(pattern):
         system, name = _file_system(pattern)
@@ -191,6 +192,7 @@ class Window(io.RawIOBase):
     @classmethod
     def of(cls, file: BinaryIO, start: int, size: int) -> BinaryIO:
         """Returns a buffered window on `size` bytes of `file` from `start`."""
+        # Decoders read a few bytes at a time.
         return io.BufferedReader(cls(file, start, size), REMOTE_BLOCK_BYTES)
 
     def readable(self) -> bool:

@@ -131,6 +131,7 @@ def _walk(
             )
         # `os.path.isdir` is False for a link to itself, where `entry.is_dir` would raise.
         if os.path.isdir(target) if is_link else entry.is_dir():
+            # A link to a folder above it would lead around in circles.
             if is_link and is_below(real, target):
                 continue
             if is_link and state is not None:

@@ -59,8 +59,10 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self.plan
+        # `reserve` has raised the capacity since the last call.
         if plan.num_columns > self.keys.shape[2]:
             self.keys, self.values = (self._grow(buffer) for buffer in (self.keys, self.values))
+        # A prefill: new prompts attend to their own keys alone, which need not be read back.
         if plan.first is not None:
             slots = slice(plan.first, plan.first + len(key_states))
             self.keys[slots, :, : plan.width] = key_states
@@ -70,6 +72,7 @@ class _SlotLayer(CacheLayerMixin):
         self.keys[plan.slots, :, plan.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[plan.slots, :, plan.columns] = value_states.transpose(1, 2).to(self.values.dtype)
         count = len(key_states)
+        # Only the slots and columns that this step needs: (R, H, S, D) -> (N, H, width, D).
         return self.keys[:count, :, : plan.width], self.values[:count, :, : plan.width]
 
     def _allocate(self, like: Tensor) -> Tensor:
@@ -105,6 +108,7 @@ class SlotCache(Cache):
 
     def __init__(self, num_slots: int) -> None:
         self._plan = _WritePlan(num_slots)
+        # The base class makes a layer for each layer of the model, on its first call.
         super().__init__(layer_class_to_replicate=partial(_SlotLayer, self._plan))
 
     @property
@@ -136,9 +140,12 @@ class SlotCache(Cache):
         """
         plan = self._plan
         plan.first, plan.width = None, width
+        # (N, 1), broadcast against the columns (N, q) when the layers write.
         plan.slots = torch.arange(len(lengths), device=lengths.device)[:, None]
         plan.columns = lengths[:, None] + torch.arange(num_tokens, device=lengths.device)
+        # Token i of a slot attends to the columns up to its own.
         mask = torch.arange(width, device=lengths.device) <= plan.columns[:, :, None]  # (N, q, S)
+        # (N, q, S) -> (N, 1, q, S), the same for all heads
         return plan.columns, mask[:, None]
 
     def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:

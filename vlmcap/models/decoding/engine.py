@@ -88,6 +88,7 @@ def _config_obstacle(config: Any, generation_config: Any) -> str:
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotary not in _ROTARY:
         return f"its rope_type={rotary} changes all captions of a batch with the longest one"
+    # transformers chooses the type of each layer's cache by the configuration.
     if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers):
         return "some of its layers use a sliding window"
     extras = [name for name in _EXTRAS if getattr(generation_config, name, None)]
@@ -120,11 +121,14 @@ def greedy_ids(
     queue = _PromptQueue(prompts)
     done: dict[int, list[int]] = {}
     with _masked_attention(decoder.model.config):
+        # `admit` is called first, so that waiting prompts fill the slots that have become free.
         while decoder.admit(queue) or decoder.slots:
+            # A caption may end with the token of its prefill.
             done |= decoder.take_finished()
             if decoder.slots:
                 decoder.advance()
                 done |= decoder.take_finished()
+    # Requests are numbered in the order of the prompts.
     return [done[request] for request in range(len(done))]
 
 
@@ -159,6 +163,7 @@ class _PromptQueue:
             if self._next is None:
                 break
             longest = max(longest, len(self._next[1]))
+            # Tokens after padding to the longest prompt, which the prefill has to compute.
             if taken and longest * (len(taken) + 1) > PROMPT_TOKENS:
                 break
             taken.append(self._next)
@@ -205,6 +210,7 @@ class _Decoder:
     def admit(self, queue: _PromptQueue) -> int:
         """Prefills waiting prompts into free slots and decodes their first tokens; returns how many were admitted."""
         before = len(self.slots)
+        # Unless the decoder is empty, wait until enough slots are free.
         if before and self.num_slots - before < max(1, self.num_slots // _ADMIT_FRACTION):
             return 0
         while taken := queue.take(self.num_slots - len(self.slots)):
@@ -216,6 +222,7 @@ class _Decoder:
         # Right-padded, so that keys start at the first column, and causal attention hides the padding.
         embeddings = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # N × (S, Dl) -> (N, S, Dl)
         first, width = len(self.slots), embeddings.shape[1]
+        # Captured graphs work on the old buffers.
         if self.cache.reserve(_round_up(width + self.max_new_tokens + _NUM_DRAFT_TOKENS, self.block)):
             self.steps.forget()
         self.cache.expect_prompts(first, width)
@@ -223,6 +230,7 @@ class _Decoder:
             self.texts.start(slot, len(prompt))
 
         def keep_last_tokens(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # The last real token of each prompt, before its padding.
             last = [hidden[len(prompt) - 1] for hidden, prompt in zip(inputs[0], prompts, strict=True)]
             return (torch.stack(last)[:, None],)  # (N, S, Dl) -> (N, 1, Dl)
 
@@ -232,19 +240,23 @@ class _Decoder:
             logits = self.model(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True).logits
         finally:
             handle.remove()
+        # No drafts in a prefill: a tensor of zero columns.
         self.texts.write(logits, logits.new_empty(len(prompts), 0), first)
         self._is_polled = False
 
     def advance(self) -> None:
         """Decodes further tokens in every slot, until the next poll."""
+        # On a GPU a power of two, so that there are few shapes to capture; the slots beyond are computed for nothing.
         count = len(self.slots) if self.is_on_cpu else min(self.num_slots, 1 << (len(self.slots) - 1).bit_length())
         num_tokens = 1 + (_NUM_DRAFT_TOKENS if self.texts.ngram_size else 0)
+        # No more steps than the slot with the most tokens left can use.
         num_steps = min(self.poll_every, self.max_new_tokens - min(slot.num_generated for slot in self.slots))
         ahead = (num_steps - 1) * num_tokens  # tokens that a slot may have added before the last of the steps
         longest = max(
             slot.num_prompt_tokens + min(slot.num_generated + ahead, self.max_new_tokens) for slot in self.slots
         )
         width = min(_round_up(longest - 1 + num_tokens, self.block), self.cache.num_columns)
+        # The width stays the same until the next poll, although captions grow, so that all steps have one shape.
         for _ in range(num_steps):
             self.steps.run((count, width), partial(self._step, count, width))
         self._is_polled = False
@@ -252,8 +264,10 @@ class _Decoder:
     def _step(self, count: int, width: int) -> None:
         """Decodes the next token of the first `count` slots, and the draft tokens that it confirms."""
         drafts = self.texts.drafts(count, _NUM_DRAFT_TOKENS)
+        # Without any draft, a step of one token costs less. A GPU would have to wait for the answer.
         if self.is_on_cpu and drafts.numel() and not bool((drafts >= 0).any()):
             drafts = drafts[:, :0]
+        # -1 stands for no draft; token 0 takes its place, and cannot be confirmed.
         tokens = torch.cat([self.texts.last(count), drafts.clamp(min=0)], dim=1)  # (N, 1), (N, K) -> (N, q)
         positions, mask = self.cache.expect_step(self.texts.num_cached(count), width, tokens.shape[1])
         logits = self.model(
@@ -270,6 +284,7 @@ class _Decoder:
         if self.model.config._attn_implementation != "eager":
             return mask
         dtype = self.model.get_input_embeddings().weight.dtype
+        # (N, 1, q, S) bool -> 0 where a token attends, the smallest number elsewhere
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def take_finished(self) -> dict[int, list[int]]:
@@ -283,6 +298,7 @@ class _Decoder:
         self._is_polled = True
         # 1. One transfer to the host reports how long each caption is and whether it has ended.
         texts, num_slots = self.texts, len(self.slots)
+        # (2, N) int64
         counts, ends = torch.stack([texts.counts[:num_slots], texts.is_done[:num_slots].long()]).tolist()
         for slot, count in zip(self.slots, counts, strict=True):
             slot.num_generated = count
@@ -294,12 +310,15 @@ class _Decoder:
         done = {self.slots[index].request: tokens[: counts[index]] for index, tokens in zip(finished, ids, strict=True)}
         # 3. The remaining captions move to the front, so that steps run on the first slots only.
         num_left = num_slots - len(finished)
+        # Free slots among the first `num_left` take the captions from the slots behind them; both lists have one
+        # length.
         free = [index for index in finished if index < num_left]
         movers = [index for index in range(num_left, num_slots) if not ends[index]]
         self.cache.move_slots(movers, free)
         for source, target in zip(movers, free, strict=True):
             texts.move(source, target)
             self.slots[target] = self.slots[source]
+        # Empty slots are marked as done, so that steps with more slots than captions write nothing there.
         texts.is_done[num_left:num_slots] = True
         del self.slots[num_left:]
         return done

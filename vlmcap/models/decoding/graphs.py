@@ -55,6 +55,7 @@ class CudaGraphs:
     def warm_up(self, step: Step) -> None:
         """Runs a step on the stream that captures later ones."""
         current = torch.cuda.current_stream(self.stream.device)
+        # Each stream waits for the other, because the step reads and writes what both have computed.
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             step()
@@ -62,6 +63,7 @@ class CudaGraphs:
 
     def capture(self, step: Step) -> Step:
         """Captures a step and returns the replay of its graph."""
+        # Recording runs no kernel, so the caller replays the graph for this step too.
         graph = torch.cuda.CUDAGraph()
         # Data loading threads may allocate pinned memory meanwhile, which the mode "global" forbids.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -115,6 +117,7 @@ class CapturedSteps:
                 file=sys.stderr,
                 flush=True,
             )
+            # A failed recording has computed nothing, so the step still has to run.
             step()
         else:
             self._replays[shape]()
@@ -156,6 +159,7 @@ def uncapturable_reason(llm: nn.Module) -> str:
     from torch.distributed.tensor import DTensor
 
     for module in llm.modules():
+        # Classes of transformers alone; `FusedExperts` of this package never waits.
         if type(module).__name__.endswith("Experts") and type(module).__module__.startswith("transformers."):
             return "transformers may wait for the number of tokens of each expert"
         if getattr(module, "_compiled_call_impl", None) is not None:

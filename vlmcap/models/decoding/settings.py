@@ -44,8 +44,10 @@ class GenerationSettings:
         Arguments of sampling and of beam search are included only if they apply, as transformers warns otherwise.
         """
         rules, names = self.rules, ["num_beams", "no_repeat_ngram_size", "do_sample"]
+        # transformers warns about sampling settings without sampling, and about a length penalty without beams.
         names += ["temperature", "top_p", "top_k"] if rules.do_sample else []
         names += ["length_penalty"] if rules.num_beams > 1 else []
+        # None also removes the values of the checkpoint's generation_config.json.
         arguments: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
         arguments |= {"max_new_tokens": self.max_new_tokens, "use_cache": self.use_cache}
         return arguments | {name: getattr(rules, name) for name in names}

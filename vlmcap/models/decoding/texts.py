@@ -36,6 +36,7 @@ class SlotTexts:
     ) -> None:
         self.max_tokens, rules = settings.max_new_tokens, settings.rules
         self.penalty, self.no_repeat = rules.repetition_penalty, rules.no_repeat_ngram_size
+        # An n-gram as long as the caption could not repeat.
         self.ngram_size = rules.speculate_ngram if rules.speculate_ngram < self.max_tokens else 0
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.ids = torch.zeros(num_slots, self.max_tokens, dtype=torch.int64, device=device)
@@ -75,6 +76,7 @@ class SlotTexts:
             return ids[:, :0]
         starts = torch.arange(self.max_tokens - size, device=ids.device)
         windows = ids.unfold(1, size, 1)[:, :-1]  # (N, M) -> (N, M - n, n): those with a token after them
+        # (N, M - n): whether the window equals the last n tokens, and whether a written token follows it.
         is_match = (windows == _tail(ids, self.counts[:count], size)[:, None]).all(-1) & (starts < counts - size)
         # (N, 1): column after the latest match, -1 without a match.
         continuation = (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)
@@ -93,11 +95,16 @@ class SlotTexts:
         written = slice(first, first + len(logits))
         ids, counts, is_done = self.ids[written], self.counts[written], self.is_done[written]
         is_active = ~is_done
+        # Position by position: the model's own token is written, and the next position counts only if the draft there
+        # was
+        # this token.
         for step in range(logits.shape[1]):
             tokens = self._apply_penalties(logits[:, step], ids, counts).argmax(-1)
+            # A slot that is full or done keeps its content, and needs a valid column all the same.
             column = counts.clamp(max=self.max_tokens - 1)[:, None]
             ids.scatter_(1, column, torch.where(is_active[:, None], tokens[:, None], ids.gather(1, column)))
             counts += is_active
+            # (N, 1) == (number of stop ids,) -> (N, number of stop ids)
             is_over = (tokens[:, None] == self.stops).any(1) | (counts >= self.max_tokens)
             is_done |= is_active & is_over
             if step < drafts.shape[1]:
@@ -133,8 +140,10 @@ def penalised(logits: Tensor, ids: Tensor, counts: Tensor, penalty: float) -> Te
 def without_repeats(logits: Tensor, ids: Tensor, counts: Tensor, size: int) -> Tensor:
     """Returns logits (N, vocabulary) with -inf for tokens that would repeat an n-gram of `size` tokens."""
     windows = ids.unfold(1, size, 1)  # (N, M) -> (N, M - n + 1, n)
+    # Windows whose first n - 1 tokens are the last n - 1 of the caption; their last token would complete the n-gram.
     is_repeat = (windows[..., :-1] == _tail(ids, counts, size - 1)[:, None]).all(-1)
     is_repeat &= torch.arange(windows.shape[1], device=ids.device) <= counts[:, None] - size  # complete
+    # +inf changes nothing in a minimum, -inf bans the token.
     banned = logits.new_full(is_repeat.shape, torch.inf).masked_fill(is_repeat, -torch.inf)
     return logits.scatter_reduce(1, windows[..., -1], banned, "amin")
 

@@ -85,6 +85,7 @@ def build_encoder(
     """
     source = "this configuration"
     family, vision = vision_config(config if isinstance(config, Mapping) else config.to_dict(), source)
+    # Fewer blocks are enough to measure one of them.
     if num_blocks is not None:
         set_depth(vision, num_blocks)
     return _assemble(family, build_tower(family, vision, options, source), vision, options, processor or {}, source)
@@ -102,6 +103,7 @@ def _assemble(
     family: Family, tower: nn.Module, config: Any, options: EncoderOptions, processor: Mapping[str, Any], source: str
 ) -> VisionEncoder:
     """Builds the frozen encoder; options have priority over the processor file, and this over the defaults."""
+    # Checkpoints of timm state their preprocessing in config.json and have no processor file.
     timm = timm_processor(getattr(config, "pretrained_cfg", None) or {})
     preprocessing = default_preprocessing(config.model_type).updated(processor or timm)
     preprocessing = replace(

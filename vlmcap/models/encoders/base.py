@@ -100,6 +100,7 @@ class VisionEncoder(nn.Module):
         self.num_prefix_tokens, self.arguments = num_prefix_tokens, dict(arguments or {})
         self.embed_dim = embed_dim
         self.max_tiles = transform.max_tiles if isinstance(transform, TileTransform) else 1
+        # In the scale of uint8 pixels, so that frames are normalised without a division by 255 first.
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1) * 255, persistent=False)
 
@@ -126,6 +127,7 @@ class VisionEncoder(nn.Module):
         """
         batch, num_frames = frames.shape[:2]
         grids = [(num_frames, *self.grid)] * batch if grid_thw is None else grid_thw
+        # Positions of real frames among all B · F; the others are padding and are not encoded.
         real = [clip * num_frames + frame for clip, (count, _, _) in enumerate(grids) for frame in range(count)]
         sizes = [(height, width) for count, height, width in grids for _ in range(count)]
         flat = frames.flatten(0, 1)  # (B, F, 3, S, S) -> (B · F, 3, S, S)
@@ -145,6 +147,7 @@ class VisionEncoder(nn.Module):
         """
         # In place, as a batch of frames is large.
         pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)
+        # (N, 3, S, S) -> (N, prefix + P, Dv)
         hidden = as_tokens(self.tower(pixel_values=pixels.to(self._dtype), **self.arguments).last_hidden_state)
         patches = hidden[:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_patches]
         assert patches.shape[1] == self.num_patches, f"{patches.shape[1]} patches, {self.num_patches} expected"
@@ -190,6 +193,7 @@ class VideoEncoder(VisionEncoder):
                 f"of {self.frames_per_token}, not {num_frames}"
             )
         if self.positions is not None and steps * self.num_patches > self.positions.shape[1]:
+            # Whole frames in the positions: steps × frames per step.
             longest = self.positions.shape[1] // self.num_patches * self.frames_per_token
             raise UserError(
                 f"this encoder has positions for {longest} frames, so data.num_frames cannot be {num_frames}; lower it"
@@ -210,6 +214,7 @@ class VideoEncoder(VisionEncoder):
             clips = [clip for clip, other in enumerate(steps) if other == count]
             selected = frames[on_device(clips, frames.device), : count * self.frames_per_token]
             features = self.encode(selected, ())  # (N, F, 3, S, S) -> (N, T, P, Dv)
+            # (N, T, P, Dv) -> (N, steps of the longest clip, P, Dv)
             padded = F.pad(features, (0, 0, 0, 0, 0, num_steps - count))
             encoded |= dict(zip(clips, padded, strict=True))
         return torch.stack([encoded[clip] for clip in range(len(frames))])
@@ -219,6 +224,7 @@ class VideoEncoder(VisionEncoder):
         steps = frames.shape[1] // self.frames_per_token
         if self.positions is not None:
             embeddings: Any = self.tower.embeddings
+            # Set before each call, as the class adds all of its positions to the tokens.
             embeddings.position_embeddings = self.positions[:, : steps * self.num_patches]
         pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std).to(self._dtype)
         outputs = self.tower(**{pixels_argument(type(self.tower)): pixels}, **self.arguments)
@@ -228,6 +234,7 @@ class VideoEncoder(VisionEncoder):
 
 def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Copies numbers of the host to a device, without synchronisation."""
+    # A copy from pinned memory does not wait for the device.
     return torch.tensor(numbers, pin_memory=torch.cuda.is_available()).to(device, non_blocking=True)
 
 
@@ -302,6 +309,7 @@ class Family:
             feature_layer=options.feature_layer,
             embed_dim=layout.embed_dim,
             num_prefix_tokens=layout.num_prefix_tokens,
+            # Flags such as `interpolate_pos_encoding`, with which the tower takes another size.
             arguments=dict.fromkeys(arguments, True),
         )
 
@@ -325,8 +333,10 @@ def _image_size(
     patch = layout.patch_size
     if size < patch:
         raise UserError(f"encoder.image_size={size} is less than one patch; the smallest possible is {patch}")
+    # The size of the class itself needs no argument.
     if size == native:
         return size, ()
+    # Other sizes by an argument such as `interpolate_pos_encoding`.
     if layout.arguments:
         return size, layout.arguments
     if not layout.is_any_size:

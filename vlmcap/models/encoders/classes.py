@@ -30,6 +30,9 @@ def tower_class(config: Any) -> Any:
 
     try:
         classes = MODEL_MAPPING[type(config)]
+    # Inner configurations, such as the vision section of a VLM, are in no mapping of transformers: look in the module
+    # of
+    # their own model.
     except (KeyError, ValueError):
         module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
         models: list[Any] = [
@@ -38,6 +41,7 @@ def tower_class(config: Any) -> Any:
         classes = [model for model in models if model.config_class is type(config) and "forward" in vars(model)]
         if not classes:
             raise UnknownLayoutError("has no class of its own in transformers") from None
+    # Some types have several classes; the first one is the model itself.
     return classes[0] if isinstance(classes, list | tuple) else classes
 
 
@@ -66,8 +70,10 @@ def frame_size(config: Any) -> Any:
 def set_depth(config: Any, num_blocks: int) -> None:
     """Sets the number of blocks of a tower."""
     config.num_hidden_layers = num_blocks
+    # A list with an entry per block, which transformers checks against the number of blocks.
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_blocks]
+    # timm reads the depth from the arguments of its own constructor.
     if config.model_type == TIMM:
         config.model_args = {**(config.model_args or {}), "depth": num_blocks}
 

@@ -55,6 +55,7 @@ class Videomae(Family):
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Builds the class for the shortest clip, as it computes positions slowly."""
+        # `max_frames` is a key of our own, which keeps the length that the class would have had.
         frames = {"num_frames": values.get("tubelet_size", 2), "max_frames": values.get("num_frames", 16)}
         return {**values, **frames}
 
@@ -88,7 +89,7 @@ class Dinov3Convnext(Family):
     def layout(self, config: Any) -> Layout:
         """Returns the known layout: each stage halves the grid, after a first step of four pixels."""
         return Layout(
-            2 ** (len(config.hidden_sizes) + 1),
+            2 ** (len(config.hidden_sizes) + 1),  # 4 · 2^(stages - 1) pixels per place
             num_prefix_tokens=1,
             embed_dim=int(config.hidden_sizes[-1]),
             is_any_size=True,
@@ -128,7 +129,7 @@ _TENSOR_NAMES = (
     (r"\.attn\.", ".attention."),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
-    (r"\.ls([12])$", r".lambda_\1"),
+    (r"\.ls([12])$", r".lambda_\1"),  # "encoder.layers.0.ls1" -> "encoder.layer.0.lambda_1"
 )
 
 
@@ -159,6 +160,7 @@ class Internvit(Family):
             name = re.sub(pattern, replacement, name)
         if ".attention.qkv." not in name:
             return (name,)
+        # "….qkv.weight" -> "….q_proj.weight", "….k_proj.weight", "….v_proj.weight"
         return tuple(name.replace(".qkv.", f".{part}_proj.") for part in "qkv")
 
 

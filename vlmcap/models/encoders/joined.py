@@ -44,6 +44,7 @@ class JoinedTransform:
         """Resizes frames, uint8 (F, 3, H, W) -> uint8 (F, 3 · S1² + 3 · S2²)."""
         missing = -len(frames) % self.frames_per_token
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+        # Both sizes in one tensor: (F, 3 · S1²) and (F, 3 · S2²) -> (F, 3 · S1² + 3 · S2²)
         return torch.cat([self.first(frames).flatten(1), self.second(frames).flatten(1)], dim=1)
 
     def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +89,7 @@ class JoinedEncoder(nn.Module):
         Raises:
             UserError: One of the encoders does not support this number of frames.
         """
+        # Both are asked, as either may refuse the number of frames.
         first, _ = (cast(VisionEncoder, encoder).possible_grids(num_frames) for encoder in self.encoders)
         return first
 
@@ -122,8 +124,10 @@ def join_features(first: Tensor, second: Tensor, grids: tuple[Grid, Grid]) -> Te
     steps, others = first.shape[-3], second.shape[-3]
     with torch.autocast("cpu" if first.is_meta else first.device.type, enabled=False):
         moved = resize_grid(second.float(), grids[1], grids[0])  # (…, T2, P2, Dv2) -> (…, T2, P1, Dv2)
+        # The second encoder has fewer steps in time: each of them is repeated.
         if others < steps:
             moved = moved.repeat_interleave(math.ceil(steps / others), dim=-3).narrow(-3, 0, steps)
+        # It has more steps: neighbours are averaged, after the last one has filled up the last group.
         elif others > steps:
             size = math.ceil(others / steps)
             last = moved.narrow(-3, others - 1, 1).repeat_interleave(steps * size - others, dim=-3)

@@ -205,6 +205,7 @@ def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) ->
             small.model_args = {**small.model_args, "img_size": size}
     if is_narrow:
         head = config.hidden_size // config.num_attention_heads
+        # Two heads of the same width.
         small.num_attention_heads, small.hidden_size = 2, 2 * head
         for name, value in (("num_key_value_heads", 2), ("intermediate_size", 4 * head)):
             if isinstance(getattr(config, name, None), int):

@@ -26,6 +26,7 @@ class FrameEncoder(VisionEncoder):
     """
 
     def __init__(self, *, embed_dim: int, grid: tuple[int, int], image_size: int, resampling: str = "bicubic") -> None:
+        # Not the constructor of `VisionEncoder`, which needs a tower of transformers.
         nn.Module.__init__(self)
         self.embed_dim, self.grid, self.max_tiles = embed_dim, grid, 1
         self.transform: FrameTransform = FrameTransform(image_size, resampling)
@@ -45,6 +46,7 @@ class FrameEncoder(VisionEncoder):
     def encode(self, frames: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """Encodes single frames to patch features, uint8 (N, 3, S, S) -> (N, P, Dv)."""
         floats = (tensor.dtype for tensor in (*self.parameters(), *self.buffers()) if tensor.is_floating_point())
+        # Without a normalisation: the features of a plugin take pixels in 0…1.
         patches = self.features(frames.to(next(floats, torch.float32)) / 255)
         assert patches.shape[1:] == (self.num_patches, self.embed_dim), f"features returned {tuple(patches.shape)}"
         return patches

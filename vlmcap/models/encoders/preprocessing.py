@@ -55,6 +55,7 @@ class Preprocessing:
     def updated(self, values: Mapping[str, Any]) -> Preprocessing:
         """Returns a copy with the values of a processor file."""
         size, crop = values.get("size"), values.get("crop_size")
+        # {"height": …, "width": …} means a square without a crop, {"shortest_edge": …} a crop.
         is_squeezed = isinstance(size, Mapping) and "height" in size
         is_cropped = bool(values.get("do_center_crop", self.is_cropped)) and not is_squeezed
         edge = _edge(size)
@@ -74,10 +75,12 @@ class Preprocessing:
         mean, std = values.get("image_mean") or self.mean, values.get("image_std") or self.std
         if values.get("do_normalize") is False:
             mean, std = (0.0,) * 3, (1.0,) * 3
+        # Pixels after the processor's rescaling = factor × uint8 value.
         factor = 1.0 if values.get("do_rescale") is False else values.get("rescale_factor") or 1 / 255
         scale = factor * 255  # of pixels in 0…1
         if abs(scale - 1) < 1e-6:
             return tuple(mean), tuple(std)
+        # (x · scale - mean) / std = (x - mean / scale) / (std / scale)
         return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
     def short_side_for(self, image_size: int) -> int | None:
@@ -109,6 +112,7 @@ def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
         "image_std": values["std"],
         "resample": {"bilinear": 2}.get(values.get("interpolation", "bicubic"), 3),
         "do_center_crop": values.get("crop_mode", "center") == "center",
+        # The crop is this share of the resized side.
         "size": {"shortest_edge": int(side / (values.get("crop_pct") or 1))},
         "crop_size": side,
     }
@@ -124,6 +128,7 @@ def preprocessing_of(model_type: str) -> Preprocessing:
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
 
     module = model_type_to_module_name(model_type)
+    # transformers lists the processor classes of a model type under any of these spellings.
     names = KNOWN.get(model_type) or KNOWN.get(module) or KNOWN.get(module.replace("_", "-")) or {}
     unknown = Preprocessing((), ())
     for name in (names.get("pil"), names.get("torchvision")):
@@ -169,7 +174,9 @@ class FrameTransform:
         if not self.is_cropped:
             return resize(frames, size, size, self.resampling)
         target, short = self.short_side or size, min(height, width)
+        # Rounded down, as transformers does.
         resized = resize(frames, int(target * height / short), int(target * width / short), self.resampling)
+        # The middle of both sides.
         top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
         return resized[..., top : top + size, left : left + size].contiguous()
 
@@ -248,6 +255,7 @@ class TileTransform:
         # This module of transformers needs no torchvision and defines how ties between layouts are broken.
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+        # Returns columns first.
         columns, rows = get_optimal_tiled_canvas((height, width), (self.image_size, self.image_size), 1, self.max_tiles)
         return int(rows), int(columns)
 
@@ -317,6 +325,7 @@ class StatedGrid:
 
 def resize(frames: Tensor, rows: int, columns: int, resampling: str) -> Tensor:
     """Resizes frames with antialiasing, uint8 (F, 3, H, W) -> uint8 (F, 3, rows, columns)."""
+    # Equal sizes are left alone, so that features do not depend on a resampling by 1.
     if frames.shape[-2:] == (rows, columns):
         return frames
     return F.interpolate(frames, (rows, columns), mode=resampling, antialias=True)

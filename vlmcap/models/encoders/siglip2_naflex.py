@@ -41,6 +41,7 @@ class NaflexEncoder(VisionEncoder):
         """Returns all grids that fill the budget, in which a further row and column would not fit."""
         budget = self.num_patches
         sides = range(1, budget + 1)
+        # A grid with room for another row and column would not be chosen.
         return [(num_frames, h, w) for h in sides for w in sides if h * w <= budget < (h + 1) * (w + 1)]
 
     def encode(self, frames: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
@@ -51,6 +52,7 @@ class NaflexEncoder(VisionEncoder):
             sizes: Patch rows and columns of each frame.
         """
         lengths = [height * width for height, width in sizes]
+        # Patches beyond the longest frame of the batch are padding, and are not encoded.
         longest = max(lengths)
         # (N, P, 3 · p · p) -> (N, longest, p · p, 3)
         pixels = frames[:, :longest].unflatten(-1, (-1, 3)).to(self.mean.dtype)
@@ -111,6 +113,7 @@ class Siglip2Naflex(Family):
                 "encoder.tiling is not supported by a NaFlex encoder, whose frames keep their aspect ratio; raise "
                 "encoder.max_patches instead"
             )
+        # The side of the largest square within the budget.
         side = math.isqrt(options.max_patches)
         return NaflexEncoder(
             tower,

@@ -48,6 +48,7 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    # 1. The part of the configuration that describes the tower.
     section = next((values[key] for key in _SECTIONS if values.get(key)), values)
     # Files that timm writes state no type.
     is_timm = "pretrained_cfg" in section and "architecture" in section
@@ -55,6 +56,7 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     if section is not values and model_type == values.get("model_type"):  # as in the files of Idefics3
         model_type = _default_tower_type(values)
     model_type = REMOTE_CLASSES.get(next(iter(section.get("architectures") or ()), ""), model_type)
+    # 2. The rules for its type, and the class of its configuration.
     family = family_of(model_type)
     known = {**family.config_values({**section, "model_type": model_type})}
     if known["model_type"] not in CONFIG_MAPPING:
@@ -66,6 +68,7 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
         whole = AutoConfig.for_model(**known)
     except Exception as error:  # each class validates differently
         raise UserError(f"the config.json of {source} is not valid ({first_line(error)}); copy it again") from error
+    # 3. Some types, such as CLIP, name a model of both towers; only the vision part is wanted.
     inner = next((getattr(whole, key) for key in _SECTIONS if key in getattr(whole, "sub_configs", ())), None)
     if inner is not None:
         family, whole = family_of(inner.model_type), inner
@@ -135,6 +138,7 @@ def _adapt_config(family: Family, config: Any, options: EncoderOptions, source: 
         idle, layer, depth = family.layout(config).idle, options.feature_layer, int(config.num_hidden_layers)
         if not -depth - 1 <= layer <= depth:
             raise UserError(f"encoder.feature_layer must be in {-depth - 1}…{depth} for this encoder, not {layer}")
+        # The class's own output, with the final norm where it has one.
         if layer == -1 and (options.is_normed or not family.is_raw):
             return idle
         norm = family.final_norm(config)
@@ -145,7 +149,9 @@ def _adapt_config(family: Family, config: Any, options: EncoderOptions, source: 
             f"encoder.feature_layer={layer} is not possible for '{config.model_type}', whose class returns no features "
             "of inner layers; set encoder.feature_layer=-1"
         )
+    # -1 is the output of the last block: depth + 1 hidden states, the first of them before all blocks.
     kept = layer if layer >= 0 else depth + 1 + layer
+    # The last hidden state of this class is after the norm, so the norm stays.
     if kept == depth and norm.is_counted and not family.is_raw:
         return idle
     set_depth(config, kept)
@@ -191,6 +197,7 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
         "dtype": options.dtype,
         "attn_implementation": _attention(family, model_class, options.attention),
     }
+    # Building draws random weights before they are replaced; the random state stays as it was.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         tower, loading = model_class.from_pretrained(
             None,
@@ -245,9 +252,11 @@ class _TensorNames:
 
         Other tensors of the checkpoint have none.
         """
+        # "vision_tower.vision_model.encoder.…": cut off one word after another, until the tower knows the rest.
         parts = key.split(".")
         for index in range(len(parts)):
             prefix = ".".join(parts[:index])
+            # A prefix with "text" or "language" belongs to a text tower that has layers of the same names.
             if index and (not _TOWER_PREFIX.search(prefix) or _TEXT_PREFIX.search(prefix)):
                 continue
             names = self._family.names(".".join(parts[index:]))

@@ -35,6 +35,7 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> peft.PeftModel:
     """
     import peft
 
+    # Full names, because peft would match a short name anywhere, in a router or in an expert too.
     settings = peft_settings(lora, _targets(model, lora.target_modules), task_type="CAUSAL_LM")
     adapted = cast("peft.PeftModel", peft.get_peft_model(model, settings))
     if lora.use_experts:
@@ -68,6 +69,7 @@ def peft_settings(lora: LoraConfig, targets: list[str], **others: Any) -> peft.L
 
 def base_model(model: nn.Module) -> nn.Module:
     """Returns the causal language model inside a peft model, whose layers contain the adapters."""
+    # Only peft's models have `peft_config`; a captioner may hold a model without adapters.
     inner = getattr(model, "get_base_model", None)
     return cast(nn.Module, inner()) if callable(inner) and hasattr(model, "peft_config") else model
 
@@ -95,11 +97,13 @@ def _targets(model: nn.Module, wanted: str) -> list[str]:
 
 
 def _has_name(layer: str, name: str) -> bool:
+    # With dots at both ends, "q_proj" matches "layers.0.self_attn.q_proj" and not "layers.0.my_q_proj".
     return f".{layer}".endswith(f".{name}")
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
     """Returns the full names of the adaptable linear layers."""
+    # The head gets no adapters, as with peft's all-linear; the chunked loss needs a plain one.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # nn.MultiheadAttention uses the weights of its inner layers directly, without adapters. Experts are adapted by
     # `use_experts`.

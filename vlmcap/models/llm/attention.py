@@ -51,6 +51,7 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
     if obstacle := _obstacle(requested, device, dtype, model_class):
         fix = "eager, which is slow and needs much memory, or choose another llm" if requested in _SDPA else "auto"
         raise UserError(f"llm.attention={requested} {obstacle}; set llm.attention={fix}")
+    # GPUs before Ampere have fused kernels only for queries and keys of the same number of heads.
     if requested == "sdpa" and _takes_functions(model_class) and needs_repeated_keys(device):
         requested = REPEATED
     if requested == REPEATED:
@@ -70,6 +71,7 @@ def check_attention(model: Any, chosen: str) -> None:
     Raises:
         UserError: transformers replaced it by another one.
     """
+    # The configuration of the model, and that of its text part where there are two.
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
     for config in configs.values():
         if config._attn_implementation != chosen:
@@ -107,6 +109,7 @@ def is_causal(model: nn.Module) -> bool:
     In a causal model, right padding does not affect real tokens, with or without a mask, including windowed and
     recurrent layers.
     """
+    # The modules of transformers that compute attention have the attribute `is_causal`.
     flags = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
     return bool(flags) and all(flags)
 
@@ -134,6 +137,7 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
 def _takes_functions(model_class: Any) -> bool:
     """Returns whether a class claims to support attention functions that are registered with transformers."""
     can_set = getattr(model_class, "_can_set_attn_implementation", None)
+    # transformers looks for its attention interface in the source of the class's module.
     return can_set is not None and bool(can_set())
 
 
@@ -177,8 +181,10 @@ def repeated_keys_attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+    # H / K: query heads per key head
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # (B, K, S', D) -> (B, H, S', D)
+    # What transformers' "sdpa" would read from the layer, which is replaced here.
     if arguments.get("is_causal") is None:
         arguments["is_causal"] = getattr(module, "is_causal", True)
     output: tuple[Tensor, None] = sdpa_attention_forward(_UNGROUPED, query, key, value, attention_mask, **arguments)

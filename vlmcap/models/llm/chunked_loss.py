@@ -39,6 +39,7 @@ _HALF_GAIN = 1024.0
 
 def labels_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
     """Returns how many label tokens have float32 logits of at most `chunk_bytes`; at least 1."""
+    # float32: four bytes per logit
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
@@ -69,6 +70,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
         chunk_rows: Number of rows whose logits exist at once.
     """
     kind = hidden.device.type
+    # The dtype in which the head itself would compute.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     is_differentiated = torch.is_grad_enabled() and hidden.requires_grad
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_rows, dtype, is_differentiated)
@@ -90,7 +92,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         gain = _HALF_GAIN if dtype is torch.float16 else 1.0
         loss = torch.zeros((), device=hidden.device)
+        # The gradient is computed in the forward pass, so that the logits need not be computed again in backward.
         gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if is_differentiated else None
+        # Without autocast, which would cast the weight again in each chunk.
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(dtype)
             for start in range(0, len(hidden), chunk_rows):
@@ -119,6 +123,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     del logits
     target = values.gather(1, labels.unsqueeze(1))
     largest = values.amax(dim=1, keepdim=True)
+    # Minus the largest logit, so that exp cannot overflow.
     sums = values.sub_(largest).exp_().sum(dim=1, keepdim=True)
     loss = (sums.log() + largest - target).sum()
     # The gradient is softmax(logits) - one_hot(labels).

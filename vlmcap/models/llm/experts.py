@@ -46,11 +46,13 @@ def pack_experts(weight: Tensor) -> Params4bit:
 
     assert weight[0].numel() % BLOCK == 0, "replace_experts refuses other sizes"
     packed, scales = [], []
+    # Expert by expert, so that a contiguous copy is made of one at a time.
     for expert in weight:
         bits, state = quantize_4bit(expert.contiguous(), blocksize=BLOCK, quant_type="nf4")
         packed.append(bits)
         scales.append(state.absmax)
     scale = torch.cat(scales)
+    # bitsandbytes' double quantisation: the scales minus their mean are quantised to 8 bits themselves.
     offset = scale.mean()
     scale_bits, scale_state = quantize_blockwise(scale - offset, blocksize=SCALE_BLOCK)
     state = QuantState(
@@ -113,8 +115,10 @@ def _product(rows: Tensor, matrices: Tensor, offsets: Tensor | None) -> Tensor:
         matrices: (M, in, out).
         offsets: int32 (M,), ends of each matrix's rows in (S, in); None for rows (M, n, in).
     """
+    # (M, rows, in) × (M, in, out), one matrix for each group of rows of equal number
     if offsets is None:
         return torch.bmm(rows, matrices)
+    # (rows, in) × (E, in, out): rows up to offsets[e] belong to expert e
     return F.grouped_mm(rows, matrices, offs=offsets)
 
 
@@ -124,11 +128,13 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, offsets: Tensor | None, unpack: Callable[[], Tensor]) -> Tensor:
         ctx.unpack, ctx.offsets, ctx.dtype = unpack, offsets, rows.dtype
+        # (M, out, in) -> (M, in, out)
         return _product(rows, unpack().transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         # Under autocast, the output and thus its gradient may have another dtype than the input.
+        # The gradient of x W^T is g W, so the matrices are not transposed here.
         return _product(gradients[0].to(ctx.dtype), ctx.unpack(), ctx.offsets), None, None
 
 
@@ -205,16 +211,21 @@ class FusedExperts(nn.Module):
         if top_k_index.numel() < self.num_experts:
             # Few pairs: one matrix per pair.
             rows = hidden_states[:, None].expand(-1, top_k, -1).flatten(0, 1)  # (N, H) -> (S, H)
+            # (S, 1, H) -> (N, K, 1, H) -> (N, K, H)
             outputs = self._run(rows[:, None], top_k_index.flatten(), None).unflatten(0, (-1, top_k)).squeeze(2)
         elif num_tokens <= _DENSE_TOKENS and waits_for_groups(device, dtype) and not torch.is_grad_enabled():
             # Few tokens without a grouped kernel: all tokens go through all experts.
             every = self._run(hidden_states.expand(self.num_experts, -1, -1), None, None)  # (E, N, H)
+            # (E, N, H) -> (N, K, H)
             outputs = every[top_k_index, torch.arange(num_tokens, device=device)[:, None]]
         else:
             # Many tokens: pairs are sorted by expert for a grouped product.
+            # Stable, so that equal runs give equal sums.
             chosen, order = top_k_index.flatten().sort(stable=True)
             experts = torch.arange(self.num_experts, device=device)
+            # (E,): for each expert, the number of pairs up to its last one
             offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
+            # `order // top_k` is the token of each pair; `argsort` brings the outputs back to the order of the pairs.
             outputs = self._run(hidden_states[order // top_k], None, offsets)[order.argsort()].unflatten(0, (-1, top_k))
         return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)  # (N, K, H) -> (N, H)
 
@@ -226,6 +237,7 @@ class FusedExperts(nn.Module):
             experts: int64 (M,), experts of the matrices; None for all in order.
             offsets: As for `_product`.
         """
+        # (…, 2 I) -> twice (…, I)
         gate, up = self._linear("gate_up_proj", rows, experts, offsets).chunk(2, dim=-1)
         return self._linear("down_proj", self.act_fn(gate) * up, experts, offsets)
 
@@ -274,6 +286,7 @@ def stock_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         weights = [module._parameters.get(matrix) for matrix in MATRICES]
         if isinstance(module, FusedExperts) or any(weight is None or weight.ndim != 3 for weight in weights):
             continue
+        # Missing flags count as set, so that a class of another version is rather left alone than computed wrongly.
         plain = not any(getattr(module, flag, True) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
         gated = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
         if plain and gated and getattr(module._apply_gate, "__name__", "") == "_default_apply_gate":
@@ -300,6 +313,7 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
                 f"llm.quantization=4bit needs experts with a multiple of {BLOCK} weights; set llm.quantization=none"
             )
         if to_pack:
+            # Placeholders: the weights are packed one by one while they are loaded.
             weights = [Params4bit(weight.data, requires_grad=False, quant_type="nf4") for weight in weights]
         model.set_submodule(
             name, FusedExperts(weights[0], weights[1], cast(nn.Module, module.act_fn)).train(module.training)
@@ -347,6 +361,7 @@ def add_expert_lora(model: nn.Module, lora: LoraConfig) -> int:
     if not layers:
         raise UserError("tuning.lora.use_experts=true, but the language model has no experts; set it to false")
     for experts in layers:
+        # Rank-stabilised LoRA divides by the square root of the rank.
         experts.add_lora(lora.rank, lora.alpha / (lora.rank**0.5 if lora.use_rslora else lora.rank), lora.dropout)
     return len(layers)
 

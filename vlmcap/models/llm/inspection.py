@@ -22,6 +22,7 @@ from vlmcap.models.llm.prompt import PromptEncoder, generation_config, load_prom
 
 _MAX_LICENSE_CHARS = 120  # of the first line of a LICENSE file
 # If these packages are installed, transformers uses their kernels; otherwise it is correct, but slower.
+# Matches `use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "causal_conv1d")`.
 _PACKAGE = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
 _HUB_KERNELS = "is_kernels_available()"  # in the source of the few classes that download compiled code themselves
 _DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # import names that differ from the names of their distributions
@@ -92,6 +93,7 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
     config, model_class, is_part = language_config(folder)
     packages = optional_packages(model_class)
     problems = []
+    # The source says it without building the model.
     if "lm_head" not in inspect.getsource(model_class):
         problems.append(
             f"{model_class.__name__} has no output layer named lm_head, which vlmcap needs; choose another llm"
@@ -111,6 +113,7 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
         hidden_size=int(config.hidden_size),
         num_layers=int(config.num_hidden_layers),
         vocab_size=int(config.vocab_size),
+        # Added tokens are in the vocabulary too.
         largest_id=None if tokenizer is None else max(tokenizer.get_vocab().values()),
         has_chat_template=bool(template),
         end_tokens=() if prompt is None else _end_tokens(prompt),
@@ -145,12 +148,14 @@ def license_of(folder: Path) -> str:
         except Exception:  # an invalid README states no license
             stated = {}
     named = stated.get("license")
+    # For "other", the hub's cards name the license in a second key.
     if named in (None, "other", "unknown"):
         named = stated.get("license_name") or named
     if named:
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     files = sorted(file for file in folder.glob("LICENSE*") if file.is_file())
     lines = (
+        # "# Apache License" -> "Apache License"
         line.strip(" #*\t")
         for file in files[:1]
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -180,5 +185,6 @@ def _end_tokens(prompt: PromptEncoder) -> tuple[str, ...]:
 def _sliding_window(config: Any) -> int | None:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
+    # Qwen states a window, and by `use_sliding_window` that it is not used.
     is_used = getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
     return int(window) if window and is_used else None

@@ -24,6 +24,7 @@ def checkpoint_layers(model: nn.Module, *, is_offloaded: bool = False, num_kept:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert layers, "transformers marks the modules that it checkpoints"
+    # Backward begins with the last layers, so their activations are freed before earlier layers are recomputed.
     for layer in layers[len(layers) - num_kept :]:
         layer.gradient_checkpointing = False
     if is_offloaded:

@@ -65,10 +65,12 @@ def load_language_model(
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": chosen}
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if is_part:
+        # Of a pretrained VLM, only the language model is loaded, under the names that its class has alone.
         options["key_mapping"] = _LLM_KEYS
     if quantization != "none":
         options["quantization_config"] = expert_quantization(folder, quantization_config(quantization, dtype))
     model, missing = _from_pretrained(model_class, folder, options)
+    # Names beyond those of the model, such as the vision tower's, are expected and ignored.
     if missing:  # transformers initialises them randomly
         raise UserError(
             f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
@@ -146,11 +148,13 @@ def num_active_parameters(folder: Path) -> int:
     config = _text_config(folder)
     with torch.device("meta"):
         model: nn.Module = AutoModel.from_config(config)
+    # The share of a layer's experts that a token passes through.
     used = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", None) or 1)
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
     counts = [
         parameter.numel() * (used if ".experts." in name else 1)
         for name, parameter in model.named_parameters()
+        # Looking up an embedding costs no multiplication.
         if parameter is not embeddings
     ]
     return round(sum(counts))

@@ -62,6 +62,7 @@ def merged_model(
     Raises:
         UserError: The adapters do not fit, or the merged model gives other logits.
     """
+    # Without adapters nothing is computed, so the weights stay on the host.
     load_device = "cpu" if adapt is None else device
     model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=load_device)
     refuse_quantized(model)
@@ -93,10 +94,12 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
     adapted.eval()
     weight = next(adapted.parameters())
     ids = (
+        # Ids from the whole vocabulary, as the probe needs no meaning.
         torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _NUM_PROBE_TOKENS)
         .long()[None]
         .to(weight.device)
     )
+    # A merged layer differs by rounding errors, which could send a token to other experts.
     routing = Routing(adapted)
     with routing.recorded():
         before = adapted(input_ids=ids).logits.float()
@@ -105,6 +108,7 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
     with routing.replayed():
         after = merged(input_ids=ids).logits.float()
     difference = float((after - before).norm() / before.norm())
+    # Relative to the norm of the logits; 16-bit weights keep 8 to 11 significant bits.
     tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
     if not difference <= tolerance:  # also true for NaN
         raise UserError(
@@ -158,6 +162,7 @@ def merge_layers(adapted: Any, progress: Progress | None = None) -> None:
     """Adds the adapters to their base weights, layer by layer, with extra memory for a single layer only."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # Experts are adapted by this package, all other layers by peft.
     merge_expert_lora(adapted)
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     for done, layer in enumerate(layers, 1):
@@ -177,6 +182,7 @@ def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]
         llm: Language model, with or without adapters.
         is_merged: Whether there is memory for the copies.
     """
+    # Under autocast, every step would cast the float32 factors again, so they are cast once.
     dtype = torch.get_autocast_dtype(next(llm.parameters()).device.type)
     is_cast = torch.is_autocast_enabled(next(llm.parameters()).device.type)
     originals: list[tuple[nn.Module, nn.Parameter]] = []
@@ -189,6 +195,7 @@ def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]
     try:
         for layer in _adapted_layers(llm):
             if is_merged and is_mergeable(layer):
+                # peft merges in place, so it gets a copy, which is dropped at the end.
                 replace_weight(layer.get_base_layer(), torch.clone)
                 with torch.autocast(layer.weight.device.type, enabled=False):
                     layer.merge()
@@ -233,6 +240,7 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     adapters = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
     names = {name: name.removeprefix("captioner.").removeprefix("llm.") for name in weights if "lora_" in name}
+    # Adapters of the encoder and of the projector are not merged here.
     saved = {short: weights[name] for name, short in names.items() if not short.startswith(("encoder.", "projector."))}
     for name in sorted(adapters.keys() ^ saved.keys()):
         problem = "has no place in the model" if name in saved else "is missing in the checkpoint"

@@ -95,6 +95,7 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     """
     # 1. Render the conversation.
     tokenizer = load_tokenizer(folder)
+    # LLaVA's convention: the image, a line break, and the question.
     separator = "" if visual_suffix else "\n"
     turns = [{"role": "user", "content": f"{_VISUAL}{separator}{llm.question}"}]
     if llm.system_prompt:
@@ -114,6 +115,7 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     lead, end_id = _answer_frame(template, turns, rendered)
     # 3. Encode the texts; tokens without an embedding cannot be used.
     num_embeddings = _num_embeddings(folder)
+    # Padding is masked, so any token with an embedding will do.
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= num_embeddings:
         pad_id = end_id
@@ -180,8 +182,10 @@ def _check_embeddings(encoder: PromptEncoder, folder: Path, num_rows: float) -> 
     """
     tokenizer = encoder.tokenizer
     added = tokenizer.added_tokens_decoder
+    # The common case: every id is below the number of embeddings.
     if max(len(tokenizer), *added, 0) < num_rows:
         return
+    # Special tokens are never part of a caption, as `split_special_tokens` cuts them into plain text.
     special = {token for token, entry in added.items() if entry.special} - {tokenizer.unk_token_id}
     beyond = {token for token in tokenizer.get_vocab().values() if token >= num_rows} - special
     used = [*encoder.prefix_ids, *encoder.suffix_ids, *encoder.question_ids, encoder.end_id]
@@ -277,10 +281,13 @@ def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: st
     except UserError:  # the template supports only one question
         whole = rendered
     before, _, after = whole.partition(_ANSWER)
+    # What the template puts between the end of the prompt, such as "<|im_start|>assistant\n", and the answer.
     lead = before.removeprefix(rendered)
+    # The first token after the answer, such as <|im_end|>.
     end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if after.strip() else []
     added = tokenizer.added_tokens_decoder
     is_special = bool(end) and end[0] in added and added[end[0]].special
+    # Text after the answer that is no special token, such as a line break, ends nothing.
     return lead if lead.isspace() else "", int(end[0] if is_special else tokenizer.eos_token_id)
 
 
@@ -288,6 +295,7 @@ def _first_ids(tokenizer: Any, text: str) -> list[int]:
     """Encodes the start of a sequence, with one beginning-of-sequence token if the tokenizer adds it by default."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     bos = tokenizer.bos_token_id
+    # Whether the tokenizer adds the token itself to any text.
     wants_bos = bos is not None and tokenizer("가")["input_ids"][:1] == [bos]
     return [bos, *ids] if wants_bos and ids[:1] != [bos] else ids
 
@@ -297,6 +305,7 @@ def _following_ids(tokenizer: Any, text: str) -> list[int]:
     anchor = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id)
     if anchor is None or anchor.rstrip:  # the anchor would strip whitespace after it
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # After another token, so that the text does not count as the beginning; the anchor's id is dropped.
     first, *ids = tokenizer(anchor.content + text, add_special_tokens=False)["input_ids"]
     assert first == tokenizer.eos_token_id
     return list(ids)
@@ -315,4 +324,5 @@ def generation_config(folder: Path) -> Any:
 def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
     """Returns the end tokens and the stop tokens of the checkpoint's generation settings, without duplicates."""
     stops = getattr(generation_config(folder), "eos_token_id", None)
+    # Keeps the order.
     return list(dict.fromkeys([*ends, *([stops] if isinstance(stops, int) else stops or [])]))

@@ -104,6 +104,7 @@ def load_vision(folder: Path, *, dtype: torch.dtype, attention: str, device: str
         UserError: The folder holds an unsupported model, or an incomplete tower.
     """
     config = read_config(folder)
+    # Square frames of one size: an ordinary encoder reads the tower out of the checkpoint.
     if _has_frames(config):
         return load_encoder(folder, vision_options(config, dtype), device)
     tower = load_tower(folder, dtype=dtype, attention=attention, device=device)

@@ -66,6 +66,7 @@ class FrameRuns:
         """
         steps, *grid = grid_thw or self.default_grid
         span = self.frames_per_run
+        # Without times, frames are spaced evenly at a fixed rate.
         times = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
         assert steps == 0 or (steps - 1) * span < len(times) <= steps * span, f"{len(times)} times for {steps} runs"
         duration = timedelta(seconds=int(times[-1])) if times else timedelta()
@@ -81,6 +82,7 @@ class FrameRuns:
         return runs
 
     def _ids(self, text: str) -> tuple[int, ...]:
+        # Few different texts occur, as times are rounded to a tenth of a second.
         if text not in self._cached_ids:
             self._cached_ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._cached_ids[text]
@@ -228,6 +230,7 @@ def load_remaining(model: Any, whole: Any, folder: Path) -> None:
     renamings = get_model_conversion_mapping(whole)
 
     def target(key: str) -> str | None:
+        # The name in the file, such as "model.multi_modal_projector.…", after transformers' own renaming.
         return wanted.get(rename_source_key(key, renamings, [], whole.base_model_prefix, dict(wanted))[0])
 
     tensors = read_safetensors(folder, lambda key: target(key) is not None)
@@ -236,4 +239,5 @@ def load_remaining(model: Any, whole: Any, folder: Path) -> None:
         raise UserError(
             f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
         )
+    # The model is on the meta device, so the tensors take the places of its parameters.
     model.load_state_dict(weights, assign=True)

@@ -139,6 +139,7 @@ def obstacle(model_type: Any) -> str:
     if model_type in _REASONS:
         return _REASONS[model_type]
     parameters = inspect.signature(_base_class(head_class).get_image_features).parameters
+    # Required arguments besides the pixels.
     others = [
         name
         for name, value in parameters.items()
@@ -181,6 +182,7 @@ def _base_class(head_class: Any) -> Any:
 def parsed_config(config: Mapping[str, Any]) -> Any:
     """Returns transformers' configuration of the content of a `config.json`."""
     parsed = model_class(config["model_type"]).config_class.from_dict(copy.deepcopy(dict(config)))
+    # The text section alone does not say that head and embedding are one.
     if parsed.tie_word_embeddings:
         parsed.get_text_config().tie_word_embeddings = True
     return parsed
@@ -190,6 +192,7 @@ def sketch(config: Mapping[str, Any]) -> Any:
     """Builds the whole model in float32 on the meta device, with one block of its language model only."""
     parsed = parsed_config(config)
     text = parsed.get_text_config()
+    # One block is enough, as the language model is not run.
     text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]

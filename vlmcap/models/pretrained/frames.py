@@ -40,6 +40,7 @@ class _Features(nn.Module):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
         """(N, P, Dv, 1) -> output with every hidden state (N, prefix + P, Dv)."""
+        # Zeros stand for the tokens that the class cuts off: (N, P, Dv) -> (N, prefix + P, Dv)
         features = F.pad(pixel_values.squeeze(-1), (0, 0, self.num_prefix, 0))
         return SimpleNamespace(last_hidden_state=features, hidden_states=_EveryLayer(features), pooler_output=None)
 
@@ -75,7 +76,9 @@ class ClassProjector(nn.Module):
         shape = (encoder.num_patches, encoder.embed_dim)
         try:
             with torch.inference_mode(False), torch.enable_grad():
+                # One and two frames tell how many tokens a frame and how many a clip has.
                 tokens = [self(torch.empty(1, frames, *shape, device="meta")) for frames in (1, 2)]
+                # A backward pass on the meta device shows which weights affect the tokens.
                 tokens[0].sum().backward()
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise UserError(
@@ -104,6 +107,7 @@ class ClassProjector(nn.Module):
             elif hasattr(self.model, "connector"):  # Idefics3 and SmolVLM leave out black frames before it
                 tokens = self.model.connector(pixels.squeeze(-1).flatten(0, 1))
             else:
+                # (B, F, P, Dv, 1) -> (B · F, P, Dv, 1): a class for images gets frames as a batch of images.
                 tokens = self.model.get_image_features(pixels.flatten(0, 1), return_dict=True).pooler_output
         if not isinstance(tokens, Tensor):  # some classes return the frames one by one
             tokens = torch.stack(list(tokens))
@@ -143,6 +147,7 @@ def load_frames(folder: Path, *, device: str, is_on_host: bool, **language: Any)
         language["attention"] = _masked_attention(language["attention"])
     encoder = load_encoder(folder, vision_options(config, language["dtype"]), "cpu" if is_on_host else device)
     whole = sketch(config)
+    # On the meta device: the projector is first probed there, and then gets its weights from the files.
     projector = _projector(whole, encoder)
     load_remaining(projector.model, whole, folder)
     projector.requires_grad_(True)

@@ -58,6 +58,7 @@ def merged_pretrained(
     tower_name = part_name(whole.model, TOWERS)
     tower = getattr(whole.model, tower_name)
     setattr(whole.model, tower_name, None)
+    # Qwen-VL classes run without their tower; the others need a causal model around the shared layers.
     language = whole if "mrope" in family.kind else _causal_model(whole)
     difference = 0.0
     if adapt is None:
@@ -77,6 +78,7 @@ def _causal_model(whole: Any) -> Any:
 
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
+    # Shared, not copied: what is merged there is merged in `whole`.
     language.model = getattr(whole.model, part_name(whole.model, LANGUAGE))
     language.lm_head = whole.lm_head
     return language.requires_grad_(False).eval()

@@ -50,6 +50,7 @@ class QwenVLCaptioner(VideoCaptioner):
         embeddings: Tensor = model.get_input_embeddings()(ids)
         counts = batch.num_visual
         assert sum(counts) == len(visual), "placeholders and visual tokens differ in number"
+        # (sum of V, (1 + n) · Dl) -> (1 + n) × (sum of V, Dl)
         first, *deep = visual.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
         output = BaseModelOutputWithDeepstackFeatures(
             pooler_output=list(first.split(counts)),
@@ -73,6 +74,7 @@ class QwenVLCaptioner(VideoCaptioner):
         assert batch.grid_thw is not None, "clips of this model need grid_thw"
         model: Any = base_model(self.llm)
         # Computed on the host with one synchronisation, as the class reads one number after the other.
+        # 3 × (B, S) -> (3, B, S)
         rows = torch.stack([ids, batch.visual_mask * _VIDEO, batch.attention_mask]).cpu()  # (3, R, S)
         if batch.position_ids is not None:  # a row for each clip: (3, 1, S) -> B × (S of the clip, 3) -> (3, B, S)
             rows = pad_sequence(rows[:, 0].T.split(batch.lengths), batch_first=True).permute(2, 0, 1)
@@ -99,6 +101,7 @@ class QwenVLCaptioner(VideoCaptioner):
         """
         if times_s is None:
             return self.frames_per_patch / CLOCKLESS_FPS
+        # Mean distance of frames × frames per patch.
         return self.frames_per_patch * (times_s[-1] - times_s[0]) / max(1, len(times_s) - 1)
 
 

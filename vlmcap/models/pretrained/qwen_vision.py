@@ -40,17 +40,22 @@ def smart_size(height: int, width: int, factor: int, max_blocks: int) -> tuple[i
     Returns:
         Rows and columns of blocks.
     """
+    # 1. A frame with a side of less than one block is enlarged until it has one.
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
+    # 2. The nearest whole numbers of blocks.
     rows, columns = round(height / factor), round(width / factor)
     min_blocks = min(_MIN_BLOCKS, max_blocks)
+    # 3. Too many blocks: both sides are divided by the same number, and rounded down.
     if rows * columns > max_blocks:
         beta = math.sqrt(height * width / (max_blocks * factor**2))
         rows, columns = max(1, math.floor(height / beta / factor)), max(1, math.floor(width / beta / factor))
+    # 4. Too few: both are multiplied, and rounded up.
     elif rows * columns < min_blocks:
         beta = math.sqrt(min_blocks * factor**2 / (height * width))
         rows, columns = math.ceil(height * beta / factor), math.ceil(width * beta / factor)
+    # 5. A long, narrow frame may still be over the budget, because each side has at least one block.
     return min(rows, max_blocks // min(columns, max_blocks)), min(columns, max_blocks)
 
 
@@ -92,6 +97,7 @@ class ClipTransform:
                 f"this model joins {size} frames to a temporal patch, so data.num_frames must be a multiple of {size}, "
                 f"not {num_frames}"
             )
+        # A block is the square of patches that becomes one token.
         merge, blocks = self.merge_size, self.max_patches // self.merge_size**2
         least = min(_MIN_BLOCKS, blocks)
         sizes = [
@@ -117,6 +123,7 @@ class ClipTransform:
 def to_blocks(patches: Tensor, grid: tuple[int, int], merge_size: int) -> Tensor:
     """Reorders row-major patches block after block, the order of merging, (…, h · w, D) -> (…, h · w, D)."""
     rows, columns = grid
+    # (…, h · w, D) -> (N, h / m, m, w / m, m, D); transposing 2 and 3 puts the patches of a block next to each other
     cells = patches.reshape(-1, rows // merge_size, merge_size, columns // merge_size, merge_size, patches.shape[-1])
     return cells.transpose(2, 3).reshape(patches.shape)
 
@@ -124,6 +131,7 @@ def to_blocks(patches: Tensor, grid: tuple[int, int], merge_size: int) -> Tensor
 def from_blocks(patches: Tensor, grid: tuple[int, int], merge_size: int) -> Tensor:
     """Reverses `to_blocks`, (…, h · w, D) -> (…, h · w, D)."""
     rows, columns = grid
+    # (…, h · w, D) -> (N, h / m, w / m, m, m, D), and back by the same transposition
     cells = patches.reshape(-1, rows // merge_size, columns // merge_size, merge_size, merge_size, patches.shape[-1])
     return cells.transpose(2, 3).reshape(patches.shape)
 
@@ -160,6 +168,7 @@ class QwenVisionEncoder(nn.Module):
     def __init__(self, tower: Any, *, transform: ClipTransform, preprocessing: Preprocessing) -> None:
         super().__init__()
         block_size = transform.merge_size**2
+        # The tower calls its mergers inside of its forward, so they are replaced and not just left out.
         tower.merger = _MergerInput(block_size)
         self.num_deep_layers = len(getattr(tower, "deepstack_merger_list", ()))
         if self.num_deep_layers:
@@ -177,6 +186,7 @@ class QwenVisionEncoder(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of a square frame that fills the budget."""
+        # Rounded down to whole blocks.
         side = math.isqrt(self.num_patches) // self.transform.merge_size * self.transform.merge_size
         return side, side
 
@@ -195,11 +205,13 @@ class QwenVisionEncoder(nn.Module):
         ]
         flat = torch.cat([clip.flatten(0, 1) for clip in clips])  # B × (T, P, …) -> (merge² · N, 3 · t · p · p)
         # 2. Normalise and encode.
+        # (merge² · N, 3 · t · p · p) -> (merge² · N, 3, t · p · p): a mean per channel
         pixels = (flat.unflatten(-1, (3, -1)).to(self.mean.dtype) - self.mean) / self.std
         sizes = on_device(grid_thw, frames.device)
         output = self.tower(pixels.flatten(1).to(self.tower.patch_embed.proj.weight.dtype), grid_thw=sizes)
         # 3. Concatenate the layers of each patch: (1 + n) × (N, merge² · D) -> (merge² · N, Dv)
         layers = [output.pooler_output, *(output.deepstack_features if self.num_deep_layers else ())]
+        # (N, merge² · D) -> (N, merge², D), whose last axes are joined to Dv
         blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(0, 1)
         # 4. Row-major and padded: (merge² · N, Dv) -> (B, T, P, Dv). Clips are padded and stacked instead of written
         # into zeros, because autograd refuses to write into a row of an iterated tensor.

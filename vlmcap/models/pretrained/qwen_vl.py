@@ -53,6 +53,7 @@ def load_qwen_vl(
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if quantization != "none":
         config = expert_quantization(folder, quantization_config(quantization, dtype))
+        # The vision tower and the head stay unquantised.
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # prefixes of names
         options["quantization_config"] = config
     model = read_model(cls, model_type, folder, **options)
@@ -95,6 +96,7 @@ def load_patches(
         UserError: The folder holds an incomplete model.
     """
     options: dict[str, Any] = {"dtype": dtype, "attention": attention}
+    # Read one by one: the whole model is never in memory.
     llm = load_language_model(folder, device=device, is_on_host=is_on_host, **options, **others)
     tower = load_tower(folder, device="cpu" if is_on_host else device, **options)
     whole = _without_parts(read_config(folder))
@@ -127,6 +129,7 @@ def _patches(
     mergers, model_type = mergers_of(whole.model), whole.config.model_type
     encoder = vision_encoder(model_type, tower, max_patches=max_patches, processor=processor)
     spec, text = MergerSpec(tower.config.spatial_merge_size, encoder.grid), family_of(model_type).text
+    # Trained in float32, whatever the dtype of the frozen weights is.
     projector = MergerProjector(mergers, spec).float().requires_grad_(True)
     return VlmComponents(
         encoder, projector, llm, num_tokens=spec.num_tokens, visual_prefix=text.before, visual_suffix=text.after
@@ -187,6 +190,7 @@ def mergers_of(model: Any) -> list[nn.Module]:
     HyperCLOVA X has a further projector behind the merger.
     """
     tower, behind = getattr(model, part_name(model, TOWERS)), getattr(model, "projector", None)
+    # Some classes have a further projector behind the merger.
     merger = tower.merger if behind is None else nn.Sequential(tower.merger, behind)
     return [merger, *getattr(tower, "deepstack_merger_list", ())]
 

@@ -143,6 +143,7 @@ class CrossAttention(nn.Module):
             mask: bool (B, 1, Q, K), True where a query may attend; None for everywhere.
         """
         query = split_heads(self.query(queries), self.num_heads)  # (B, Q, D) -> (B, H, Q, D / H)
+        # (B, K, 2 · D) -> twice (B, K, D) -> twice (B, H, K, D / H)
         key, value = (split_heads(half, self.num_heads) for half in self.key_value(features).chunk(2, dim=-1))
         attended: Tensor = self.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
         return attended

@@ -115,6 +115,7 @@ class PixelShuffleProjector(Projection[PixelShuffleConfig]):
 
 def _nearest(side: int, factor: int, pool: int = 1) -> int:
     """Returns the side nearest to `side` that `factor` divides after pooling; the larger of two."""
+    # a whole multiple lies within one step
     fitting = (n for n in range(1, side + 2 * factor * pool) if math.ceil(n / pool) % factor == 0)
     return min(fitting, key=lambda n: (abs(n - side), -n))
 
@@ -157,7 +158,7 @@ class QueryProjector(Projection[CrossAttentionConfig]):
         if layout.frame_of is None:
             # Frames go to the batch dimension.
             features = self.norm(tokens.flatten(0, 1))  # (B, F, P, D) -> (M, P, D)
-            queries = self.queries.expand(batch * frames, -1, -1)  # (Q, C) -> (M, Q, C)
+            queries = self.queries.expand(batch * frames, -1, -1)  # (Q, C) -> (M, Q, C)  # one copy per frame
         else:
             # Frames have different numbers of tokens: a mask restricts the queries to their frame.
             features = self.norm(tokens.flatten(1, 2))  # (B, 1, V, D) -> (B, V, D)
@@ -300,6 +301,7 @@ class _PerceiverLayer(nn.Module):
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         queries = self.latent_norm(latents)
+        # (B, F · P, C), (B, Q, C) -> (B, F · P + Q, C): latents attend to the features and to each other
         latents = latents + self.attention(queries, torch.cat([self.feature_norm(features), queries], dim=1))
         return latents + self.feed_forward(latents)
 
@@ -357,7 +359,7 @@ class _ConvBlock(nn.Module):
             nn.Conv2d(out_dim, out_dim, 3, padding=1, groups=out_dim, bias=False),
             _ChannelNorm(out_dim),
             nn.SiLU(),
-            _SqueezeExcite(out_dim, max(1, in_dim // 4)),
+            _SqueezeExcite(out_dim, max(1, in_dim // 4)),  # RegNet's ratio of 1/4
             nn.Conv2d(out_dim, out_dim, 1, bias=False),
             _ChannelNorm(out_dim),
         )

@@ -46,12 +46,14 @@ class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
         self.config, self.sizes = config, sizes
+        # The settings of the steps around the projection, and the sizes that these leave for it.
         self.around, inner = _around(config, sizes), _inner_sizes(config, sizes)
         if isinstance(config, TokenProjectorConfig):
             config = dataclasses.replace(config, hidden_dim=_inner_dim(config, sizes.in_dim))
         self.kind = projection_class(config)
         self.projection: Projection[Any] = self.kind(config, inner)
         self.before: NormalizedPosition | None = None
+        # The perceiver needs the frame index, `temporal=position` the place in the frame as well.
         use_position = self.around.temporal is Temporal.position
         if use_position or self.kind.embeds_frames:
             self.before = NormalizedPosition(inner.in_dim, inner.num_frames, inner.grid if use_position else None)
@@ -82,6 +84,7 @@ class Projector(nn.Module):
                 tokens = tokens.unsqueeze(1)  # tokens of the whole clip: (B, V, Dl) -> (B, 1, V, Dl)
             # 3. Attend along time.
             if self.after is not None:
+                # The grid after the projection, whose temporal attention interpolates its place embeddings.
                 inner = dataclasses.replace(
                     _inner_sizes(self.config, self.sizes), grid=layout.grid, num_frames=layout.num_frames
                 )
@@ -95,6 +98,7 @@ class Projector(nn.Module):
         features = stack_frames(features, around.frame_stack)  # (B, F, P', D) -> (B, F', P', stack · D)
         tokens, frame_of = features if self.before is None else self.before(features, grid), None
         if around.reducer is Reducer.merge:
+            # `features` decide which tokens are alike; the tokens with their positions are averaged.
             tokens = merge_tokens(features, tokens, around.keep_ratio)
         elif around.reducer is Reducer.saliency:
             tokens, frame_of = keep_salient(features, tokens, grid, around.keep_ratio)
@@ -140,6 +144,7 @@ def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int
     sizes = dataclasses.replace(sizes, num_frames=num_frames, grid=grid or sizes.grid)
     kind.validate(config, sizes)
     inner = _inner_sizes(config, sizes)
+    # A projection token by token keeps the number; the others give their own number whatever they read.
     if around.chooses_tokens and kind.reads == "token":
         return num_chosen(around.reducer, around.keep_ratio, inner.num_frames, math.prod(inner.grid))
     return kind.num_tokens(config, inner)
@@ -152,6 +157,7 @@ def _around(config: ProjectorConfig, sizes: ProjectorSizes) -> TokenProjectorCon
     """
     if not isinstance(config, TokenProjectorConfig):
         return TokenProjectorConfig()
+    # `frame_stack` counts decoded frames, of which the encoder has joined some already.
     return dataclasses.replace(config, frame_stack=math.ceil(config.frame_stack / sizes.frames_per_step))
 
 
@@ -174,6 +180,7 @@ def _inner_dim(config: TokenProjectorConfig, in_dim: int) -> int:
     """
     if config.hidden_dim is not None:
         return config.hidden_dim
+    # Rotary embeddings need heads of even width.
     step = 2 * config.num_heads if config.has_heads else 1
     return math.ceil(in_dim / step) * step
 

@@ -33,6 +33,7 @@ def num_chosen(reducer: Reducer, keep_ratio: float, num_frames: int, num_patches
     """
     if reducer is Reducer.merge:
         return num_frames * _share(keep_ratio, num_patches)
+    # At least one token per frame.
     return max(num_frames, _share(keep_ratio, num_frames * num_patches))
 
 
@@ -54,6 +55,7 @@ def pool_grid(features: Tensor, grid: Grid, size: int) -> Tensor:
     way, from 576 to 144 patches.
     """
     maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (B, F, P, D) -> (N, D, h, w)
+    # Cells at the border average the patches that exist.
     pooled = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])  # (N, D, h', w') -> (B, F, P', D)
 
@@ -112,6 +114,7 @@ def keep_salient(features: Tensor, tokens: Tensor, grid: Grid, keep_ratio: float
     num_kept = num_chosen(Reducer.saliency, keep_ratio, num_frames, num_patches)
     kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept].sort(dim=1).values  # -> (B, K)
     chosen = tokens.flatten(1, 2).gather(1, kept.unsqueeze(-1).expand(-1, -1, width))  # (B, F, P, D) -> (B, K, D)
+    # (B, K, D) -> (B, 1, K, D), and the frame of each token
     return chosen.unsqueeze(1), kept // num_patches
 
 
@@ -122,7 +125,9 @@ def assign_groups(features: Tensor, num_kept: int) -> Tensor:
     group = torch.arange(num_left, device=features.device).repeat(num_items, 1)
     merged = features
     while num_left > num_kept:
+        # A round can merge at most half of the tokens, as each even one goes to an odd one.
         num_merged = min(num_left - num_kept, num_left // 2)
+        # The index after this round, of the group before it.
         group, num_left = _merge_round(merged, num_merged).gather(1, group), num_left - num_merged
         merged = average_groups(features, group, num_left)
     return group
@@ -134,14 +139,17 @@ def _merge_round(features: Tensor, num_merged: int) -> Tensor:
     # (N, ⌈P / 2⌉): the most similar odd token of each even one.
     similarity, partner = (directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)).max(dim=-1)
     merged = similarity.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
+    # Each token stays itself, except for merged even ones, which become their odd partner.
     target = torch.arange(features.shape[1], device=features.device).repeat(len(features), 1)
     is_kept = torch.ones_like(target).scatter(1, 2 * merged, 0)
     target = target.scatter(1, 2 * merged, 2 * partner.gather(1, merged) + 1)
+    # The remaining tokens are numbered again from 0, in order of place.
     return (is_kept.cumsum(1) - 1).gather(1, target)
 
 
 def average_groups(tokens: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Averages each group, (N, P, D) -> (N, K, D), by a matrix product, as `index_add` is not deterministic on CUDA."""
+    # (N, K, P): 1 where a token belongs to a group
     members = (group.unsqueeze(1) == torch.arange(num_groups, device=group.device).unsqueeze(1)).to(tokens.dtype)
     return members @ tokens / members.sum(-1, keepdim=True)
 
@@ -158,6 +166,7 @@ def saliency(features: Tensor, grid: Grid) -> Tensor:
 
 
 def _divide_by_mean(scores: Tensor) -> Tensor:
+    # Against a division by 0 in a still, uniform clip.
     return scores / (scores.mean((1, 2), keepdim=True) + 1e-6)
 
 
@@ -166,6 +175,7 @@ def _temporal_change(directions: Tensor) -> Tensor:
     steps = (directions[:, 1:] - directions[:, :-1]).square().sum(-1)  # (B, F - 1, P)
     if not steps.shape[1]:
         return directions.new_zeros(directions.shape[:3])
+    # The first frame has no previous one, and the last no next one: the other difference counts twice.
     before, after = torch.cat([steps[:, :1], steps], dim=1), torch.cat([steps, steps[:, -1:]], dim=1)
     return (before + after) / 2
 
@@ -200,6 +210,7 @@ def linear_weights(old: int, new: int, device: torch.device | None = None) -> Te
     scale = old / new
     centers = (torch.arange(new, device=device) + 0.5) * scale
     distances = (torch.arange(old, device=device) + 0.5 - centers[:, None]).abs()
+    # A triangle around each new sample, wider when downsampling, which is the antialiasing.
     weights = (1 - distances / max(scale, 1.0)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 

@@ -122,6 +122,7 @@ class LocalGlobalAttention(nn.Module):
         sequence = self.norm(tokens.flatten(1, 2))  # (B, F, P, Dl) -> (B, V, Dl)
         query, key, value = (split_heads(third, self.num_heads) for third in self.qkv(sequence).chunk(3, dim=-1))
         # 1. The global tokens attend to all tokens.
+        # (1, G, C) -> (1, H, G, d) -> (B, H, G, d)
         readers = split_heads(self.global_query.to(query.dtype), self.num_heads).expand(len(tokens), -1, -1, -1)
         read = join_heads(F.scaled_dot_product_attention(readers, key, value))  # (B, H, G, d) -> (B, G, C)
         halves = self.global_key_value(self.global_query + read).chunk(2, dim=-1)
@@ -151,6 +152,7 @@ def windowed_attention(
         (B, H, V, d).
     """
     batch, length, num_global = len(query), query.shape[2], global_key.shape[2]
+    # Blocks as long as the window: a token's window then lies in its own block and the two beside it.
     size = min(window, length)
     num_blocks = -(-length // size)
     mask = _block_mask(length, size, window, num_global, query.device).repeat(batch, 1, 1, 1)
@@ -170,6 +172,7 @@ def windowed_attention(
 
 def _adjacent_blocks(tokens: Tensor, size: int, num_blocks: int) -> Tensor:
     """Joins each block with the previous and the next one, (B, H, V, d) -> (B, n, H, 3 · size, d)."""
+    # One empty block in front, and behind as many tokens as fill the last block and one more.
     padded = F.pad(tokens, (0, 0, size, (num_blocks + 1) * size - tokens.shape[2]))
     return padded.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3)
 
@@ -183,6 +186,7 @@ def _block_mask(length: int, size: int, window: int, num_global: int, device: to
     starts = torch.arange(0, length, size, device=device)[:, None]
     rows = starts + torch.arange(size, device=device)
     columns = starts + torch.arange(-size, 2 * size, device=device)
+    # (n, size, 3 · size)
     is_near = (rows[:, :, None] - columns[:, None, :]).abs() <= window
     is_real = (columns >= 0) & (columns < length)
     return F.pad(is_near & is_real[:, None, :], (0, num_global), value=True).unsqueeze(1)
@@ -191,8 +195,10 @@ def _block_mask(length: int, size: int, window: int, num_global: int, device: to
 def rotate(heads: Tensor) -> Tensor:
     """Applies rotary embeddings of the index in the sequence, (B, H, V, d) -> (B, H, V, d)."""
     length, width = heads.shape[-2:]
+    # (d / 2,)
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=heads.device) / width)
     angles = torch.arange(length, device=heads.device)[:, None] * rates
     cos, sin = angles.cos(), angles.sin()
+    # Pairs are (i, i + d / 2), as in Llama, and not neighbours.
     left, right = heads.float().chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(heads.dtype)

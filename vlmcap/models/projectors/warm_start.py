@@ -73,6 +73,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _native_name(name: str) -> str | None:
     """Returns the name in `Projector` for a tensor of a Hugging Face projector; None for any other tensor."""
+    # "model.multi_modal_projector.linear_1.weight" -> "projection.layers.0.weight"
     name = name.removeprefix("model.")
     module, _, weight = name.removeprefix(_HF_PREFIX).rpartition(".")
     return f"{_HF_MODULES[module]}.{weight}" if name.startswith(_HF_PREFIX) and module in _HF_MODULES else None

@@ -105,6 +105,7 @@ def check_vllm(python: str | None) -> None:
             )
         return
     try:
+        # Importing vLLM takes up to minutes on a cold disk.
         done = subprocess.run([python, "-c", "import vllm"], capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
@@ -167,6 +168,7 @@ class VllmSubprocess:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
+        # Also called when the object is collected, and at the end of the program.
         self.close = weakref.finalize(self, _stop, self._process)
         answer = self._request({"engine": arguments})
         if "error" in answer:
@@ -179,6 +181,7 @@ class VllmSubprocess:
 
         with tempfile.TemporaryDirectory(prefix="vlmcap-vllm-") as folder:
             file = Path(folder) / "prompts.safetensors"
+            # Embeddings go through a file, as JSON would multiply their size; the pipe has only requests and answers.
             save_file({str(index): prompt.cpu().contiguous() for index, prompt in enumerate(prompts)}, file)
             answer = self._request({"file": str(file), "count": len(prompts), "sampling": sampling})
         if "error" in answer:
@@ -197,6 +200,7 @@ class VllmSubprocess:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        # End of file: the process has ended.
         if not line:
             return {"error": f"its process ended with exit code {self._process.wait()}"}
         answer: dict[str, Any] = json.loads(line)
@@ -207,6 +211,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
     """Stops vLLM's process by closing its input."""
     assert process.stdin is not None
     assert process.stdout is not None
+    # Closing writes what is buffered, which fails if the process is gone.
     with contextlib.suppress(OSError):
         process.stdin.close()
     process.stdout.close()

@@ -40,6 +40,7 @@ def generate(engine: Any, prompts: Sequence[Any], sampling: dict[str, Any]) -> l
 
 def main() -> None:
     """Serves requests until standard input ends: first `{"engine": {…}}`, then `{"file", "count", "sampling"}`."""
+    # Answers go to a copy of standard output; everything else that is printed goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # vLLM and its processes print to standard output, too
     engine: Any = None

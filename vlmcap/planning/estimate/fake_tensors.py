@@ -30,6 +30,7 @@ def fill_with_fake_tensors(module: nn.Module, mode: FakeTensorMode) -> None:
                     if tensor is None:
                         continue
                     if id(tensor) not in replaced:
+                        # Strides stay, because some kernels depend on the layout.
                         empty: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                         replaced[id(tensor)] = (
                             nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
@@ -79,6 +80,7 @@ def emulate_checkpoint_offload(model: nn.Module) -> None:
 
 
 def _offloaded_checkpoint(function: Any, *inputs: Any) -> Any:
+    # Only shape and dtype are kept, so that the tensor itself can be freed.
     def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
         return tensor.shape, tensor.dtype
 
@@ -113,6 +115,7 @@ class _FakeLinear4bit(Linear4bit):  # type: ignore[misc]
             self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        # bitsandbytes computes in its own dtype, whatever that of the input is.
         wide = x.to(cast(torch.dtype, self.compute_dtype))
         out: Tensor = _UnpackedLinear.apply(wide, self.out_features, False)
         bias = None if self.bias is None else self.bias.to(out.dtype)
@@ -134,6 +137,7 @@ class _FakeLinear8bit(Linear8bitLt):  # type: ignore[misc]
             self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        # bitsandbytes' 8-bit product takes 16-bit input.
         narrow = x.to(torch.float16) if x.dtype == torch.float32 else x
         out: Tensor = _UnpackedLinear.apply(narrow, self.out_features, True)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
@@ -151,6 +155,7 @@ class _UnpackedLinear(torch.autograd.Function):
         ctx.shape, ctx.dtype = (out_dim, hidden.shape[-1]), hidden.dtype
         if is_8bit:
             add_launches(_INT8_KERNELS)
+            # Alive only for a moment, but long enough to count at a peak.
             _ = torch.empty_like(hidden, dtype=torch.int8)  # the quantised input
             _ = hidden.new_empty(*hidden.shape[:-1], out_dim, dtype=torch.int32)  # the product before its scales
         return F.linear(hidden, hidden.new_empty(ctx.shape))  # (..., in) -> (..., out)

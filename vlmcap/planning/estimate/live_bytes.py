@@ -64,11 +64,13 @@ class LiveBytes(TorchDispatchMode):
     def enter(self, segment: str) -> None:
         """Begins a segment; when a segment is entered again, its peak may rise."""
         self._segment = segment
+        # A new segment starts below any size, so that its first note counts.
         self._peak = self.peaks[segment].total() if segment in self.peaks else -1
         self._note_peak()
 
     def snapshot(self) -> Counter[str]:
         """Returns the bytes that are alive now, by tag."""
+        # Unary plus drops entries of 0.
         return +Counter(self._by_tag)
 
     def set_tag(self, tensor: Tensor, tag: str) -> None:
@@ -95,6 +97,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._add(tensor, self.tag)
         packet = getattr(func, "_overloadpacket", None)
+        # A view launches no kernel.
         if func.namespace == "aten" and packet not in _NO_KERNEL and not func.is_view:
             self.launches += 1
         if packet in flop_registry:
@@ -103,6 +106,7 @@ class LiveBytes(TorchDispatchMode):
 
     @staticmethod
     def _key(tensor: Tensor) -> int:
+        # The address of the storage, which all views of a tensor share.
         return int(tensor.untyped_storage()._cdata)
 
     def _add(self, tensor: Tensor, tag: str) -> None:
@@ -110,7 +114,9 @@ class LiveBytes(TorchDispatchMode):
         key = int(storage._cdata)
         if key in self._live:
             return
+        # Rounded up as CUDA's allocator does.
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        # The callback runs when the last tensor on this storage is gone.
         self._live[key] = (tag, size, weakref.ref(storage, partial(self._remove, key)))
         self._by_tag[tag] += size
         self._total += size
@@ -208,6 +214,7 @@ class CudaEmulationMode(TorchFunctionMode):
         # 2. Run functions of real tensors alone.
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if _creates_integers(func, args, kwargs) or (
+            # Without any fake tensor, the values are known and decide on shapes.
             tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         ):
             with unset_fake_temporarily():
@@ -243,9 +250,11 @@ class CudaEmulationMode(TorchFunctionMode):
         is_fused = self.has_flash or not enable_gqa or query.shape[1] == key.shape[1]
         batch, heads, num_queries, dim = query.shape
         num_pairs = batch * heads * num_queries * key.shape[2] / (2 if is_causal else 1)
+        # Two products, of queries and keys and of weights and values, with two operations per pair and channel each.
         self.live.flops += 4.0 * num_pairs * dim
         # An empty mask in the input's dtype replaces the additive one; all heads share it.
         mask = None if attn_mask is None else query.new_empty(attn_mask.shape)
+        # Five products in the backward pass, one of which computes the scores again.
         out: Tensor = _Attention.apply(query, key, value, mask, is_fused, 10.0 * num_pairs * dim, self.live)
         return out
 
@@ -285,6 +294,7 @@ class _Attention(torch.autograd.Function):
         if not ctx.is_fused:
             work.append(torch.empty_like(softmax))
         results = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        # Freed after the results exist, so that the peak holds both.
         del work
         return (*results, None, None, None, None)
 

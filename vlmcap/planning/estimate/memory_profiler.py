@@ -245,6 +245,7 @@ class MemoryProfiler:
         frames, rows, columns = self.sizes.grid
         dtype, width = dtype_of(self.config.hardware.precision), int(text_config(self.config).hidden_size)
         with mode:
+            # (B, T, P, Dv)
             shape = (num_clips, frames, rows * columns, self.sizes.embed_dim)
             features = torch.empty(shape, dtype=dtype, requires_grad=self.trains_encoder)
             prompt = torch.empty(PROMPT_TOKENS // 2, width, dtype=dtype)

@@ -144,6 +144,7 @@ def text_config(config: Config, depth: int | None = None) -> Any:
 def _layer_types(types: Sequence[str], depth: int) -> list[str]:
     """Returns the types of a model's first blocks, or of its last ones if the first have no keys and values at all."""
     first = list(types[:depth])
+    # Layers of linear attention alone have no keys and values, which the plan must know.
     return list(types[-depth:]) if set(first) == {"linear_attention"} else first
 
 
@@ -167,6 +168,7 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
     depth = None
     if num_blocks is not None:
         layer = options.feature_layer
+        # A negative layer counts from the end, so the blocks behind it have to exist too.
         depth = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
     # Sizes do not depend on the normalisation of pixels, which may be stated only in the checkpoint's processor file.
@@ -217,6 +219,7 @@ def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> Vlm
 
 
 def _truncate_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
+    # Special blocks come first in the shortened tower.
     others = {key: list(range(len(vision[key]))) for key in _SPECIAL_BLOCKS if vision.get(key)}
     depth = next(key for key in _DEPTH_KEYS if key in vision)
     return vision | others | {depth: num_plain + sum(map(len, others.values()))}
@@ -299,8 +302,10 @@ def fake_llm(
         llm.requires_grad_(False)
         quantize_fake(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm, num_kept)
+    # The plan counts offloaded inputs as host memory.
     if config.hardware.offload_checkpoints:
         emulate_checkpoint_offload(adapted)
+    # Gradients and optimiser state exist only for adapters that a stage trains.
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))

@@ -33,6 +33,7 @@ class ProfileStore:
             key: Plain data that decides on the profile.
             make: Makes the profile.
         """
+        # Any change of the code or of a library makes a profile again.
         text = json.dumps([key, _code_version()], sort_keys=True, default=str)
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
         try:

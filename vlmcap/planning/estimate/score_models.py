@@ -59,6 +59,7 @@ def _text_pass(model: Any) -> Callable[[], Tensor]:
     """Returns a pass over texts of full length that keeps the states of all layers, as the scorer reads one of them."""
     ids = torch.ones(_batch_size(BertScorer), int(model.config.max_position_embeddings), dtype=torch.int64)
     if "roberta" in model.config.model_type:  # its positions start behind the padding id
+        # RoBERTa counts positions from pad id + 1, so that many positions are never used.
         ids = ids[:, : -(model.config.pad_token_id + 1)] + model.config.pad_token_id + 1
 
     def forward() -> Tensor:
@@ -76,9 +77,10 @@ def _image_pass(model: Any, mode: FakeTensorMode) -> Callable[[], Tensor]:
     inputs: dict[str, Any] = {}
     with mode:
         if getattr(vision, "num_patches", None) and model.config.model_type == "siglip2":
+            # (B, P, 3 · p · p)
             inputs["pixel_values"] = torch.empty(count, vision.num_patches, 3 * vision.patch_size**2)
         else:
-            inputs["pixel_values"] = torch.empty(count, 3, vision.image_size, vision.image_size)
+            inputs["pixel_values"] = torch.empty(count, 3, vision.image_size, vision.image_size)  # (B, 3, H, W)
     if model.config.model_type == "siglip2":
         side = int(vision.num_patches**0.5)
         inputs["pixel_attention_mask"] = torch.ones(count, vision.num_patches, dtype=torch.int64)

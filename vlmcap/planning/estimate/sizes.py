@@ -97,6 +97,7 @@ def clip_sizes(config: Config) -> Sizes:
     runs = (num_visual,) if text is None else (num_visual // steps,) * steps
     gap = 0 if text is None else _CLOCK_BETWEEN_RUNS if "{clock}" in text.before else _TEXT_BETWEEN_RUNS
     frame_bytes = 1
+    # uint8 frames: one byte per value.
     for side in frames_shape(encoder, grid):
         frame_bytes *= side
     has_known_blocks = not config.is_pretrained_vlm and not has_plugin_encoder(config)
@@ -124,9 +125,11 @@ def frames_shape(encoder: Any, grid: GridTHW) -> tuple[int, ...]:
 def key_value_bytes(config: Config) -> float:
     """Returns the bytes of one token's keys and values in the cache of all blocks."""
     text = text_config(config)
+    # Grouped queries share keys and values.
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     num_linear = (getattr(text, "layer_types", None) or []).count("linear_attention")  # they keep a state instead
+    # 2: keys and values
     return 2.0 * (int(text.num_hidden_layers) - num_linear) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
@@ -180,6 +183,7 @@ def _num_language_parameters(config: Config) -> int:
     num_blocks = int(text_config(config).num_hidden_layers)
     key, short = ["parameters", text_values(config), config.is_pretrained_vlm], range(1, min(2, num_blocks) + 1)
     counts: list[int] = cached(key, lambda: [_count_language_parameters(config, depth) for depth in short])
+    # One block, and each further one the difference of the two depths.
     return counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
 
 
@@ -224,6 +228,7 @@ def language_batch(
     is_visual, lengths = torch.tensor(prompt), [len(prompt) + count for count in captions]
     # 2. (R, S): one packed row, or a row per clip.
     shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
+    # In a packed row the clips follow each other, otherwise each begins its own row.
     starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
     ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     attention = torch.zeros_like(ids)

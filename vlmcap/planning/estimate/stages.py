@@ -56,6 +56,7 @@ class StageMemory:
 
 def extrapolate(short: StageMemory, longer: StageMemory, num_more: int) -> StageMemory:
     """Returns the profile with `num_more` blocks more than `short`; `longer` has one more."""
+    # short + num_more · (longer - short)
     return _weighted_sum([(1 - num_more, short), (num_more, longer)])
 
 
@@ -71,6 +72,7 @@ def extrapolate_kept(
         num_recomputed: Recomputed blocks more than `base` has.
         num_kept: Kept blocks more than `base` has.
     """
+    # base + num_recomputed · (recomputed - base) + num_kept · (kept - base)
     return _weighted_sum([(1 - num_recomputed - num_kept, base), (num_recomputed, recomputed), (num_kept, kept)])
 
 
@@ -110,14 +112,17 @@ class Anchors:
             num_clips: Clips whose captions give labels.
         """
         # 1. The fewest blocks, interpolated by tokens, with the labels of the other clips.
+        # 0 at the anchor with few tokens, 1 at the one with more.
         times = (num_tokens - self.num_tokens) / (self.num_more_tokens - self.num_tokens)
         terms = [(1 - times, self.short), (times, self.wide)]
         if self.doubled is not None and num_clips > 1:
+            # Each further clip adds the difference between two clips and one.
             terms += [(num_clips - 1, self.doubled), (1 - num_clips, self.short)]
         # 2. What one block adds at this number of tokens.
         if self.wide_longer is None:
             block = _scale_block(_weighted_sum([(1, self.longer), (-1, self.short)]), num_tokens / self.num_tokens)
         else:
+            # The difference of one block, interpolated between few and more tokens.
             block = _weighted_sum(
                 [(1 - times, self.longer), (times - 1, self.short), (times, self.wide_longer), (-times, self.wide)]
             )
@@ -270,6 +275,7 @@ class _MomentHooks:
                 return
             live.enter(f"forward {position}")
             hidden = args[0] if args else kwargs["hidden_states"]
+            # Its gradient is the end of the backward pass through the blocks.
             if position == "first" and hidden.requires_grad and not hidden.is_leaf:
                 hidden.register_hook(lambda _: live.enter("backward end"))
 
@@ -278,6 +284,7 @@ class _MomentHooks:
             if not self.is_forward:
                 return
             if hidden.requires_grad:
+                # The gradient of a block's output arrives just before its own backward pass.
                 hidden.register_hook(lambda _: live.enter(f"backward {position}"))
             if position == "last":
                 live.tag = "head and loss"  # no hook on the head, as a hook would turn the chunked loss off

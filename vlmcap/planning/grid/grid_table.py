@@ -87,6 +87,7 @@ def show_grid(cells: Sequence[Cell], console: Console | None = None) -> None:
 
 
 def _reason(cell: Cell) -> str:
+    # Without the encoder's name, equal reasons become one line.
     alike = cell.error.replace(f"encoder={cell.encoder}", "that encoder")
     return f"llm={cell.llm}: {alike}" if cell.llm not in alike else alike
 
@@ -102,10 +103,12 @@ def _print_hardware(cells: Sequence[Cell], console: Console) -> None:
     cell_of = {(cell.encoder, cell.llm): cell for cell in cells}
     first = max(map(len, rows))
     widths = {llm: 1 + max(len(piece) for piece in (*head(llm), "✗100.0")) for llm in columns}
+    # As many columns side by side as the terminal is wide.
     for block in _blocks(columns, widths, console.width - first):
         heads = {llm: head(llm) for llm in block}
         height = max(map(len, heads.values()))
         for line in range(height):
+            # Short heads are filled up at the top.
             pieces = (([""] * (height - len(heads[llm])) + heads[llm])[line].rjust(widths[llm]) for llm in block)
             console.print(Text(" " * first + "".join(pieces), style="bold"))
         for encoder in rows:
@@ -169,6 +172,7 @@ def _draw_hardware(axes: Any, cells: Sequence[Cell], encoders: Sequence[str], ll
         row, column = encoders.index(cell.encoder), llms.index(cell.llm)
         axes.barh(row + 0.5, 1, height=1, left=column, color=_colour(cell), edgecolor="white", linewidth=1.5)
         axes.text(column + 0.5, row + 0.5, _label(cell), ha="center", va="center", fontsize=8)
+    # From large to small, so that the first encoder is on top.
     axes.set(xlim=(0, len(llms)), ylim=(len(encoders), 0))
     axes.set_xticks([index + 0.5 for index in range(len(llms))], llms, rotation=35, ha="right", fontsize=8)
     axes.set_yticks([index + 0.5 for index in range(len(encoders))], encoders, fontsize=8)

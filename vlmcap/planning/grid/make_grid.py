@@ -93,6 +93,7 @@ class GridConfigs:
     """
 
     def __init__(self, names: GridNames) -> None:
+        # Each name is composed beside the first ones of the other groups.
         first = {group: getattr(names, group)[0] for group in _GROUPS}
         composed: dict[tuple[str, str], Composed] = {}
         for group in _GROUPS:
@@ -138,6 +139,7 @@ def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cel
         UserError: An override is wrong.
     """
     global _configs
+    # Set before the pool forks, so that its processes need not compose again.
     _configs = GridConfigs(names)
     try:
         jobs = _jobs(names, _configs)
@@ -170,6 +172,7 @@ def _jobs(names: GridNames, configs: GridConfigs) -> list[tuple[str, Sequence[tu
                 config.llm.quantization,
                 config.hardware.gradient_checkpointing,
             )
+            # Of cells that share a profile, the one with the largest batch needs all that the others need.
             if kind not in kinds or config.data.batch_size > configs.config(*kinds[kind]).data.batch_size:
                 kinds[kind] = cell
         jobs += [("llm", [cell]) for cell in kinds.values()]
@@ -193,6 +196,7 @@ def _profile_job(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
                 continue
             memory_profiler = _memory_profiler(config)
             for num_clips in {config.data.batch_size, MAX_ENCODED_CLIPS}:
+                # Projectors of one width share their profile.
                 key = (cell[0], num_clips, memory_profiler.width)
                 if key not in done:
                     done.add(key)
@@ -226,6 +230,7 @@ def _memory_profiler(config: Config, *, sizes: bool = True) -> FastMemoryProfile
 def _map_processes(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | None) -> Iterator[Any]:
     """Maps jobs in order over forked processes, which inherit all that is loaded, or in this process without fork."""
     count = min(num_processes or usable_processors(), _MOST_PROCESSES, len(jobs))
+    # Spawned processes would import everything again.
     if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, jobs)
         return

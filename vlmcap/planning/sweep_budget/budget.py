@@ -103,6 +103,7 @@ class Job:
     def num_in_loop(self) -> int:
         """Clips that are captioned during training, over all evaluations."""
         num_epochs = math.ceil(self.num_trained / self.clips.train)
+        # An evaluation after every n-th epoch.
         return num_epochs // self.every_n_epochs * min(self.max_eval_clips, self.clips.val)
 
     @property
@@ -188,6 +189,7 @@ def largest_subset(jobs: Sequence[Job], budget_s: float) -> int | None:
         The number of clips, or None where even the fewest take too long.
     """
     most = max(job.clips.train for job in jobs)
+    # From the largest multiple below the current number down.
     for max_clips in range((most - 1) // SUBSET_STEP * SUBSET_STEP, 0, -SUBSET_STEP):
         if sweep_seconds(with_clips(jobs, max_clips)) <= budget_s:
             return max_clips
@@ -252,6 +254,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
 def _saves(before: Sequence[Job], after: Sequence[Job]) -> bool:
     """Returns whether the combinations that fitted still fit, and take less time together."""
     pairs = [(old, new) for old, new in zip(before, after, strict=True) if old.fits]
+    # A change must not make a combination that fitted fail.
     if not all(new.fits for _, new in pairs):
         return False
     old_s, new_s = sweep_seconds([old for old, _ in pairs]), sweep_seconds([new for _, new in pairs])
@@ -261,6 +264,7 @@ def _saves(before: Sequence[Job], after: Sequence[Job]) -> bool:
 def _without_needless(chosen: Sequence[Proposal], budget_s: float, replan: Replan) -> list[Proposal]:
     """Removes changes that cost quality and that the budget does not need."""
     kept = list(chosen)
+    # The last change brought the sweep under its budget.
     for proposal in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not proposal]
         jobs = None if proposal.keeps_quality else replan([other.override for other in rest])

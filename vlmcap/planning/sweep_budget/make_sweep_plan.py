@@ -75,6 +75,7 @@ class _Sweep:
         return self._planned[key]
 
     def _plan(self, more: tuple[str, ...]) -> list[Job] | None:
+        # An override of a swept key would replace the values that are compared.
         if any(override.partition("=")[0] in self.swept for override in more):
             return None
         jobs = []
@@ -111,6 +112,7 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
         num_epochs=config.tuning.num_epochs,
         every_n_epochs=config.evaluation.every_n_epochs,
         max_eval_clips=config.evaluation.max_clips,
+        # -1 is Lightning's "no limit".
         max_trained=None if steps < 0 else steps * config.data.batch_size * trainer.accumulate_grad_batches,
         store=_store(config) if config.cache.enabled is True else None,
         refusal=refusal,
@@ -122,6 +124,7 @@ def num_clips(config: Config) -> NumClips:
 
     They are those of the data where it is there, or else about as many as AI Hub's data set has.
     """
+    # Assumed numbers, unless the data is the demo or on this machine.
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
         demo = config.data.demo
@@ -131,7 +134,7 @@ def num_clips(config: Config) -> NumClips:
     elif config.data.max_clips:
         train = config.data.max_clips
     train = min(train, config.data.max_clips or train)
-    if config.trainer.overfit:
+    if config.trainer.overfit:  # validates on the training clips, without a test
         return NumClips(train, train, 0)
     most = config.evaluation.max_final_clips
     return NumClips(train, min(val, most or val), min(test, most or test))
@@ -144,6 +147,7 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     memory_profiler, batch = MemoryProfiler(config, plan.device.has_flash), config.data.batch_size
     speed = plan.device.utilisation * plan.device.peak_flops * batch
     # The profile of a trained encoder is a whole step.
+    # Forward, backward to the inputs, and backward to the weights take about the same time.
     passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[config.tuning.encoder_tuning]
     prompt = memory_profiler.sizes.num_before_caption
     longer = 1 + config.llm.caption_tokens / prompt

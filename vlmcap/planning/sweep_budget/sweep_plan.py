@@ -169,6 +169,7 @@ def _table(plan: SweepPlan) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for job in plan.jobs:
         table.add_row(*_row(job))
+    # Encoding is shared, so it is in no row of a combination.
     for encoding in plan.encodings:
         what = f"features of {encoding.encoder}, once for {encoding.num_readers}"
         table.add_row(what, "", "", "", "", short_number(encoding.seconds / HOUR_S), style="dim")

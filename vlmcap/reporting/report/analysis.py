@@ -57,6 +57,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     # 1. Which runs can be compared: those with the metric, on the clips, references and tokenizer of most of them.
     has_metric = [metric in run.scores for run in runs]
     texts = [one.texts.get(split) for one, has in zip(captions, has_metric, strict=True) if has]
+    # Reasons for the runs with the metric only, in their order.
     why_not = iter(comparable(name, texts))
     members = [
         Member(run, one.texts, one.samples, next(why_not) if has else "", has)
@@ -67,6 +68,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     # 2. Runs that differ only in their seed form a group; groups are ranked and tested against the best one.
     shown = columns(metric, runs)
     groups, estimator = group_rows(members, factors, metric, shown, is_higher_better=is_higher)
+    # Effects and fronts are about the groups that are compared.
     ranked = {group.id: group.factors for group in groups if group.is_best or group.difference is not None}
     rows = run_rows(members, groups, factors, split)
     # 3. Captions side by side, which need runs with the same clips.
@@ -109,6 +111,7 @@ def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bo
         sign = 1 if is_higher_better else -1
         # From the cheapest group on, a group is on the front if it is better than all cheaper ones.
         best, front = -np.inf, []
+        # Of equal costs, the better score comes first.
         for _, score, name in sorted(known, key=lambda point: (point[0], -sign * point[1])):
             if sign * score > best:
                 best = sign * score
@@ -142,6 +145,7 @@ def _read_captions(
                 scored.setdefault(file_split, {})[index] = metrics
         advance()
     # Runs with the same clips and references are resampled together, so that their scores can be compared in pairs.
+    # Equal digests stand for equal clips and references.
     for file_split, metrics_of in scored.items():
         sets = [results[index].texts[file_split].digest for index in metrics_of]
         for index, samples in zip(metrics_of, resample(list(metrics_of.values()), sets), strict=True):
@@ -153,6 +157,7 @@ def _title(runs: Sequence[RunFolder]) -> str:
     parents = dict.fromkeys(run.path.parent for run in runs)
     if len(runs) == 1:
         return str(runs[0].path)
+    # The last three parts of each folder, such as "multirun/2026-11-28/05-20-11".
     return ", ".join(str(Path(*parent.parts[-3:])) for parent in list(parents)[:3]) + (" …" if len(parents) > 3 else "")
 
 

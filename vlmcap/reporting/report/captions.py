@@ -79,6 +79,7 @@ def read_captions(path: Path, warnings: list[str], shared: dict[str, str]) -> Ca
         if entry is None:
             num_broken += 1
             continue
+        # Files without ids, such as those of other programs, are matched by their order.
         name = str(entry.get("id", f"line {number + 1:06d}"))
         num_repeated += name in entries
         entries[name] = entry
@@ -105,9 +106,11 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 def _captions(entries: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> Captions:
     texts = [entry["prediction"] for _, entry in entries]
+    # Runs share their references, so each text is kept once in memory.
     references = [[shared.setdefault(text, text) for text in entry["references"]] for _, entry in entries]
     each = [entry["scores"] if isinstance(entry.get("scores"), dict) else {} for _, entry in entries]
     tokenizers = {str(entry.get("tokenizer") or "") for _, entry in entries}
+    # Ids and references: two runs with the same digest were scored on the same clips.
     content = json.dumps([[name for name, _ in entries], references], ensure_ascii=True)
     return Captions(
         ids=[name for name, _ in entries],
@@ -150,6 +153,7 @@ def choose_clips(
     """
     if not runs or not metric or count < 1:
         return []
+    # `runs` is in the order of the ranking.
     shown = dict(list(runs.items())[:MAX_RUNS])
     scores = np.stack([run.scores[metric] for run in shown.values()])  # (runs, clips)
     means, spreads = scores.mean(0), np.ptp(scores, axis=0)
@@ -194,6 +198,7 @@ def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[M
     )
     marks: list[Mark] = []
     for start, end, fact in spans_found:
+        # Facts overlap if one phrase is part of another; the first one by position stays.
         if end <= min(length, MAX_CHARACTERS) and (not marks or start >= marks[-1][1]):
             marks.append((start, end, fact, stated[fact] == wanted[fact]))
     return marks
@@ -211,6 +216,7 @@ def _choose(means: Floats, spreads: Floats, count: int, names: Sequence[Reason])
     for position, name in enumerate(names):
         share = count // len(names) + (position < count % len(names))  # the first reasons get the remainder
         for index in orders[name][:share].tolist():
+            # Clips with equal scores in all runs do not differ.
             if name != "different" or spreads[index] > 0:
                 chosen.setdefault(index, []).append(name)
     for index in orders["random"].tolist():  # fill up for clips that were chosen for two reasons

@@ -73,6 +73,7 @@ class Estimator:
         self.means = {name: float(np.mean([run.score for run in runs])) for name, runs in groups.items()}
         repeated = [[run.score for run in runs] for runs in groups.values() if len(runs) > 1]
         self._freedom = sum(len(scores) - 1 for scores in repeated)
+        # Variances of the groups with several seeds are pooled, for groups with one seed only.
         squares = sum(float(np.var(scores, ddof=1)) * (len(scores) - 1) for scores in repeated)
         self._pooled = squares / self._freedom if self._freedom else math.nan
 
@@ -88,11 +89,13 @@ class Estimator:
             return Estimate(value, None, None, "")
         # Draws of the two sources of variation are added; a source that is not known adds nothing.
         over: Over = "seeds" if clips is None else "clips" if seeds is None else "clips and seeds"
+        # Unknown variation over clips: every draw is the value itself.
         samples = np.full(self.resamples, value) if clips is None else clips
         samples = samples if seeds is None else samples + seeds
         low, high = (float(end) for end in np.quantile(samples, [0.025, 0.975]))
         # Values that differ only by rounding count as equal, as in `paired_bootstrap`.
         extreme = np.abs(samples - value) >= abs(value) - 1e-12 * max(1.0, abs(value))
+        # Share of the draws that are as far from their centre as 0 is; 1 is added, so that no p-value is 0.
         return Estimate(value, (low, high), float((1 + extreme.sum()) / (1 + len(samples))), over)
 
     def differences(self, contrasts: Mapping[str, Mapping[str, float]]) -> dict[str, Difference]:
@@ -112,6 +115,7 @@ class Estimator:
             for run in runs:
                 if run.samples is None:
                     return None
+                # A group's score is the mean of its seeds, so each has an equal share of the weight.
                 draws = run.samples.paired if is_difference else run.samples.single  # (resamples,)
                 term = weight / len(runs) * draws
                 total = term if total is None else total + term
@@ -133,6 +137,7 @@ class Estimator:
         # each divided by its own degrees of freedom.
         if variance == 0:
             return np.zeros(self.resamples)
+        # Another seed than that of the clips, whose draws must be independent of these.
         return math.sqrt(variance) * np.random.default_rng([0, 1]).standard_t(variance**2 / curvature, self.resamples)
 
 

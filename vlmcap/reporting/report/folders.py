@@ -78,6 +78,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 "metrics.jsonl; give the folder of a run or of a sweep"
             )
         for run in runs:
+            # A folder may be given twice, such as a run and the sweep that contains it.
             run_of.setdefault(run.resolve(), run)
     return list(run_of.values())
 
@@ -95,9 +96,11 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
     overrides = _overrides(folder, status, read_yaml)
     # 1. `train.py` leaves summary.json and status.json, `evaluate.py` leaves metrics.json.
     is_evaluation = bool(evaluation) and not (summary or status)
+    # Scores of the summary replace those of an evaluation in the same folder.
     scores = _numbers(evaluation) | _numbers(_object(summary, "scores"))
     predictions = {split: path for split in _SPLITS if (path := folder / "predictions" / f"{split}.jsonl").is_file()}
     if (folder / "predictions.jsonl").is_file():
+        # "test/cider" -> "test"
         split = next((name.split("/")[0] for name in _numbers(evaluation)), "test")
         predictions.setdefault(split, folder / "predictions.jsonl")
     # 2. Costs, of which a run that has failed knows only some.
@@ -118,6 +121,7 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         peak_memory_gib=_numbers(summary).get("peak_memory_gib"),
         planned_gib=plan.get("peak_gib"),
         planned_fit_s=plan.get("fit_s"),
+        # Sums over components.
         parameters={
             name: sum(int(counts.get(key) or 0) for counts in components) for name, key in _COUNTS.items() if components
         },
@@ -173,7 +177,9 @@ def _runs_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
     except OSError:  # no permission to read
         return
     for name in sorted(
-        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+        # "run10" -> ["run", 10, ""], so that 10 follows 9
+        names,
+        key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)],
     ):
         yield from _runs_in(folder / name, seen)
 
@@ -200,7 +206,10 @@ def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
     """Returns the entries that are finite numbers."""
     kept = {
-        name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)
+        # In Python, True is an int.
+        name: value
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
     return {name: float(value) for name, value in kept.items() if math.isfinite(value)}
 
@@ -231,6 +240,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
             for name, part in value.items()
             for key, leaf in flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()
         }
+    # An empty prefix is a file that holds no dictionary.
     return {} if not prefix or (isinstance(value, str) and "${" in value) else {prefix: value}
 
 
@@ -246,6 +256,7 @@ def _command(summary: dict[str, Any], overrides: list[str]) -> str:
     """Returns the command that repeats a run in a new folder; for a job of a sweep, it has the job's overrides."""
     overrides = [override for override in overrides if not override.startswith(OF_A_SWEEP)]
     words = [str(word) for word in summary.get("command") or []]
+    # The command of a sweep would start all of its jobs; that of one job consists of its own overrides.
     if not words or "-m" in words or "--multirun" in words:
         words = ["train.py", *overrides] if overrides or not words else words
     python = ["python"] if words[0].endswith(".py") else []  # `vlmcap train` is an executable

@@ -40,6 +40,7 @@ _USUAL = ("cider", "bleu_4", "rouge_l", "meteor_ko", "content_f1", "facts/mean",
 
 def comparable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Drops the keys that do not change the result, and replaces the cache folder in paths by a placeholder."""
+    # Files of the demo are in the cache folder, which differs between computers.
     cache = str(config.get("paths.cache_dir") or "")
     return {
         key: value.replace(cache, "${paths.cache_dir}") if cache and isinstance(value, str) else value
@@ -58,10 +59,13 @@ def find_factors(runs: Sequence[RunFolder]) -> list[str]:
     Args:
         runs: Runs; those without a configuration are ignored.
     """
+    # 1. Keys with more than one value.
     configs = [comparable_config(run.config) for run in runs if run.config]
     differing = _differing(configs)
+    # 2. Choices of groups first, such as encoder=siglip2, as they say most.
     groups = [group for group in _GROUPS if f"{group}.name" in differing]
     chosen = [f"{group}.name" for group in groups]
+    # 3. Keys that somebody has typed, unless the choices so far decide them already; the other keys come last.
     typed = [key for key in dict.fromkeys(key for run in runs for key in map(_key, run.overrides)) if key in differing]
     # A group's own keys, and keys that nobody typed, are factors only if those chosen so far do not determine them.
     for key in [*typed, *sorted(differing)]:
@@ -88,6 +92,7 @@ def group_name(run: RunFolder, factors: Sequence[str]) -> str:
         for factor, value in values.items()
         if factor not in _COMPONENTS and value is not None
     ]
+    # A single configuration differs from nothing, so its components name it.
     if not names and not others:
         configured = [run.config.get(f"{component}.name") for component in _COMPONENTS]
         names = [str(name) for name in configured if name not in (None, *_ABSENT)]
@@ -97,6 +102,7 @@ def group_name(run: RunFolder, factors: Sequence[str]) -> str:
 def short_ids(contents: Sequence[str], letter: str) -> dict[str, str]:
     """Returns an id for each content: a letter and the fewest hexadecimal digits of its hash that make it unique."""
     digests = {content: hashlib.sha256(content.encode()).hexdigest() for content in contents}
+    # From four digits on, as many as keep the ids apart.
     length = next(n for n in range(4, 65) if len({digest[:n] for digest in digests.values()}) == len(digests))
     return {content: letter + digest[:length] for content, digest in digests.items()}
 
@@ -123,6 +129,7 @@ def choose_metric(runs: Sequence[RunFolder], asked: str | None) -> str:
             raise UserError(f"no run has the metric --metric {asked}; choose one of {known}")
         return asked
     objectives = Counter(str(run.config["monitor"]) for run in runs if run.config.get("monitor") in counts)
+    # Of these, the one that most runs have.
     wanted = [*(name for name, _ in objectives.most_common(1)), "val/cider", "test/cider"]
     return max([name for name in wanted if name in counts] or [next(iter(counts))], key=lambda name: counts[name])
 
@@ -148,6 +155,7 @@ def columns(metric: str, runs: Sequence[RunFolder]) -> list[str]:
 
 
 def _key(override: str) -> str:
+    # "+encoder@first=siglip2" -> "encoder"
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
@@ -157,6 +165,7 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:
     differing: dict[str, None] = {}
     for config in configs:
         for key, value in config.items():
+            # Compared with the first configuration that has the key.
             if first.setdefault(key, _text(value)) != _text(value):
                 differing[key] = None
     return differing
@@ -167,6 +176,7 @@ def _is_determined(configs: Sequence[Mapping[str, Any]], chosen: Sequence[str], 
     known: dict[tuple[str, ...], str] = {}
     for config in configs:
         if key in config:
+            # The same values of the chosen keys with two values of this key: it is not determined.
             settings = tuple(_text(config.get(one)) for one in chosen)
             if known.setdefault(settings, _text(config[key])) != _text(config[key]):
                 return False
@@ -186,5 +196,6 @@ def _labelled(factor: str, value: Value, factors: Sequence[str]) -> str:
         return str(value)
     words = factor.split(".")
     ends = [other.split(".") for other in factors if other != factor]
+    # The fewest last words that no other factor ends with: "rank" for "tuning.lora.rank".
     length = next((n for n in range(1, len(words)) if all(other[-n:] != words[-n:] for other in ends)), len(words))
     return f"{'.'.join(words[-length:])}={f'{value:g}' if isinstance(value, float) else value}"

@@ -62,6 +62,7 @@ def report_page(report: Report, pictures: Mapping[str, ClipFrames] | None = None
     """
     style, script = _web_file("page.css"), "".join(_web_file(name) for name in SCRIPTS)
     data = _embedded(page_data(report, pictures or {}))
+    # The page loads nothing from elsewhere, and runs only the script whose hash is stated.
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'"
@@ -80,6 +81,7 @@ def report_page(report: Report, pictures: Mapping[str, ClipFrames] | None = None
 def page_data(report: Report, pictures: Mapping[str, ClipFrames]) -> dict[str, Any]:
     """Returns the data embedded in the page: the report as compact plain data, with labels and frames."""
     plain = report.plain()
+    # Keys that all runs share are stored once.
     common = _common_config([run["config"] for run in plain["runs"]])
     for run in plain["runs"]:
         run["config"] = {key: value for key, value in run["config"].items() if key not in common}
@@ -105,6 +107,7 @@ def _embedded(data: Any) -> str:
     """Serializes data to JSON with escapes, so that no text in it can end the surrounding script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (
+        # U+2028 and U+2029 end a line in older JavaScript, but not in JSON.
         text.replace("<", "\\u003c")
         .replace(">", "\\u003e")
         .replace("&", "\\u0026")
@@ -128,6 +131,7 @@ def _common_config(configs: list[dict[str, Any]]) -> dict[str, Any]:
 def _thinned(points: list[Any]) -> list[Any]:
     if len(points) <= MAX_CURVE_POINTS:
         return points
+    # The first and the last point are always among them.
     return [points[round(index * (len(points) - 1) / (MAX_CURVE_POINTS - 1))] for index in range(MAX_CURVE_POINTS)]
 
 
@@ -185,6 +189,7 @@ def read_all_frames(
     """
     pictures, total, started = {}, 0, time.monotonic()
     for index, clip in enumerate(clips):
+        # Clips after the limits are named without frames.
         has_room = index < max_clips and total < max_bytes and time.monotonic() - started < max_s
         frames = read_clip_frames(clip.video, num_frames, height) if has_room else ClipFrames(reason=FULL)
         total += sum(map(len, frames.frames))

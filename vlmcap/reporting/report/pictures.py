@@ -36,11 +36,13 @@ def draw_leaderboard(report: Report, file: Path) -> None:
     with _written(file, (8.5, 1.3 + 0.3 * max(2, len(groups)))) as figure:
         axes = figure.add_subplot()
         for row, group in enumerate(groups):
+            # Without an interval, its ends are the score itself.
             score = group.scores[report.metric]
             low, high = group.intervals.get(report.metric, (score, score))
             axes.plot([low, high], [row, row], color=_colour(group), linewidth=2.5, solid_capstyle="round")
             axes.plot([score], [row], "o", color=_colour(group), markersize=7)
         axes.set_yticks(range(len(groups)), [_label(group) for group in groups], fontsize=9)
+        # From large to small, so that the best row is on top.
         axes.set(ylim=(len(groups) - 0.4, -0.6), xlabel=_label_of_metric(report))
         axes.grid(axis="x", color="#eaeef2")
         axes.set_axisbelow(True)
@@ -60,11 +62,13 @@ def draw_fronts(report: Report, file: Path) -> None:
             points = {
                 group.id: (cost / unit, group.scores[report.metric], group)
                 for group in report.groups
+                # Only groups that are compared.
                 if (cost := group.costs.get(front.cost)) is not None and (group.is_best or group.difference is not None)
             }
             costs = [cost for cost, _, _ in points.values()]
             middle = (min(costs) + max(costs)) / 2
             axes.plot(
+                # The front as steps: at each cost, the best score up to it.
                 *zip(*(points[one][:2] for one in front.groups), strict=True),
                 color=_BEST,
                 linewidth=1,
@@ -95,6 +99,7 @@ def draw_curves(report: Report, file: Path) -> None:
     runs = [run for run in report.runs if run.curve]
     # Colours follow the ranking, and only the first run of a group has a label in the legend.
     order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MAX_GROUPS]
+    # The first two of these that have a curve.
     wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])
     shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][:2]
     with _written(file, (6.0 * max(1, len(shown)) + 2.5, 4.2)) as figure:
@@ -104,7 +109,9 @@ def draw_curves(report: Report, file: Path) -> None:
             for position, group in enumerate(order):
                 curves = [run.curve[key] for run in runs if run.group == group.id and key in run.curve]
                 for number, curve in enumerate(curves):
+                    # One legend entry per group.
                     name = _label(group) if number == 0 and position < _MAX_LABELLED else None
+                    # A curve of few points would be hard to see as a line.
                     mark = "o" if len(curve) < 8 else ""
                     axes.plot(
                         *zip(*curve, strict=True),
@@ -127,6 +134,7 @@ def draw_curves(report: Report, file: Path) -> None:
 @contextmanager
 def _written(file: Path, inches: tuple[float, float]) -> Iterator[Figure]:
     """Yields a figure, and saves it as a PNG file if the block raises no exception."""
+    # Names contain "_" and "$", which matplotlib would read as formulas.
     with rc_context({"font.family": list(_families()), "text.parse_math": False, "axes.unicode_minus": False}):
         figure = Figure(figsize=inches, layout="constrained")
         yield figure
@@ -136,6 +144,7 @@ def _written(file: Path, inches: tuple[float, float]) -> Iterator[Figure]:
 
 @functools.cache
 def _families() -> tuple[str, ...]:
+    # matplotlib takes the first font of the list that has a letter.
     known = {font.name for font in font_manager.fontManager.ttflist}
     return ("DejaVu Sans", *[name for name in _KOREAN_FONTS if name in known][:1])
 
@@ -168,6 +177,7 @@ def _colour(group: GroupRow) -> str:
 def _colours(count: int) -> Sequence[Any]:
     from matplotlib import colormaps
 
+    # Ten colours that are easy to tell apart; more come from a continuous scale.
     return [colormaps["tab10"](index) if count <= 10 else colormaps["turbo"](index / count) for index in range(count)]
 
 

@@ -66,7 +66,9 @@ def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, 
     named = _without_repeats(named)
     sign = -1 if is_higher_better else 1
     return sorted(
-        named, key=lambda one: (not one.is_compared, not one.has_metric, sign * one.run.scores.get(metric, 0.0))
+        # False sorts before True.
+        named,
+        key=lambda one: (not one.is_compared, not one.has_metric, sign * one.run.scores.get(metric, 0.0)),
     )
 
 
@@ -91,8 +93,10 @@ def group_rows(
     estimators = {name: _estimator(counted, name) for name in names}
     # 2. The best group by the report's metric, and the differences of all other groups from it.
     main = estimators[metric]
+    # `_counted` gives compared runs only if there are any, so the first one tells it of all.
     means = {name: main.means[name] for name, those in counted.items() if those and those[0].is_compared}
     best = (max if is_higher_better else min)(means, key=means.__getitem__) if means else None
+    # Weights of 1 and -1 are the score of a group minus that of the best one.
     differences = main.differences({name: {name: 1.0, best: -1.0} for name in means if name != best}) if best else {}
     # 3. A row per group.
     rows = []
@@ -130,6 +134,7 @@ def run_rows(members: Sequence[Member], groups: Sequence[GroupRow], factors: Seq
         names[member.group] + (f", seed {seed}" if has_seeds and (seed := seed_of(member.run)) is not None else "")
         for member in members
     ]
+    # Equal names, such as those of two runs without a seed, differ by their folders.
     counts = Counter(labels)
     return [
         _run_row(member, label if counts[label] == 1 else f"{label} ({member.run.path.name})", factors, split)
@@ -163,6 +168,7 @@ def _by_category(member: Member, split: str) -> dict[str, dict[str, float]]:
         return categories
     for name in dict.fromkeys(captions.categories):
         rows = [index for index, category in enumerate(captions.categories) if category == name]
+        # BLEU of a category is no mean of the BLEU of its clips.
         means = {metric: float(values[rows].mean()) for metric, values in captions.scores.items() if metric != "bleu_4"}
         categories[name or "(none)"] = {"clips": float(len(rows)), **means}
     return categories
@@ -250,5 +256,6 @@ def _run_row(member: Member, name: str, factors: Sequence[str], split: str) -> R
 
 
 def _ends(samples: Resampled) -> tuple[float, float]:
+    # Both ends of a 95 % interval.
     low, high = np.quantile(samples.single, [0.025, 0.975])
     return float(low), float(high)

@@ -69,6 +69,7 @@ def next_commands(run: RunFolder, videos: Sequence[str] = ()) -> dict[str, str]:
         videos: Videos of clips; the first one on this computer is the example of the captioning command.
     """
     words = shlex.split(run.command)
+    # In the way in which the run was started.
     program = ["vlmcap"] if words[:1] == ["vlmcap"] else ["python"]
     commands: dict[str, list[str]] = {}
     if run.checkpoint:
@@ -82,6 +83,7 @@ def next_commands(run: RunFolder, videos: Sequence[str] = ()) -> dict[str, str]:
             "evaluation.swap_videos=true",
         ]
     if (run.path / "checkpoints" / "last.ckpt").is_file() and len(words) > 1:
+        # Without the program, which has two words: "python train.py" or "vlmcap train".
         rest = [word for word in words[2:] if not word.startswith("checkpoint=")]
         without_seed = [word for word in rest if not word.startswith("seed=")]
         commands["resume"] = [*words[:2], *rest, f"paths.output_dir={run.path}", "checkpoint=last"]
@@ -106,6 +108,7 @@ def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> 
     lexicon = find_lexicon([run])
     recorded = _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl")
     completed = []
+    # Without a measurement of visual reliance, each clip is shown beside the caption of the next one.
     for clip, following in zip(clips, [*clips[1:], *clips[:1]], strict=True):
         other = recorded.get(clip.id) or ((following.id, following.captions[0].text) if following is not clip else None)
         completed.append(dataclasses.replace(clip, other=None if other is None else _other(*other, clip, lexicon)))
@@ -127,5 +130,6 @@ def _read_visual_reliance(path: Path) -> dict[str, tuple[str, str]]:
         row = json.loads(line) if line.strip() else {}
         text = row.get("swapped", {}).get("prediction")
         if isinstance(text, str):
+            # File name of a path on any system.
             others[str(row["id"])] = (re.split(r"[/\\]", str(row["swapped_video"]))[-1], text)
     return others

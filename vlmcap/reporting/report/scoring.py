@@ -48,14 +48,18 @@ def score_clips(
         UserError: The tokenizer is unknown or not installed.
     """
     metrics = {name: mean_metric(name, captions.scores[name]) for name in _FROM_FILE if name in captions.scores}
+    # 1. CIDEr, which the file may lack, or which was computed with another tokenizer.
     if tokenizer is not None or "cider" not in metrics:
         chosen = get_tokenizer(tokenizer) if tokenizer is not None else _tokenizer_of(run, captions)
+        # CIDEr's document frequencies need at least two clips.
         if len(captions) > 1:
             metrics |= clip_scores("cider", captions.texts, captions.references, tokenizer=chosen)
             each = {name: metrics[name].values[:, 0] for name in _FROM_FILE}
             captions = dataclasses.replace(captions, scores=each, tokenizer=f"{chosen.name} ({chosen.version})")
+    # 2. The metric of the report.
     if wanted and wanted not in metrics and is_clip_score(wanted):
         metrics |= _computed(run, captions, wanted)
+    # 3. Compare with the run's own scores.
     _check_scores(run, split, metrics, is_new=tokenizer is not None)
     return captions, metrics
 
@@ -73,6 +77,7 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
     samples: list[dict[str, Resampled]] = [{} for _ in metrics]
     for left in members.values():
         while left:  # in batches, because the columns of all runs together may take gigabytes
+            # Metrics of one batch, by the size of the first one's columns.
             size = max(1, _BATCH_ELEMENTS // max(1, metrics[left[0][0]][left[0][1]].values.size))
             batch, left = left[:size], left[size:]
             chosen = [metrics[index][name] for index, name in batch]
@@ -104,6 +109,7 @@ def comparable(metric: str, captions: Sequence[Captions | None]) -> list[str]:
         return [""] * len(captions)
     # Of equally common keys, the one with the most clips counts.
     sizes = {key: len(one) for key, one in zip(keys, captions, strict=True) if one is not None}
+    # First by the number of runs, then by the number of clips.
     majority = max(dict.fromkeys(known), key=lambda key: (known.count(key), sizes[key]))
     typical = next(one for key, one in zip(keys, captions, strict=True) if key == majority)
     assert typical is not None
@@ -149,6 +155,7 @@ def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, Clip
 def _tokenizer_of(run: RunFolder, captions: Captions) -> Tokenizer:
     """Returns the tokenizer named in the prediction file, in the summary or in the configuration."""
     stated = captions.tokenizer or run.tokenizer
+    # "mecab_ko (mecab_ko 1.0.3, …)" -> "mecab_ko"
     name = stated.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
     return get_tokenizer(name, normalize_fullwidth="full-width normalized" in stated)
 

@@ -73,6 +73,7 @@ def show_report(report: Report) -> None:
     """Prints the leaderboard, unfinished runs and warnings."""
     table = Table(title=report.metric_label, title_justify="left", title_style="bold", caption_justify="left")
     console = Console()
+    # A narrow terminal has no room for memory and minutes.
     columns = ("seeds", "score", "95 %", "vs. best", "p (Holm)", "GiB", "min")[: 7 if console.width >= 100 else 5]
     table.add_column("configuration", overflow="fold")
     for column in columns:
@@ -100,6 +101,7 @@ def conclusion(report: Report) -> str:
     if not compared:
         return f"{head}; there is nothing to compare it with."
     over = next((group.difference.over for group in compared if group.difference and group.difference.over), "")
+    # What the p-values are over; empty if that is not known.
     basis = {"clips": ", over clips, one seed each", "seeds": ", over seeds"}.get(over, "")
     tied = [group.name for group in compared if group.is_tied]
     if not tied:
@@ -186,6 +188,7 @@ def _fronts(report: Report) -> str:
 
 def _categories(report: Report) -> str:
     """Returns a table with a column for the best run of each of the first five groups."""
+    # The members are sorted, so the first run of a group is its best.
     first = [next((run for run in report.runs if run.group == group.id), None) for group in report.groups[:5]]
     runs = [run for run in first if run is not None and report.metric in run.scores]
     metric = report.metric.partition("/")[2]
@@ -226,6 +229,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(text: str) -> str:
+    # A bar or a line break would end a cell, "<" would begin a tag.
     return text.replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")
 
 

@@ -63,13 +63,16 @@ class Choice:
         if value is None:
             self.warn_of_fallback(score.epoch)
         if best is None:
+            # Also without any value, so that a run always keeps a best checkpoint.
             return True
         best_value = best.value(self.monitor)
         if value is not None and best_value is not None:
             return value < best_value if self.mode == "min" else value > best_value
+        # The metric is missing in one of the two validations, so both are compared by their losses.
         loss, best_loss = score.value(FALLBACK), best.value(FALLBACK)
         if loss is not None and best_loss is not None:
             return loss < best_loss
+        # Nothing comparable: a validation with some value beats one without any.
         has_none = best_value is None and best_loss is None
         return has_none and (value is not None or loss is not None)
 

@@ -28,6 +28,7 @@ def gather(captions: CaptionScore, clips: Iterable[Clip]) -> list[Prediction]:
         clips: All clips that may have been captioned.
     """
     with captions.sync_context():
+        # The metric holds texts as tensors, which `sync_context` gathers from all ranks; ids are unique in a split.
         texts = {name: text for name, text, _ in captions.corpus()}
     return [Prediction(clip, texts[clip.id]) for clip in sorted(clips, key=lambda clip: clip.id) if clip.id in texts]
 
@@ -51,6 +52,7 @@ def log_scores(
     """
     # float64, so that callbacks compare exactly the values that are written to files.
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
+    # `batch_size` is only the weight of a mean over batches, and this is logged once per epoch.
     pl_module.log_dict(values, logger=False, batch_size=1)
     for logger in trainer.loggers:
         logger.log_metrics({**scores, **(others or {}), "epoch": trainer.current_epoch}, step=trainer.global_step)
@@ -70,6 +72,7 @@ class CaptionEvaluation(L.Callback):
         self, scorer: CaptionScorer, clips: Mapping[str, Sequence[Clip]], folder: Path, monitor: str = ""
     ) -> None:
         self.scorer, self.clips, self.folder = scorer, clips, folder
+        # A slow metric such as METEOR is computed while training only if checkpoints are chosen by it.
         extra = {monitor.removeprefix("val/")} & set(METRIC_NAMES) - set(LOOP_METRICS)
         self._loop_metrics = (*LOOP_METRICS, *sorted(extra))
         self._captions = CaptionScore()  # only gathers the corpus; `scorer` computes the scores
@@ -113,6 +116,7 @@ class CaptionEvaluation(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the captions of the validation clips and logs the scores under `val/`."""
         scores = self._score("val", self._loop_metrics, pl_module)
+        # The loss is read before the return, so that its sums are empty for the next validation.
         scores["loss"] = self._mean_loss(trainer)
         if trainer.sanity_checking:
             return
@@ -150,8 +154,10 @@ class CaptionEvaluation(L.Callback):
         return float(loss) / max(1, int(num_labels))
 
     def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, scores: dict[str, float]) -> None:
+        # "val/cider", "test/cider", …
         self.scores = {f"{split}/{name}": value for name, value in scores.items()}
         warning = collapse_warning([prediction.text for prediction in self.predictions]) if self.predictions else None
+        # Logged, but kept out of the summary's scores.
         collapsed = {f"{split}/is_collapsed": float(warning is not None)} if self.predictions else {}
         log_scores(trainer, pl_module, self.scores, collapsed)
         if warning and trainer.is_global_zero:

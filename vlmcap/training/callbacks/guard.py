@@ -103,10 +103,12 @@ class DivergenceGuard(L.Callback):
     ) -> None:
         """Records the micro-batch before its loss is computed."""
         assert isinstance(pl_module, CaptioningModule)
+        # A window opens with the first micro-batch of an optimiser step, and so keeps the random states that repeat it.
         if self._window is None:
             position = pl_module.plan.at_epoch(trainer.current_epoch)
             rates = {group["component"]: float(group["lr"]) for group in pl_module.rate_groups()}
             self._window = Window(trainer.global_step, trainer.current_epoch, position.name, rates, random_states())
+        # Frames and features stay out, because they take gigabytes; tokens and masks stay on the device.
         self._window.batches.append(MicroBatch(batch.clips, batch.input_ids, batch.labels, batch.attention_mask))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
@@ -126,6 +128,7 @@ class DivergenceGuard(L.Callback):
         self.check_last_step(trainer)
         window = self._window
         reason = self._loss_problem(window)
+        # All ranks must stop together, as the others would wait for this one in the next collective operation.
         has_diverged = reason is not None
         if trainer.world_size > 1:
             has_diverged = trainer.strategy.reduce_boolean_decision(has_diverged, all=False)
@@ -137,6 +140,7 @@ class DivergenceGuard(L.Callback):
     ) -> None:
         """Closes the window after an optimiser step."""
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
+        # The norm exists only after an optimiser step; it is taken, so that it is not seen twice.
         if pl_module.grad_norm is not None:
             self._window.grad_norm, pl_module.grad_norm = pl_module.grad_norm, None
             self._stepped, self._window = self._window, None
@@ -164,6 +168,7 @@ class DivergenceGuard(L.Callback):
         if math.isfinite(norm):
             self._skips = 0
             return
+        # The float16 scaler skips a step that overflows and lowers its scale, which is normal at the start.
         self._skips += 1
         if not self.is_scaled:
             self._stop(trainer, window, f"the norm of the gradients is {norm}")
@@ -175,10 +180,12 @@ class DivergenceGuard(L.Callback):
         loss = window.loss
         if not any(batch.num_labels for batch in window.batches):  # no clip of the step could be read
             return None
+        # The loss of an overflow in float16 is not finite either.
         if not math.isfinite(loss):
             return None if self.is_scaled else f"the loss is {loss}"
         is_high = loss > max(self.config.factor * self._best, self._best + _MIN_RISE)
         self._high = self._high + 1 if is_high else 0
+        # The best loss is a mean of several steps, because a single easy batch would set it too low.
         self._recent.append(loss)
         if len(self._recent) == _SMOOTHING_STEPS:
             self._best = min(self._best, sum(self._recent) / _SMOOTHING_STEPS)
@@ -187,6 +194,7 @@ class DivergenceGuard(L.Callback):
         return f"the loss, {loss:.3g}, has been far above its best, {self._best:.3g}, for {self._high} steps"
 
     def _stop(self, trainer: L.Trainer, window: Window, reason: str) -> None:
+        # "step-000123-rank-1"
         name = f"step-{window.step + 1:06d}" + (f"-rank-{trainer.global_rank}" if trainer.world_size > 1 else "")
         target = self.folder / "diverged" / name
         write_window(window, reason, target, precision=str(trainer.precision))
@@ -222,6 +230,7 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"random.cuda.{index}": state for index, state in enumerate(window.random["cuda"])}
+    # Random states are bytes and 64-bit integers, which safetensors stores exactly.
     tensors |= {"random.torch": window.random["torch"], "random.numpy": window.random["numpy"][1]}
     for index, batch in enumerate(window.batches):
         named = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
@@ -250,7 +259,9 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
         ],
         "random": {"python": window.random["python"], "numpy": [generator[0], *generator[2:]]},
     }
+    # The JSON file is written last, so that where it exists, the tensors do too.
     with replacing(target.with_suffix(".safetensors")) as partial:
+        # safetensors refuses tensors that share memory.
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, partial)
     write_json(target.with_suffix(".json"), content)
 

@@ -30,9 +30,11 @@ def component_counts(
     """
     names = {name for parameters in trained.values() for name in parameters}
     components: dict[str, dict[str, int]] = {}
+    # With stored features the encoder is not in the model, but the table still names it.
     if captioner.encoder is None:
         components["encoder"] = {"parameters": num_encoder_parameters, "trained": 0}
     for name, parameter in captioner.named_parameters():
+        # "llm.base_model.model.…lora_A.default.weight" -> "adapters", "projector.0.weight" -> "projector"
         component = "adapters" if "lora_" in name else name.split(".")[0]
         # bitsandbytes packs two 4-bit weights into a byte and keeps the original shape.
         state = getattr(parameter, "quant_state", None)
@@ -74,6 +76,7 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
         scores: Scores, named `split/score`.
         tokenizer: Name and version of the tokeniser, without which Korean scores cannot be compared.
     """
+    # Names are "<split>/<score>"; `dict.fromkeys` keeps the order of the splits.
     for split in dict.fromkeys(name.split("/")[0] for name in scores):
         shown = {
             name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")
@@ -83,6 +86,7 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
         for column in ("score", "value", *(("videos swapped", "expected by chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in shown.items():
+            # These groups have columns or tables of their own.
             if name.startswith(("swapped/", "permuted/", "category/", "visual_reliance/")):
                 continue
             others = [shown.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
@@ -96,6 +100,7 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
 
 def score_label(name: str) -> str:
     """Returns the display name of a score."""
+    # "facts/object" -> "facts", "object"
     kind, _, rest = name.partition("/")
     words = rest.replace("_", " ")
     groups = {
@@ -111,6 +116,7 @@ def _show_categories(split: str, scores: Mapping[str, float]) -> None:
     rows: dict[str, dict[str, float]] = {}
     for name, value in scores.items():
         if name.startswith("category/"):
+            # "category/<category>/<metric>"; a category may contain a slash, a metric never does.
             category, _, metric = name.removeprefix("category/").rpartition("/")
             rows.setdefault(category, {})[metric] = value
     if not rows:
@@ -119,6 +125,7 @@ def _show_categories(split: str, scores: Mapping[str, float]) -> None:
     metrics = list(next(iter(rows.values())))
     for column in ("category", *(METRIC_LABELS.get(metric, metric) for metric in metrics)):
         table.add_column(column, justify="left" if column == "category" else "right")
+    # Largest category first.
     for category, row in sorted(rows.items(), key=lambda item: -item[1].get("clips", 0)):
         table.add_row(
             category, *(f"{row[metric]:.0f}" if metric == "clips" else f"{row[metric]:.3f}" for metric in metrics)
@@ -190,13 +197,17 @@ class RunProgress(L.Callback):
     ) -> None:
         """Logs every few optimiser steps and after the last step of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
+        # Lines go by the clock, log entries by optimiser steps.
         self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module))
         step = trainer.global_step
+        # The last step of an epoch is logged too, so that its validation has the loss of the same step beside it.
         is_due = step % self.log_every_n_steps == 0 or batch_idx + 1 >= trainer.num_training_batches
+        # With gradient accumulation, several micro-batches end at the same step.
         if step == self._logged_step or not is_due:
             return
         self._logged_step = step
         self._last = pl_module.take_log()
+        # Directly, and not by `log_dict`; see the docstring of the class.
         for logger in trainer.loggers:
             logger.log_metrics(self._last | {"epoch": trainer.current_epoch}, step=step)
         pl_module.log_dict(self._last, logger=False)
@@ -242,6 +253,7 @@ class RunProgress(L.Callback):
     def _step_line(self, trainer: L.Trainer, pl_module: CaptioningModule) -> str:
         """Returns stage, epoch, step, metrics and time left; before the first log step, the metrics so far."""
         position = pl_module.plan.at_epoch(trainer.current_epoch)
+        # Epochs are counted within their stage: "tune 2/3".
         number = trainer.current_epoch - position.first_epoch + 1
         items = [f"{name} {value}" for name, value in _shown_items(self._last or pl_module.read_log()).items()]
         step = f"step {trainer.global_step} of {self._last_step(trainer)}"
@@ -253,6 +265,7 @@ class RunProgress(L.Callback):
 
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Estimates the seconds to the end of the run from the steps so far."""
+        # Steps before a resume do not count, as this process has not timed them.
         done, left = trainer.global_step - self._first_step, self._last_step(trainer) - trainer.global_step
         return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
 
@@ -263,6 +276,7 @@ class RunProgress(L.Callback):
 
     def _time_left(self, trainer: L.Trainer) -> str:
         left = self.seconds_left(trainer)
+        # Minutes above 90 s, seconds below.
         return "done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -293,6 +307,7 @@ def _shown_items(metrics: Mapping[str, float]) -> dict[str, str]:
     """Formats loss, highest learning rate and speed for the progress bar and for lines."""
     if not metrics:
         return {}
+    # The highest rate stands for all components; every component has its own in the loggers.
     rate = max(value for name, value in metrics.items() if name.startswith("train/lr_"))
     loss, speed = metrics["train/loss"], metrics["train/tokens_per_s"]
     return {"loss": f"{loss:.3f}", "lr": f"{rate:.3g}", "tok/s": f"{speed:,.0f}"}
@@ -314,6 +329,7 @@ class TerminalBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Returns Lightning's items without the version, the metrics of the last log step, and the minutes left."""
         items = super().get_metrics(trainer, pl_module)
+        # Lightning shows the version of its loggers, which says nothing here.
         items.pop("v_num", None)
         if trainer.training:
             items |= self.progress.bar_items()

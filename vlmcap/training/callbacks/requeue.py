@@ -45,6 +45,7 @@ class StopOnSignal(L.Callback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals inside the context, and restores the earlier handlers after it."""
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -65,6 +66,7 @@ class StopOnSignal(L.Callback):
         if self.received is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
+            # The default action of the second signal ends the process, whatever it does at the moment.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -83,6 +85,7 @@ class StopOnSignal(L.Callback):
     ) -> None:
         """Stops after an optimiser step."""
         done = batch_idx + 1
+        # Only at the end of an optimiser step; the last one of an epoch may have fewer micro-batches.
         if done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches:
             self._stop_if_requested(trainer)
 
@@ -97,8 +100,11 @@ class StopOnSignal(L.Callback):
         swapped the weights, stop at the next optimiser step instead.
         """
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # During validation, WeightAveraging has the averaged weights in the model, which must not become the state of
+        # training.
         is_swapped = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if trainer.world_size == 1 and not is_swapped and self.received is not None and self._random is not None:
+            # Captions of this validation may have drawn random numbers, which the resumed validation draws again.
             set_random_states(self._random)
             self._stop_if_requested(trainer)
 
@@ -117,6 +123,7 @@ class StopOnSignal(L.Callback):
 
     def _stop_if_requested(self, trainer: L.Trainer) -> None:
         if self._is_stop_requested(trainer):
+            # `last.ckpt` is complete before Slurm is asked to start the job again.
             trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
             self._stop(trainer)
 
@@ -140,6 +147,7 @@ class StopOnSignal(L.Callback):
 
 def requeue() -> None:
     """Requeues the Slurm job of this process, and prints the result."""
+    # A task of a job array is named "<array>_<index>".
     array, task, job = (os.environ.get(name) for name in _JOB)
     name = f"{array}_{task}" if array and task else job
     if name is None or shutil.which("scontrol") is None:

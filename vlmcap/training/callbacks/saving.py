@@ -31,6 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
+            # Raised inside of `replacing`, which then removes the partial file and keeps the old checkpoint.
             if _runs_out_of_space(checkpoint, partial):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
@@ -85,6 +86,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Removes the checkpoints of an earlier run in this folder, which a new run must neither resume nor score."""
+        # Removed at the start of training and not before, so that a run that fails while loading leaves the old files.
         if not self._is_resumed and trainer.is_global_zero:
             self.last_path.unlink(missing_ok=True)
             self.best_path.unlink(missing_ok=True)
@@ -95,6 +97,7 @@ class RunCheckpoints(Checkpoint):
         """Saves the last state if an optimiser step is complete and a save is due."""
         done, step = batch_idx + 1, trainer.global_step
         is_step_done = done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches
+        # `global_step` stays the same during the micro-batches of the next step, which must not save again.
         if self.every_n_steps and is_step_done and step % self.every_n_steps == 0 and step != self._saved_step:
             self._save_last(trainer)
 
@@ -106,9 +109,12 @@ class RunCheckpoints(Checkpoint):
         """Saves the best state if this one is better, and then the last state."""
         if self._is_validated and self._choice is not None:
             score = Score.of(trainer, self.monitor)
+            # The first rank decides for all, because saving needs every rank.
             if trainer.strategy.broadcast(self._choice.is_better(score, self.best)):
+                # Set before the save, as the checkpoint holds the state of this callback.
                 self.best = score
                 trainer.save_checkpoint(self.best_path)
+        # An epoch without a validation would otherwise be judged by the metrics of an earlier one.
         self._is_validated = False
         self._save_last(trainer)
 
@@ -131,6 +137,7 @@ class RunCheckpoints(Checkpoint):
         self._is_resumed, self._saved_step = True, int(checkpoint["global_step"])
         source = Path(str(trainer.ckpt_path)).resolve().parent
         is_here, best = source == self.folder.resolve(), source / self.best_path.name
+        # The score in `best.ckpt` itself, as `last.ckpt` may be older than it.
         best_score = _read_best_score(best) if self.monitor is not None and best.is_file() else None
         if best_score is not None and best_score.step > self._saved_step:
             if not is_here:
@@ -149,8 +156,10 @@ class RunCheckpoints(Checkpoint):
         if not is_here and self.best is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.best_path) as partial:
+                # A run in a new folder continues another one, and its best state may remain the best.
                 shutil.copyfile(best, partial)
         num_lines = checkpoint["callbacks"].get(self.state_key, {}).get("num_lines")
+        # Lines after the checkpoint's step are dropped, because the resumed run logs these steps again.
         for logger in trainer.loggers:
             if is_here and num_lines is not None and isinstance(logger, JsonlLogger):
                 logger.truncate_to(num_lines)
@@ -222,8 +231,10 @@ def normalize_loop_state(loop: dict[str, Any], epoch: int, next_epoch: int, step
         next_epoch: Epoch of the next batch.
         step: Optimiser steps done.
     """
+    # `total` and `current` count epochs from 1; `processed` is the number of finished ones.
     for count in loop["epoch_progress"].values():
         count.update(ready=epoch + 1, started=epoch + 1, processed=next_epoch, completed=next_epoch)
+    # The checkpoint is from the end of an epoch: its last batch counts as completed.
     if next_epoch > epoch:
         batches = loop["epoch_loop.batch_progress"]
         for count in (batches["total"], batches["current"]):
@@ -245,6 +256,7 @@ def request_validation(loop: dict[str, Any], epoch: int, step: int) -> None:
     for count in loop["epoch_progress"].values():
         count.update(ready=epoch + 1, started=epoch + 1, processed=epoch, completed=epoch)
     validation = loop["epoch_loop.val_loop.batch_progress"]
+    # One validation was started and has not ended.
     validation["total"].update(ready=1, started=1, processed=0, completed=0)
     validation["current"].update(ready=0, started=0, processed=0, completed=0)
     # Lightning counts the last step of an epoch only after its validation.

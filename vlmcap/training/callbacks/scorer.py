@@ -111,12 +111,14 @@ class CaptionScorer:
             }
         if self.lexicon is not None:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
+        # 3. Final scorings also score categories and run pretrained models.
         if metrics is None:
             scores |= self._by_category(texts, references, [prediction.clip.category for prediction in predictions])
             with fastest_kernels():  # scores may use operations without a deterministic kernel
                 scores |= model_scores(
                     self.config, [prediction.clip.video for prediction in predictions], texts, references, device=device
                 )
+        # 4. What chance gives: the same captions against the references of other clips.
         if self.config.swap_videos and metrics is None and len(predictions) > 1:
             scores |= self._swapped(texts, references)
         return scores
@@ -144,6 +146,7 @@ class CaptionScorer:
         names = ("bleu_4", "cider", "cider_d", "rouge_l")
         sums = dict.fromkeys(names, 0.0)
         # Each caption is scored against the references of a clip that is `shift` places away, for evenly spread shifts.
+        # 1 + index · (N - 1) / count: never 0, which would be the right references.
         for shift in (1 + index * (len(texts) - 1) // count for index in range(count)):
             shifted = texts[shift:] + texts[:shift]
             values = self._score(shifted, references, names)
@@ -191,6 +194,7 @@ def model_scores(
         from vlmcap.metrics.model_based import SiglipScorer
 
         siglip = SiglipScorer(config.siglip_checkpoint, device=device)
+        # (F, 3, H, W) -> (F, H, W, 3), as image processors take NumPy images.
         # One clip at a time, because the frames of a full split would not fit into memory.
         frames = (list(decode_frames(video, config.siglip_frames).permute(0, 2, 3, 1).numpy()) for video in videos)
         each_siglip = siglip.score(frames, texts)
@@ -198,6 +202,7 @@ def model_scores(
             f"siglip/{name}": _mean([getattr(one, name) for one in each_siglip])
             for name in ("cosine", "probability", "truncated_ratio")
         }
+        # The next model would otherwise not fit beside this one on a small GPU.
         del siglip
     if config.bert_checkpoint is not None:
         from vlmcap.metrics.model_based import BertScorer
@@ -230,6 +235,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for prediction, scores in zip(predictions, each, strict=True):
+            # Six digits, as files of thousands of clips are read by people too; JSON has no NaN.
             plain = {name: None if math.isnan(value) else round(value, 6) for name, value in scores.items()}
             record = {
                 "id": prediction.clip.id,

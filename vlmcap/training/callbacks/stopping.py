@@ -43,6 +43,7 @@ class PatientStop(EarlyStopping):
             check_on_train_epoch_end=False,
             verbose=False,
         )
+        # The last epoch belongs to the last stage.
         self._first_epoch = plan.at_epoch(plan.num_epochs - 1).first_epoch
         self.best_epoch = self._counted_epoch = -1
         self._configured_monitor, self._choice = monitor, Choice("early stopping", monitor, mode)
@@ -65,9 +66,11 @@ class PatientStop(EarlyStopping):
         if epoch == self._counted_epoch:  # a resumed run repeats a validation that was counted before the save
             return
         self._counted_epoch = epoch
+        # Lightning raises if the monitored metric is missing, so a value is made up or another metric followed.
         if Score.of(trainer, None).value(self.monitor) is None:
             self._handle_missing_value(trainer)
         super().on_validation_end(trainer, pl_module)
+        # Lightning resets the count when the metric has improved.
         if self.wait_count == 0:
             self.best_epoch = trainer.current_epoch
         if self.wait_count >= self.patience and trainer.is_global_zero:
@@ -78,11 +81,13 @@ class PatientStop(EarlyStopping):
         if not bool(torch.isfinite(self.best_score)) and self.monitor != FALLBACK:
             self._choice.warn_of_fallback(trainer.current_epoch)
             self._follow_loss()
+            # Any finite loss is better than infinity.
             self.best_score, self.wait_count = torch.tensor(torch.inf), 0
         else:
             trainer.callback_metrics.setdefault(self.monitor, torch.tensor(torch.nan))
 
     def _follow_loss(self) -> None:
+        # Lightning keeps the difference with the sign of the mode: negative for "min".
         self.monitor, self.mode, self.min_delta = FALLBACK, "min", -abs(self.min_delta)
 
     def reason(self, epoch: int) -> str:
@@ -103,12 +108,14 @@ class PatientStop(EarlyStopping):
 
         A state of another metric is ignored.
         """
+        # The saved counts are of another metric.
         if state_dict["configured_monitor"] != self._configured_monitor:
             return
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
         self.best_epoch, self._counted_epoch = state_dict["best_epoch"], state_dict["counted_epoch"]
+        # The saved run had no value of the metric and followed the loss, and so must this one.
         if state_dict["monitor"] != self.monitor:
             self._follow_loss()
 
@@ -148,6 +155,7 @@ class TrialPruning(L.Callback):
             self._trial.report(value, epochs)
             is_last = epochs >= (trainer.max_epochs or 0)  # pruning would save no time here, and lose the final score
             is_worse = not is_last and self._trial.should_prune()
+        # The search runs in the first process; the others hear from it whether to stop.
         if trainer.strategy.broadcast(is_worse):
             raise TrialPruned(
                 f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials "

@@ -79,6 +79,7 @@ class VisualRelianceCheck(L.Callback):
 
     def _measure_split(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str) -> None:
         assert isinstance(pl_module, CaptioningModule)
+        # The first clips, like the validation of the training loop, whose captions are reused.
         clips = list(self.data.clips[split][: min(self.settings.max_clips, self.max_clips)])
         if len(clips) < 2:
             return
@@ -91,6 +92,7 @@ class VisualRelianceCheck(L.Callback):
                 if trainer.is_global_zero
                 else nullcontext()
             )
+            # `forward_context` is Lightning's autocast, which a callback does not run in.
             with torch.no_grad(), trainer.precision_plugin.forward_context(), waiting:
                 seen = self._gather(_Measurement(self, pl_module).run(clips, order))
         finally:
@@ -140,6 +142,7 @@ class _Measurement:
 
     def run(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Observation]:
         """Returns the observations of this rank's clips with the own, the swapped and the black video."""
+        # A clip keeps its id and captions, and takes only the video of the other one.
         swapped = [
             replace(clip, video=clips[other].video, frames=clips[other].frames)
             for clip, other in zip(clips, order, strict=True)
@@ -151,6 +154,7 @@ class _Measurement:
         return [
             *observed,
             *self._measure(SWAPPED, self._samples(swapped), self._caption),
+            # The loaders of the other two conditions give each rank its share of the clips; here it is cut by hand.
             *self._measure(BLANKED, self._black_samples(clips[self.rank :: self.world_size]), self._caption_once),
         ]
 
@@ -169,6 +173,7 @@ class _Measurement:
     ) -> list[Observation]:
         seen = []
         for samples in batches:
+            # None for every clip if only the loss is measured.
             texts: Sequence[str | None] = write(samples) if self.has_captions and samples else [None] * len(samples)
             for sample, text in zip(samples, texts, strict=True):
                 batch = self.data.train_collator([sample])  # one clip per batch, for the loss of each clip
@@ -184,6 +189,7 @@ class _Measurement:
         """Generates one caption for all samples, which share video and prompt, unless captions are sampled."""
         if self.module.captioner.generation.rules.do_sample:
             return self._caption(samples)
+        # Greedy and beam search give the same caption for the same input.
         return self._caption(samples[:1]) * len(samples)
 
 

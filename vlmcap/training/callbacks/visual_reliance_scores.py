@@ -37,15 +37,18 @@ def swap_order(clips: Sequence[Clip], seed: int) -> list[int]:
     assert len(clips) > 1
     shuffled = np.random.default_rng(seed).permutation(len(clips)).tolist()
     by_category = len({clip.category for clip in clips}) > 1
+    # Clips of one group should not exchange videos among themselves: categories if there are several, else videos.
     groups: list[str | tuple[str, ...]] = [clip.category if by_category else _video(clip) for clip in clips]
     # Sort by group, then by video, each in the order of its first appearance in the shuffle.
     first: dict[tuple[object, ...], int] = {
         key: position
+        # In reverse, so that the first appearance is written last and stays.
         for position, index in reversed([*enumerate(shuffled)])
         for key in (("group", groups[index]), _video(clips[index]))
     }
     by_group = sorted(shuffled, key=lambda index: (first["group", groups[index]], first[_video(clips[index])]))
     # A rotation by the size of the largest group moves every clip out of its group, unless that group is over half.
+    # One group of all clips would give a rotation by 0, which exchanges nothing.
     shift = max(Counter(groups).values()) % len(clips) or 1
     order = [0] * len(clips)
     for position, index in enumerate(by_group):
@@ -66,8 +69,10 @@ def _reduce_cost(clips: Sequence[Clip], order: list[int]) -> list[int]:
     is_better = True
     while is_better and any(costs):
         is_better = False
+        # Only clips with a cost can gain; the other one of a pair may be any clip.
         for one in [index for index, value in enumerate(costs) if value]:
             for two in range(len(clips)):
+                # After this swap, a clip would have its own video.
                 if order[two] == one or order[one] == two:
                     continue
                 new = cost(clips[one], clips[order[two]]), cost(clips[two], clips[order[one]])
@@ -133,6 +138,7 @@ class VisualReliance:
                 [own - other for own, other in zip(self.ciders[OWN], self.ciders[SWAPPED], strict=True)],
             )
         own, swapped = ([one.loss / one.num_tokens for one in self.seen[name]] for name in (OWN, SWAPPED))
+        # A loss is better when it is lower, so the difference has the other sign.
         return is_near_zero(own, [other - one for one, other in zip(own, swapped, strict=True)])
 
     def named(self) -> dict[str, float]:
@@ -173,6 +179,7 @@ def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
         own: N scores with the own videos, N at least 2.
         drops: N differences to the scores with another clip's video.
     """
+    # Standard error of the mean over clips.
     mean, error = fmean(drops), stdev(drops) / math.sqrt(len(drops))
     return mean <= _SMALL_DROP * fmean(own) and mean <= _NUM_STANDARD_ERRORS * error
 
@@ -202,6 +209,7 @@ def compare(
     ciders: dict[str, list[float]] = {}
     if all(one.text is not None for group in kept.values() for one in group):
         for name, group in kept.items():
+            # An empty caption is a caption.
             predictions = [Prediction(clips[index], one.text or "") for index, one in zip(indices, group, strict=True)]
             scores[name] |= scorer.score(predictions, metrics=("cider",))
             texts = [prediction.text for prediction in predictions]

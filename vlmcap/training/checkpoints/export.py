@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_SAMPLING = (
+_SAMPLING = (  # keys of the base model's file that the run's settings replace
     "do_sample",
     "temperature",
     "top_p",
@@ -92,6 +92,7 @@ def export(
             predictions of the model.
     """
     silence_libraries()
+    # Checked before the lock, for a quick answer, and again inside, when another export may have finished.
     check_output(output)
     if is_export(Path(checkpoint)):
         raise UserError(
@@ -145,6 +146,7 @@ def write_export(
     # 2. Write model, tokenizer, settings and projector; the folder gets its name when it is complete.
     output.parent.mkdir(parents=True, exist_ok=True)
     origin = _origin(checkpoint, content, str(dtype).removeprefix("torch."), difference)
+    # Size in the dtype of the export, before the disk is filled.
     _report(f"writing {_gigabytes(sum(p.numel() * p.element_size() for p in model.parameters()))} to {output}")
     try:
         with progress_reporter("writing the model"), new_folder(output) as partial:
@@ -186,6 +188,7 @@ def as_exported(config: Config, folder: Path) -> Config:
     """
     component = "model" if config.is_pretrained_vlm else "llm"
     before = config.tuning
+    # The merged weights are frozen in the exported model, so that only the projector counts as trained.
     tuning = FullConfig(before.name, epochs=before.num_epochs, projector_lr=before.projector_lr, llm_lr=0.0)
     if isinstance(before, EncoderTuningConfig):
         # Only the adapters of the encoder remain, which are on all its linear layers.
@@ -242,6 +245,7 @@ def _base_folder(config: Config, content: Mapping[str, Any]) -> Path:
     settings = getattr(config, component)
     folder = locate(settings.checkpoint, settings.revision, key=f"{component}.checkpoint", gate=settings.gate)
     base = fingerprint(folder, settings.checkpoint, Path(config.paths.cache_dir) / "fingerprints.json")
+    # Weights of another base would merge without an error, and give nonsense.
     check_base_checkpoints({component: content["vlmcap"]["base_checkpoints"][component]}, {component: base.as_dict()})
     return folder
 
@@ -273,6 +277,7 @@ def _write(
     from vlmcap.models.llm.merge import save_merged
 
     save_merged(model, base, folder, _PROCESSOR if config.is_pretrained_vlm else ())
+    # vLLM and other programs may still read the file with transformers 4.
     _add_transformers4_keys(folder / "config.json")
     _write_generation(folder, config, base)
     if config.llm.chat_template:
@@ -295,6 +300,7 @@ def write_components(folder: Path, config: Config, weights: Mapping[str, Tensor]
         }
         if component_weights:
             save_file(component_weights, beside / f"{component}.safetensors")
+    # "." stands for the folder itself, which may be moved; `read_export` fills in the real one.
     write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
     (beside / EXPORT_ORIGIN).write_text(json.dumps(origin, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -306,6 +312,7 @@ def _add_transformers4_keys(file: Path) -> None:
         rope = section.get("rope_parameters") or {}
         if "rope_theta" in rope:
             section["rope_theta"] = rope["rope_theta"]
+            # transformers 4 keeps scaled rotary embeddings, such as YaRN, in a key of their own.
             if rope.get("rope_type", "default") != "default":
                 section["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -317,6 +324,7 @@ def _write_generation(folder: Path, config: Config, base: Path) -> None:
     prompt = load_prompt_of(config, base)
     settings = generation_settings(config)
     values = json.loads(file.read_text(encoding="utf-8"))
+    # Everything of the base model that is about sampling goes, and the settings of the evaluation replace it.
     values = {name: value for name, value in values.items() if name not in _SAMPLING}
     chosen = {name: value for name, value in settings.as_arguments().items() if value is not None}
     chosen |= {

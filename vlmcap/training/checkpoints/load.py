@@ -84,10 +84,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return read_export(file)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
+        # A run folder was given instead of its checkpoint: name the files in it.
         there = sorted(str(path) for path in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})
         hint = f"there is {', '.join(there)}" if there else "give a .ckpt file under the checkpoints/ folder of a run"
         raise UserError(f"checkpoint {file} {'is a folder' if file.is_dir() else 'does not exist'}; {hint}")
     try:
+        # Unpickles only tensors and plain data.
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{file} is not a checkpoint that can be read safely: {first_line(error)}") from error
@@ -135,6 +137,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{beside} cannot be read ({first_line(error)}); run `vlmcap export` again") from error
     check_plugins(origin.get("plugins", {}))
+    # The base checkpoint of the merged component is this folder, wherever it is now.
     plain["llm" if plain["model"]["kind"] == "assembled" else "model"] |= {
         "checkpoint": str(folder.resolve()),
         "revision": None,
@@ -161,6 +164,7 @@ def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config)
     )
     check_weights(content["state_dict"], trained_parameters(assembly.captioner, StagePlan(config.tuning.stages)))
     weights = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
+    # Names without "captioner." are those of the captioner; the Lightning module adds the prefix.
     load_full_weights(assembly.captioner, weights)
 
 
@@ -172,6 +176,7 @@ def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, 
     for name, parameter in named.items():
         is_adapter = "lora_" in name
         # An encoder with adapters trains only these, and its frozen weights belong to no component.
+        # The encoder comes first, because an adapter of the encoder is no adapter of the language model.
         if name.startswith("encoder."):
             component = "encoder" if is_adapter == has_encoder_adapters else ""
         elif name.startswith("projector."):
@@ -193,6 +198,7 @@ def check_base_checkpoints(saved: Mapping[str, Mapping[str, str]], present: Mapp
     """Raises a `UserError` if a base checkpoint differs from the one that the checkpoint was trained on."""
     for component, base in saved.items():
         now = present.get(component)
+        # Only components that both sides name are compared.
         if now is not None and now["sha256"] != base["sha256"]:
             raise UserError(
                 f"the checkpoint was trained on the {component} {base['name']} (sha256 {base['sha256'][:12]}), "
@@ -204,6 +210,7 @@ def check_base_checkpoints(saved: Mapping[str, Mapping[str, str]], present: Mapp
 def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
     """Raises a `UserError` unless the saved weights have the names and shapes of the trained parameters."""
     shapes = {f"captioner.{name}": tuple(p.shape) for parameters in trained.values() for name, p in parameters.items()}
+    # Names in only one of the two; the first one is enough for the message.
     for name in sorted(shapes.keys() ^ saved.keys()):
         where = "the model lacks" if name in saved else "the checkpoint lacks"
         raise UserError(

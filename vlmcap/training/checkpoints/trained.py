@@ -59,6 +59,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     check_vllm(config.evaluation.vllm_python)
     # 1. Merge the adapters, as vLLM reads a folder in Hugging Face layout.
     folder = merged_folder(config, checkpoint)
+    # From here on, the exported folder is the base checkpoint, without adapters.
     config = as_exported(config, folder)
     # 2. Encode the clips, with an encoder and a projector in this process and only the embeddings of the LLM.
     dtype = dtype_of(config.hardware.precision)
@@ -104,6 +105,7 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
     dtype = dtype_of(config.hardware.precision)
     # The folder also holds the chat template, which the command line may have changed.
     template = hashlib.sha256((config.llm.chat_template or "").encode()).hexdigest()
+    # One folder for each checkpoint, template and dtype.
     name = f"{sha256[:16]}-{template[:8]}-{str(dtype).removeprefix('torch.')}"
 
     def make(target: Path) -> Any:
@@ -120,6 +122,7 @@ def _check_export(folder: Path, checkpoint: Path, sha256: str) -> None:
             "out to export one"
         )
     origin = read_origin(folder)
+    # The hash decides, because a run folder may have moved.
     if origin["checkpoint_sha256"] != sha256:
         raise UserError(
             f"evaluation.vllm_model={folder} was exported from a different checkpoint ({origin['checkpoint']} with "

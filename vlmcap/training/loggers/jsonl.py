@@ -47,6 +47,7 @@ class JsonlLogger(Logger):
             "epoch": None if epoch is None else int(epoch),
             **{name: float(value) for name, value in values.items()},
         }
+        # Opened for each line, so that the file may be replaced between two of them, as `truncate_to` does.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -60,6 +61,7 @@ class JsonlLogger(Logger):
 
     def truncate_to(self, num_lines: int) -> None:
         """Keeps the lines that existed when a checkpoint was saved; a resumed run writes the later ones again."""
+        # A run that was stopped may have logged steps after its last checkpoint.
         if self.num_lines > num_lines:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.path, "".join(lines[:num_lines]))
@@ -74,6 +76,7 @@ class JsonlLogger(Logger):
                 row = json.loads(line)
                 if row["step"] <= step:
                     kept.append((line, row))
+            # A line that a crash has cut, or one that no run writes.
             except (ValueError, KeyError, TypeError):
                 continue
         write_text(self.path, "".join(f"{line}\n" for line, _ in kept))

@@ -39,9 +39,12 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
     jsonl, rows = JsonlLogger(folder / "metrics.jsonl"), []
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         is_outside = any(isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) for logger in extra)
+        # The other loggers give a run no id.
         keep_ids(folder, known | ({config.logger.kind: str(extra[0].version)} if is_outside else {}))
+        # A new run drops every line.
         rows = jsonl.drop_after(step if step is not None else -1)
     if isinstance(config.logger, CsvConfig):
+        # CSV comes last, because it starts with the rows that were kept.
         extra = [csv_logger(folder, rows)]
     return [jsonl, *extra]
 
@@ -54,6 +57,7 @@ def make_evaluation_loggers(config: Config, plain: Mapping[str, Any], folder: Pa
 def _extra_loggers(
     config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known: Mapping[str, str], step: int | None
 ) -> list[Logger]:
+    # Ids are kept by kind, so that a run which changes its logger starts a new record.
     known_id = known.get(config.logger.kind)
     match config.logger:
         case WandbConfig():
@@ -84,6 +88,7 @@ def end_loggers(loggers: Sequence[Logger], config: Config, folder: Path, summary
             log_run_files(logger.experiment, config, folder)
         elif not isinstance(logger, JsonlLogger | CSVLogger):
             # The scores are logged already.
+            # Logged as ordinary metrics at the last step, as these services have no summary of a run.
             costs = {name: float(value) for name, value in numbers.items() if name not in summary["scores"]}
             logger.log_metrics(costs, step=int(summary["steps"]))
         if isinstance(logger, TensorBoardLogger):  # hparams table; it adds a point at step 0, so names must differ
@@ -107,6 +112,7 @@ def end_evaluation_loggers(
             if "wandb" in trained_by:
                 logger.experiment.config.update({"train_run": trained_by["wandb"]})
             use_checkpoint(logger.experiment, config, checkpoint)
+            # Without NaN, which W&B could not compare.
             logger.experiment.summary.update({name: value for name, value in scores.items() if value == value})
             log_evaluation_files(logger.experiment, folder)
     _end(loggers)
@@ -116,6 +122,7 @@ def _end(loggers: Sequence[Logger]) -> None:
     end_wandb()
     for logger in loggers:
         if isinstance(logger, TrackioLogger):
+            # Lightning calls `finalize` after each loop, so trackio's logger needs a call of its own.
             logger.end()
         elif not isinstance(logger, WandbLogger):
             logger.finalize("success")

@@ -31,6 +31,7 @@ def csv_logger(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Logger:
     with warnings.catch_warnings():
         # Lightning warns that earlier rows will be lost, but they are written again below.
         warnings.filterwarnings("ignore", "Experiment logs directory")
+        # Opened before rows are written, because Lightning then deletes an earlier file.
         _ = logger.experiment
     for row in rows:
         logger.log_metrics(
@@ -54,8 +55,10 @@ def tensorboard_logger(folder: Path, step: int | None, *, is_training: bool) -> 
     """
     require_package("tensorboard", "pip install 'vlmcap[tensorboard]'")
     if is_training and step is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        # Event files of an earlier run in this folder would be drawn into the same curves.
         for file in (folder / "tensorboard").glob("events.out.tfevents.*"):
             file.unlink()
+    # TensorBoard hides the events of the interrupted run from this step on.
     purge_step = None if step is None else step + 1
     return TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step)
 
@@ -75,12 +78,15 @@ def mlflow_logger(config: Config, folder: Path, job_type: str, known_id: str | N
     require_package("mlflow", "pip install 'vlmcap[mlflow]'")
     assert isinstance(config.logger, MlflowConfig)
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{(folder / 'mlruns').absolute()}"
+    # MLflow 3 refuses file stores unless this variable is set.
     if address.startswith("file:"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    # "encoder=siglip2" -> {"encoder": "siglip2"}
     tags = dict(tag.split("=", 1) for tag in run_tags(config)) | {"group": group_name(config), "job_type": job_type}
     logged = _reopened_params(address, known_id) if known_id else None
     run_id = known_id if logged is not None else None
     logger = MLFlowLogger(config.logger.project, run_name(config), tracking_uri=address, tags=tags, run_id=run_id)
+    # MLflow raises if a parameter is logged again with another value.
     logger.log_hyperparams({name: value for name, value in factors(config).items() if name not in (logged or {})})
     return logger
 
@@ -99,8 +105,10 @@ def _reopened_params(address: str, run_id: str) -> dict[str, str] | None:
         run = client.get_run(run_id)
     except MlflowException:
         return None
+    # A run in MLflow's trash cannot be written to, so a new one begins.
     if run.info.lifecycle_stage == "deleted":
         return None
+    # The stopped run was marked as finished or failed.
     client.update_run(run_id, status="RUNNING")
     params: dict[str, str] = run.data.params
     return params
@@ -124,6 +132,7 @@ class TrackioLogger(Logger):
         require_package("trackio", "docs/howto/loggers.md says how to install it")
         assert isinstance(config.logger, TrackioConfig)
         self._project, self._name = config.logger.project, known_id or run_name(config)
+        # A new run must not continue one of the same name.
         resume = "allow" if known_id else "never"
         self._begin(factors(config) | {"job_type": job_type, "settings": dict(plain)}, group_name(config), resume)
 

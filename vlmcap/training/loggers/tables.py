@@ -41,6 +41,7 @@ class WandbTable(L.Callback):
         """Logs the table if it is due."""
         if not trainer.sanity_checking:
             self._validations += 1
+            # The first validation always sends a table.
             if (self._validations - 1) % self.config.table_every_n_validations == 0:
                 self._send(trainer, VAL_TABLE)
 
@@ -54,6 +55,7 @@ class WandbTable(L.Callback):
         if not loggers or not rows or not trainer.is_global_zero:
             return
         size = self._size(rows)
+        # The limit is for the whole run, because every table uploads its pictures again.
         if self.sent_bytes + size > self.config.max_media_mib * 2**20:
             if not self._is_full:
                 print(
@@ -71,6 +73,7 @@ class WandbTable(L.Callback):
 
     def _size(self, rows: Sequence[Prediction]) -> int:
         """Returns the bytes of thumbnails and texts; W&B adds some hundred bytes per row."""
+        # 512 bytes stand for what W&B adds to a row.
         texts = sum(len(json.dumps([row.clip.id, row.text, row.clip.captions[0]])) + 512 for row in rows)
         return texts + sum(len(self._thumbnail(row) or b"") for row in rows)
 
@@ -79,6 +82,7 @@ class WandbTable(L.Callback):
 
         table = []
         for index, row in enumerate(rows):
+            # A JPEG file of our own, because `wandb.Image` would write an array as a PNG of many times the size.
             jpeg, image = self._thumbnail(row), None
             if jpeg is not None:
                 file = folder / f"{index}.jpg"
@@ -104,6 +108,7 @@ def _strip(video: str, height: int, quality: int) -> bytes | None:
     except VideoError:
         return None
     strip = Image.fromarray(frames.permute(2, 0, 3, 1).flatten(1, 2).numpy())  # (H, 4 W, 3)
+    # Smaller videos keep their size.
     scale = min(1.0, height / strip.height)
     small = strip.resize(
         (max(1, round(strip.width * scale)), max(1, round(strip.height * scale))), Image.Resampling.LANCZOS

@@ -50,7 +50,9 @@ def wandb_logger(
         save_dir=folder,
         mode="offline" if reason else None,
         id=os.environ.get("WANDB_RUN_ID") or known_id,
+        # "allow" continues the run with this id, if the server has one, and starts it otherwise.
         resume="allow",
+        # Runs of training are named by their components, evaluations also by their split: "…-s0-eval-test".
         name=run_name(config) + ("" if job_type == "train" else f"-{job_type}-{config.data.split.name}"),
         group=group_name(config),
         job_type=job_type,
@@ -70,6 +72,7 @@ def run_name(config: Config) -> str:
 def group_name(config: Config) -> str:
     """Returns the group of a run: all projectors, tunings and seeds of one encoder and one language model."""
     given = config.logger.group if isinstance(config.logger, WandbConfig | TrackioConfig) else None
+    # The projector stays out, so that runs which differ in it alone are compared within a group.
     return given or "+".join(name for component, name in config.component_names.items() if component != "projector")
 
 
@@ -87,6 +90,7 @@ def end_wandb(exit_code: int = 0) -> None:
 
     if wandb.run is not None and wandb.run.id == _PROCESS_STATE["run"]:
         wandb.finish(exit_code=exit_code)
+        # wandb keeps a service process with the settings of the first run.
         wandb.teardown()  # so that the next run reads its own WANDB_DATA_DIR
     _PROCESS_STATE["run"] = None
 
@@ -102,9 +106,11 @@ def offline_reason(is_asked: bool) -> str | None:
     settings = wandb.Settings()
     if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         return "because there is no API key (run `wandb login`)"
+    # "https://api.wandb.ai" -> "api.wandb.ai", and "http://localhost:8080" -> "localhost:8080"
     host = str(settings.base_url).split("//")[-1].split("/")[0]
     name, _, port = host.partition(":")
     try:
+        # 3 s; `wandb.init` itself waits up to 90 s.
         socket.create_connection((name, int(port or 443)), timeout=3).close()
     except OSError:
         return f"because {name} cannot be reached"
@@ -113,5 +119,6 @@ def offline_reason(is_asked: bool) -> str | None:
 
 def _stage_in_run_folder(folder: Path) -> None:
     """Stages the files that an offline run will upload in the run folder, unless the user has set WANDB_DATA_DIR."""
+    # A folder that this process has set for an earlier job of a sweep is replaced, one of the user is not.
     if os.environ.get("WANDB_DATA_DIR") in (None, _PROCESS_STATE["data"]):
         _PROCESS_STATE["data"] = os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())

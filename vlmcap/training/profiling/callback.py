@@ -69,6 +69,7 @@ def read_seconds(before: torch.Tensor, after: torch.Tensor) -> float:
         before: Seconds and clips before the timed steps, (2,).
         after: Seconds and clips after the timed steps, (2,).
     """
+    # With prefetched batches no clip may be read in the timed steps; then the mean is over all reads so far.
     seconds, clips = (after - before if after[1] > before[1] else after).tolist()
     return float(seconds) / max(1.0, float(clips))
 
@@ -84,6 +85,7 @@ class StepProfile(L.Callback):
     def __init__(self, settings: ProfileConfig, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.profiler = PhaseProfiler(self._before_fetch)
+        # Float64 sums in shared memory, which forked and spawned workers alike write to.
         self.read_totals = torch.zeros(_MAX_WORKERS, 2, dtype=torch.float64).share_memory_()
         self._reads = (torch.zeros(2), torch.zeros(2))  # seconds and clips before and after the timed steps
         self._module: CaptioningModule | None = None
@@ -100,6 +102,7 @@ class StepProfile(L.Callback):
 
         def make(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
             dataset = make_dataset(chosen)
+            # Only training reads are timed; evaluation makes data sets of other clips.
             return TimedDataset(dataset, self.read_totals) if chosen is clips else dataset
 
         return make
@@ -117,6 +120,7 @@ class StepProfile(L.Callback):
     ) -> None:
         """Counts the clips of timed steps."""
         if self._stage == TIMED:
+            # A clip that could not be read has taken time too.
             self._clips += len(batch) + len(batch.skipped)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -180,11 +184,13 @@ class StepProfile(L.Callback):
         if number != self._number:  # otherwise another micro-batch of the same step
             self._number = number
             self._enter(self._stage_of(number))
+        # The wait for the first batch of a step belongs to it, so the section begins before the fetch.
         if self._stage != "before" and self.profiler.section is None:
             self.profiler.begin(self._stage)
 
     def _stage_of(self, number: int) -> str:
         """Returns the stage of a step, counted from 1."""
+        # Steps before `first` warm up: allocator, kernels and workers.
         first, timed, traced = self.settings.first_step, self.settings.num_steps, self.settings.trace_steps
         ends = {"before": first, TIMED: first + timed, TRACED: first + timed + traced}
         return next((stage for stage, end in ends.items() if number < end), PLAIN)
@@ -195,6 +201,7 @@ class StepProfile(L.Callback):
         before, self._stage = self._stage, stage
         if before == stage:
             return
+        # Sums of the reads at both ends of the timed steps; their difference is what the steps have read.
         if before == TIMED:
             self._reads = self._reads[0], self.read_totals.sum(dim=0)
         if self._trace is not None:
@@ -208,6 +215,7 @@ class StepProfile(L.Callback):
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._trace = profile(activities=activities)
             self._trace.start()
+        # Hooks stay during traced steps, for the spans of their phases.
         else:
             for handle in self._handles:
                 handle.remove()
@@ -227,6 +235,7 @@ class StepProfile(L.Callback):
     # --- at the end
 
     def _report(self, trainer: L.Trainer) -> None:
+        # The run may have ended within the timed steps.
         num_steps = min(self._done + 1 - self.settings.first_step, self.settings.num_steps)
         if num_steps < 1:
             first = self.settings.first_step
@@ -244,9 +253,11 @@ class StepProfile(L.Callback):
 
     def _times(self, trainer: L.Trainer, num_steps: int) -> StepTimes:
         assert self._module is not None
+        # The encoder is not in the model if its features are stored.
         seconds, is_cached = self.profiler.seconds, self._module.captioner.encoder is None
         phases = {name: seconds[TIMED][name] / num_steps for name in LABELS}
         num_workers = int(getattr(trainer.train_dataloader, "num_workers", 0))
+        # Mean seconds per clip × clips per step.
         decode_s = read_seconds(*self._reads) * self._clips / num_steps
         if num_workers:
             del phases["decode"]
@@ -254,10 +265,13 @@ class StepProfile(L.Callback):
             phases["decode"], phases["wait"] = decode_s, phases["wait"] - decode_s
         if is_cached:
             del phases["vision"]
+        # On the CPU nothing is transferred.
         if self.profiler.device.type == "cpu":
             phases["other"] += phases.pop("transfer")
         evaluation = seconds[EVALUATION]
+        # Optimiser steps that the evaluations of this run stand for.
         evaluated_steps = self._evaluations * self._module.steps_per_epoch * (trainer.check_val_every_n_epoch or 1)
+        # Steps after the traced ones, which nothing slows down.
         num_plain = self._done + 1 - self.settings.first_step - self.settings.num_steps - self.settings.trace_steps
         return StepTimes(
             device=self.profiler.device.type,
@@ -281,5 +295,6 @@ def step_profile(config: Config, data: CaptionDataModule, folder: Path) -> StepP
         return None
 
     callback = StepProfile(config.callbacks.profile, folder / "profile")
+    # Before the loaders are built, which make their data sets by this function.
     data.make_dataset = callback.watching(data.make_dataset, data.clips["train"])
     return callback

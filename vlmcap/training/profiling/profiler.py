@@ -82,10 +82,12 @@ class PhaseProfiler(Profiler):
         self.end()
         self.section = section
         self._begun = self._last = self._now()
+        # The section itself is the outermost entry: time outside of all phases is charged to its first phase.
         self._open.append((section, _SECTIONS[section][0], self._span("step")))
 
     def end(self) -> None:
         """Ends the current section, if there is one, with all open phases."""
+        # Charge first, as the last phase ends with its section.
         if self.section is not None:
             self._charge()
             self._close(0)
@@ -95,14 +97,17 @@ class PhaseProfiler(Profiler):
     def start(self, action_name: str) -> None:
         """Opens a phase if the action belongs to one of the current section."""
         if action_name == _FETCH:
+            # The fetch of a batch may begin a new step, so the callback comes before the phase is opened.
             self._on_fetch()
         phase = phase_of(action_name)
+        # Phases of another section, such as "captions" in a timed step, are not opened.
         if self.section is not None and phase is not None and phase in _SECTIONS[self.section][1:]:
             self._charge()
             self._open.append((action_name, phase, self._span(phase)))
 
     def stop(self, action_name: str) -> None:
         """Closes an action with all phases nested in it; actions from outside of the section are ignored."""
+        # From the innermost phase outwards; index 0 is the section, which only `end` closes.
         for index in range(len(self._open) - 1, 0, -1):
             if self._open[index][0] == action_name:
                 self._charge()
@@ -122,6 +127,7 @@ class PhaseProfiler(Profiler):
         self._last = now
 
     def _now(self) -> float:
+        # Kernels run asynchronously; without the wait, their time would count for a later phase.
         if self.section == TIMED:
             self.wait_for_device()
         return self._clock()
@@ -154,6 +160,7 @@ def hook_modules(captioner: VideoCaptioner, profiler: PhaseProfiler) -> list[Rem
         if module is not None:
             handles.append(module.register_forward_pre_hook(_hook(profiler.start, phase)))
             handles.append(module.register_forward_hook(_hook(profiler.stop, phase)))
+    # After the language model, everything until the end of the action "training_step" counts as loss.
     return [*handles, llm.register_forward_hook(_hook(profiler.start, "loss"))]
 
 

@@ -137,11 +137,13 @@ def draw_times(times: StepTimes, path: Path) -> None:
     """Draws one bar per phase and writes the PNG atomically."""
     from matplotlib.figure import Figure  # slow to import, and only a profiled run needs it
 
+    # From bottom to top in matplotlib, so the first phase is the last bar.
     rows = times.rows()[::-1]
     figure = Figure(figsize=(7, 0.35 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([label(times, name) for name, _ in rows], [seconds for _, seconds in rows], color="#3b6ea5")
     axes.bar_label(bars, [f"{seconds:.3f} s, {seconds / times.total_s:.0%}" for _, seconds in rows], padding=3)
+    # Room for the labels to the right of the longest bar.
     axes.margins(x=0.25)
     axes.set_xlabel("seconds per step")
     with replacing(path) as partial:
