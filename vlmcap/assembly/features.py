@@ -178,6 +178,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     if getattr(plan.meta_encoder, "is_normed", False):
         settings["is_normed"] = True  # the same layer of the same tower has other features without its final norm
     plugin = plugins_of(config).get("encoder")
+    # A plugin's code and settings change its features as well as its weights do, so they are part of the key.
     code = json.dumps([base.sha256, plugin, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
         encoder=base.sha256 if plugin is None else hashlib.sha256(code.encode()).hexdigest(),

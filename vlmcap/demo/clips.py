@@ -75,6 +75,7 @@ def _write_all(root: Path, jobs: list[_Job], report: Callable[[int, int], None])
         (root / split / "labels").mkdir()
     # A further process for every 50 clips, as starting one takes time.
     workers, write = min(len(jobs) // 50 + 1, usable_processors(), _MAX_WORKERS), partial(_write_one, root)
+    # Not fork, which may deadlock where the process already has threads.
     with nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         written = map(write, jobs) if pool is None else pool.map(write, jobs, chunksize=25)
         for done, _ in enumerate(written, 1):

@@ -126,6 +126,7 @@ def look_up(table: Ints, values: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     position = np.searchsorted(table, values)
     if len(table) == 0:
         return position, np.zeros(len(values), bool)
+    # A value above all of the table would index past its end.
     np.minimum(position, len(table) - 1, out=position)
     return position, table[position] == values
 

@@ -57,6 +57,7 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
     for method in _METHODS:
         register_fsdp_forward_method(captioner, method)
     # 3. Allocate the shards, move all other tensors to the device, and fill the shards from the first process.
+    # `to_empty` would also discard buffers that hold values; `_apply` sees every tensor by itself.
     captioner._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(captioner, weights, options=options)

@@ -133,6 +133,7 @@ def penalised(logits: Tensor, ids: Tensor, counts: Tensor, penalty: float) -> Te
     is_used = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
     used = torch.where(is_used, ids, ids[:, :1])  # the first token replaces those not written yet
     used_logits = logits.gather(1, used)
+    # A penalty above 1 lowers the probability in both cases: a positive logit shrinks, a negative one grows in size.
     lowered = torch.where(used_logits < 0, used_logits * penalty, used_logits / penalty)
     return logits.scatter(1, used, torch.where(counts[:, None] > 0, lowered, used_logits))
 
