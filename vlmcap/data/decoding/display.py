@@ -37,7 +37,7 @@ def square_size(frame: VideoFrame, aspect_ratio: float) -> tuple[int, int]:
 
 
 def is_hd(width: int, height: int) -> bool:
-    """Return whether untagged pictures of this size have the colours of BT.709 rather than of BT.601."""
+    """Returns whether untagged pictures of this size have the colours of BT.709 rather than of BT.601."""
     return width >= _HD_WIDTH or height >= _HD_HEIGHT
 
 
