@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from torch import Tensor
 
 from tests import assembling
 from vlmcap.assembly.cache_choice import num_visits
@@ -11,6 +15,9 @@ from vlmcap.assembly.model import Assembly
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.run import train
+from vlmcap.types import Batch
 
 
 def assembled(config: Config) -> Assembly:
@@ -62,7 +69,26 @@ def test_auto_is_decided_by_the_costs_of_this_run(real_path: list[str], capsys: 
 def test_the_costs_count_every_epoch_and_evaluation() -> None:
     base = ["tuning.align_epochs=1", "tuning.epochs=4", "evaluation.every_n_epochs=2", "evaluation.max_clips=10"]
     sizes = {"train": 100, "val": 30, "test": 20}
-    assert num_visits(compose(base), sizes) == 4 * 100 + 2 * 2 * 10 + 30 + 20
+    assert num_visits(compose(base), sizes) == 4 * 100 + 2 * 10 + 30 + 20
     steps = [*base, "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate_grad_batches=2"]
-    assert num_visits(compose(steps), sizes) == 5 * 4 * 2 + 2 * 2 * 10 + 30 + 20
+    assert num_visits(compose(steps), sizes) == 5 * 4 * 2 + 30 + 20
     assert num_visits(compose(base), {"test": 20}) == 20, "an evaluation is one pass"
+
+
+def test_a_run_encodes_as_many_clips_as_are_counted(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, "cache.enabled=false", "tuning.align_epochs=1", "tuning.epochs=2")
+    encoded = 0
+    encode = VideoCaptioner.encode
+
+    def count(self: VideoCaptioner, batch: Batch) -> Tensor:
+        nonlocal encoded
+        encoded += len(batch) if batch.features is None else 0
+        return encode(self, batch)
+
+    monkeypatch.setattr(VideoCaptioner, "encode", count)
+    train(config)
+    sizes = {split: len(clips) for split, clips in load_splits(config, list(Split)).items()}
+    assert set(sizes) == {"train", "val", "test"}
+    assert encoded == num_visits(config, sizes)

@@ -8,6 +8,7 @@ it never does.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -215,7 +216,9 @@ def estimate_costs(
 
 
 def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
-    """Counts how often clips are read in a run: in all epochs, in validations (captions and loss), and at the end.
+    """Counts how often clips are read in a run: in all epochs, in validations, and at the end.
+
+    A validation reads a clip once, for its captions and its loss.
 
     Args:
         config: Run configuration.
@@ -224,17 +227,17 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
     final = sum(size for split, size in sizes.items() if split != "train")
     if "train" not in sizes:
         return final
-    num_epochs = config.tuning.num_epochs
-    trained = num_epochs * sizes["train"]
+    trained = config.tuning.num_epochs * sizes["train"]
     # -1 is Lightning's "no limit".
     if config.trainer.max_steps >= 0:
         trained = min(
             trained, config.trainer.max_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
         )
-    evaluated = (
-        2 * min(config.evaluation.max_clips, sizes.get("val", 0)) * (num_epochs // config.evaluation.every_n_epochs)
-    )
-    return trained + evaluated + final
+    # Epochs that a limit of steps leaves out are not validated.
+    num_epochs = math.ceil(trained / sizes["train"])
+    num_validations = num_epochs // config.evaluation.every_n_epochs
+    validated = num_validations * min(config.evaluation.max_clips, sizes.get("val", 0))
+    return trained + validated + final
 
 
 def time_decoding(dataset: ClipDataset) -> float:

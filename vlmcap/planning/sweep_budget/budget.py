@@ -117,7 +117,7 @@ class Job:
         if not self.fits:
             return 0.0
         encode_s = self.seconds.encode if self.store is None else 0.0
-        in_loop_s = self.seconds.caption + self.seconds.loss + 2 * encode_s
+        in_loop_s = self.seconds.caption + self.seconds.loss + encode_s
         return self.num_in_loop * in_loop_s + (self.clips.val + self.clips.test) * (self.seconds.caption + encode_s)
 
     @property
