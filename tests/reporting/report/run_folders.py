@@ -113,7 +113,9 @@ def write_run(
         write_predictions(folder / "predictions" / f"{split}.jsonl", found, scorer.tokenizer)
         metrics = ("bleu_1", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "length_ratio")
         scores |= {f"{split}/{name}": value for name, value in scorer.score(found, metrics=metrics).items()}
-        scores |= {f"{split}/{name}": value for name, value in scorer._by_category(found).items()}
+        texts, captions = [one.text for one in found], [one.clip.captions for one in found]
+        groups = scorer._by_category(texts, captions, [one.clip.category for one in found])
+        scores |= {f"{split}/{name}": value for name, value in groups.items()}
     _write_metrics(folder, scores)
     summary = {
         "scores": scores,

@@ -102,6 +102,7 @@ class CaptionScorer:
         """
         texts = [prediction.text for prediction in predictions]
         references = [prediction.clip.captions for prediction in predictions]
+        # 1. Text scores, those of plugins included.
         scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics)
         scores |= user_scores(texts, references)
         if metrics is None:
@@ -109,6 +110,7 @@ class CaptionScorer:
             scores |= {
                 name: value for name, value in words.items() if name.startswith("content/") and not math.isnan(value)
             }
+        # 2. Facts, where the data set has a lexicon of them.
         if self.lexicon is not None:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
         # 3. Final scorings also score categories and run pretrained models.
