@@ -8,7 +8,6 @@ The description of a key is the comment behind its field, or else the comment li
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import re
@@ -23,7 +22,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from tools.model_tables import markdown_table, write_or_check
+from tools.model_tables import markdown_table, page_parser, write_or_check
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
 
@@ -191,8 +190,7 @@ def _shown(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.keys_page", description="Write docs/reference/keys.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
+    parser = page_parser("keys_page", "Write docs/reference/keys.md.")
     return write_or_check(PAGE, page(), "keys_page", is_check=parser.parse_args(arguments).check)
 
 

@@ -10,7 +10,6 @@ The errors come from the tests: a parity test calls pytest's `record_property("p
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -25,10 +24,8 @@ import transformers
 from tools import combinations
 from tools import model_tables as tables
 from vlmcap.assembly.components import encoder_options, projector_sizes
-from vlmcap.compose import CUSTOM, compose
+from vlmcap.compose import compose
 from vlmcap.config import Config, PretrainedVlmConfig
-from vlmcap.config_files import group_choices
-from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
 from vlmcap.models.pretrained.families import FAMILIES, known_types, obstacle
@@ -134,11 +131,8 @@ def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.model_page", description="Write docs/reference/models.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
-    parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="JUnit file with the errors that parity tests recorded"
-    )
+    measured = "JUnit file with the errors that parity tests recorded"
+    parser = tables.page_parser("model_page", "Write docs/reference/models.md.", measured=measured)
     chosen = parser.parse_args(arguments)
     if chosen.measured:
         PARITY.write_text(json.dumps(read_measured(chosen.measured), indent=2) + "\n", encoding="utf-8")
@@ -146,24 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return tables.write_or_check(PAGE, text, "model_page", is_check=chosen.check)
 
 
-def _names(group: str) -> list[str]:
-    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, CUSTOM, "assembled")]
-
-
 def _configurations() -> Iterator[Config]:
     """Yields configurations that contain every name of every group, with several groups each, as composing is slow."""
     groups = ("encoder", "projector", "llm", "hardware")
-    for chosen in itertools.zip_longest(*map(_names, groups)):
+    for chosen in itertools.zip_longest(*map(combinations.published, groups)):
         names = [f"{group}={name}" for group, name in zip(groups, chosen, strict=True) if name]
         yield compose([*names, "hardware.frame_stack=1"])  # hardware=cpu would stack the frames of the example
-    for name in _names("model"):
+    for name in combinations.published("model"):
         yield compose([f"model={name}"])
 
 
 def _distinct(configs: Sequence[Config], group: str) -> list[Config]:
     """Returns one configuration for each name of a group, in their order."""
     first = {getattr(config, group).name: config for config in reversed(configs)}
-    return [first[name] for name in _names(group)]
+    return [first[name] for name in combinations.published(group)]
 
 
 def _encoder(config: Config) -> VisionEncoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +44,21 @@ def read_parity(file: Path) -> dict[str, Parity]:
     if not file.is_file():
         return {}
     return {key: Parity(**value) for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def page_parser(tool: str, description: str, *, measured: str = "") -> argparse.ArgumentParser:
+    """Returns the parser of a tool that writes generated pages.
+
+    Args:
+        tool: Name of the module in `tools`.
+        description: What the tool does.
+        measured: Help of `--measured`, a file with results of tests; empty leaves the option out.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m tools.{tool}", description=description)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if a page is outdated")
+    if measured:
+        parser.add_argument("--measured", type=Path, metavar="FILE", help=measured)
+    return parser
 
 
 def write_or_check(path: Path, text: str, tool: str, *, is_check: bool) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.model_tables import markdown_table
+from tools.model_tables import markdown_table, page_parser
 from vlmcap.cli.arguments import COMMANDS
 from vlmcap.config_files import group_choices
 from vlmcap.config_unread import NO_DATA
@@ -162,11 +162,7 @@ def pages() -> Mapping[Path, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the pages; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.site_pages", description="Write what docs repeat of the code."
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is not current")
-    is_check = parser.parse_args(arguments).check
+    is_check = page_parser("site_pages", "Write what docs repeat of the code.").parse_args(arguments).check
     stale = []
     for path, text in pages().items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:

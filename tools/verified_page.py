@@ -10,7 +10,6 @@ verified` runs them. Everything measured stands in docs/verified.json with the d
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from tools.model_page import read_measured
-from tools.model_tables import markdown_table, write_or_check
+from tools.model_tables import markdown_table, page_parser, write_or_check
 from tools.site_pages import GPUS, Gpu
 from vlmcap.config_unread import NO_DATA
 from vlmcap.models.known import known_model_config
@@ -153,12 +152,8 @@ def _measure(name: str, errors: Mapping[str, float]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.verified_page", description="Write verified.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is outdated")
-    parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="JUnit file of the tests that `make verified` runs"
-    )
-    chosen = parser.parse_args(arguments)
+    measured_help = "JUnit file of the tests that `make verified` runs"
+    chosen = page_parser("verified_page", "Write verified.md.", measured=measured_help).parse_args(arguments)
     if chosen.measured:
         measured = read_rows(chosen.measured) | {"combinations": measure_combinations(chosen.measured)}
         MEASURED.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

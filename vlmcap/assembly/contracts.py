@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Contract = tuple[str, Callable[[], None]]
 Settings = Callable[[], Any]
-_GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the grid of the encoder  # rows × columns of patches
+_GRIDS = ((8, 8), (4, 8), (12, 8))  # rows × columns of patches; the first is the grid of the encoder
 _FRAMES = (4, 2, 1)  # numbers of frames per clip
 _PROMPT = 5  # number of tokens of the question
 

@@ -74,8 +74,7 @@ class QwenVLCaptioner(VideoCaptioner):
         assert batch.grid_thw is not None, "clips of this model need grid_thw"
         model: Any = base_model(self.llm)
         # Computed on the host with one synchronisation, as the class reads one number after the other.
-        # 3 × (B, S) -> (3, B, S)
-        rows = torch.stack([ids, batch.visual_mask * _VIDEO, batch.attention_mask]).cpu()  # (3, R, S)
+        rows = torch.stack([ids, batch.visual_mask * _VIDEO, batch.attention_mask]).cpu()  # 3 × (R, S) -> (3, R, S)
         if batch.position_ids is not None:  # a row for each clip: (3, 1, S) -> B × (S of the clip, 3) -> (3, B, S)
             rows = pad_sequence(rows[:, 0].T.split(batch.lengths), batch_first=True).permute(2, 0, 1)
         host_ids, kinds, mask = rows

@@ -158,7 +158,7 @@ class QueryProjector(Projection[CrossAttentionConfig]):
         if layout.frame_of is None:
             # Frames go to the batch dimension.
             features = self.norm(tokens.flatten(0, 1))  # (B, F, P, D) -> (M, P, D)
-            queries = self.queries.expand(batch * frames, -1, -1)  # (Q, C) -> (M, Q, C)  # one copy per frame
+            queries = self.queries.expand(batch * frames, -1, -1)  # (Q, C) -> (M, Q, C), one copy per frame
         else:
             # Frames have different numbers of tokens: a mask restricts the queries to their frame.
             features = self.norm(tokens.flatten(1, 2))  # (B, 1, V, D) -> (B, V, D)
